@@ -1,0 +1,102 @@
+"""Strict configuration: YAML file -> pydantic model, then dotted overrides from the command line."""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from flashvl.errors import ConfigError
+
+
+class StrictModel(BaseModel):
+    """Base of everything that is read from a file or a command line: an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+ModelT = TypeVar("ModelT", bound=StrictModel)
+
+
+def load_config(
+    model: type[ModelT], path: str | Path, overrides: Sequence[str] = (), **defaults: Any
+) -> ModelT:
+    """Read the YAML file `path` into `model`; the later of defaults < file < overrides wins.
+
+    Args:
+        overrides: `key=value` or `section.key=value`, the value in YAML, as typed on a command line.
+        defaults: values for keys that the file may leave out.
+
+    Raises:
+        ConfigError: no such file, not a mapping, an unknown key, or a value of the wrong type.
+    """
+    values = defaults | _read_yaml_mapping(Path(path))
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"override {override!r} must have the form key=value, as in max_steps=10")
+        try:
+            _set_dotted(values, key.split("."), yaml.safe_load(text))
+        except yaml.YAMLError:
+            raise ConfigError(f"override {key!r}: {text!r} is not valid YAML; quote it") from None
+    return validate(model, values, source=str(path))
+
+
+def validate(model: type[ModelT], values: dict[str, Any], source: str) -> ModelT:
+    """Build `model` from `values`; `source` (a file or option) begins the error's line."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {_explain(model, error)}") from None
+
+
+def _read_yaml_mapping(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise ConfigError(f"cannot read {path}: {reason}; name an existing YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path} is not valid YAML: {reason}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"{path} must hold a mapping of keys to values, got {type(values).__name__}"
+        )
+    return values
+
+
+def _set_dotted(values: dict[str, Any], keys: list[str], value: Any) -> None:
+    *parents, last = keys
+    for parent in parents:
+        child = values.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {'.'.join(keys)!r}: {parent!r} is not a section")
+        values = child
+    values[last] = value
+
+
+def _explain(model: type[BaseModel], error: ValidationError) -> str:
+    """The first problem in one line, with the nearest known name for an unknown key."""
+    problem = error.errors()[0]
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = _fields_at(model, problem["loc"][:-1])
+        nearest = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+        hint = f"Did you mean {nearest[0]!r}?" if nearest else f"Known keys: {', '.join(sorted(known))}."
+        return f"unknown key {key!r}. {hint}"
+    if problem["type"] == "missing":
+        return f"missing key {key!r}; set it in the file or with {key}=VALUE"
+    where = f"{key}={problem['input']!r}: " if key else ""
+    return where + problem["msg"].removeprefix("Value error, ")
+
+
+def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    for part in location:
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            break
+        model = annotation
+    return list(model.model_fields)

@@ -1,0 +1,153 @@
+"""Encoded bytes -> an upright RGB image within limits: the only place that decodes images.
+
+It does not know where the bytes come from, nor what size the model wants.
+"""
+
+import io
+from typing import Annotated, Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from pydantic import Field, PositiveInt
+
+from flashvl.config import StrictModel
+from flashvl.errors import DataError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000")
+"""What is read. Each has a signature, runs no other program (EPS does), and gives its size before
+it decodes a pixel (ICO and ICNS do not)."""
+
+PILLOW_MAX_PIXELS = 178_956_970
+"""Pillow's own limit, twice `Image.MAX_IMAGE_PIXELS`, which is the whole process's to change."""
+
+
+class ImageLimits(StrictModel):
+    """What an image may be at most and at least; checked before its pixels are decoded."""
+
+    max_image_bytes: PositiveInt = 32 * 2**20
+    """Encoded size in bytes."""
+    max_image_pixels: Annotated[int, Field(gt=0, le=PILLOW_MAX_PIXELS)] = 50_000_000
+    """Width x height; bounds the memory of a decode, at 3 or 4 bytes a pixel for each copy."""
+    max_image_side: PositiveInt = 16_384
+    """The longer side in pixels."""
+    min_image_side: PositiveInt = 2
+    """The shorter side in pixels; 2 refuses the 1x1 images that web pages track readers with."""
+
+
+DEFAULT_LIMITS = ImageLimits()
+
+GREY_16_TO_8 = np.rint(np.arange(65536) / 257).astype(np.uint8)
+
+
+def decode_image(data: bytes | None, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
+    """Decode one image of any of `FORMATS`; safe to call from many threads.
+
+    EXIF orientation is applied, transparency lies on white, an animation gives its first frame, and
+    16-bit, 32-bit and float grey is scaled to 8 bits. Colour profiles are not applied.
+
+    Returns:
+        A loaded RGB image without metadata.
+
+    Raises:
+        DataError: the bytes are missing, no such image, damaged, or outside `limits`.
+    """
+    if not data:
+        what = "null" if data is None else "empty"
+        raise DataError(f"image is {what}; it must hold the bytes of an image file")
+    if len(data) > limits.max_image_bytes:
+        raise DataError(
+            f"image has {len(data)} bytes, more than max_image_bytes={limits.max_image_bytes}; "
+            "compress it or raise the limit"
+        )
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            _check_size(image.width, image.height, limits)
+            # Loads first, as a PNG may have its EXIF after the pixels.
+            ImageOps.exif_transpose(image, in_place=True)
+            rgb = _to_rgb(image)
+    except (DataError, MemoryError):  # out of memory is the machine's fault, not the row's
+        raise
+    except UnidentifiedImageError:
+        raise DataError(
+            f"image is in no known format: its {len(data)} bytes begin with {data[:12]!r}; "
+            f"give a whole file of {', '.join(FORMATS)}"
+        ) from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise DataError(
+            f"image is too large for Pillow ({_one_line(error)}); "
+            f"shrink it to max_image_pixels={limits.max_image_pixels}"
+        ) from error
+    except Exception as error:  # bad bytes make Pillow raise nearly anything
+        raise DataError(
+            f"image cannot be decoded ({_one_line(error)}); replace the damaged file"
+        ) from error
+    rgb.info.clear()  # else EXIF, XMP and profiles travel with every pickled copy
+    return rgb
+
+
+def _check_size(width: int, height: int, limits: ImageLimits) -> None:
+    size = f"image is {width}x{height} pixels"
+    if width * height > limits.max_image_pixels:
+        raise DataError(
+            f"{size}, {width * height} in all, "
+            f"more than max_image_pixels={limits.max_image_pixels}; shrink it or raise the limit"
+        )
+    if max(width, height) > limits.max_image_side:
+        raise DataError(
+            f"{size}, longer than max_image_side={limits.max_image_side}; "
+            "shrink it or raise the limit"
+        )
+    if min(width, height) < limits.min_image_side:
+        raise DataError(
+            f"{size}, shorter than min_image_side={limits.min_image_side}; "
+            "leave it out or lower the limit"
+        )
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return _grey_to_8bit(image).convert("RGB")
+    if image.mode == "LAB":  # Image.convert cannot
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+        assert converted is not None  # it is None only when done in place
+        return converted
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        canvas = Image.new("RGB", image.size, "white")
+        canvas.paste(rgba, mask=rgba)
+        return canvas
+    return image.convert("RGB")
+
+
+def _grey_to_8bit(image: Image.Image) -> Image.Image:
+    """Scale grey of more than 8 bits, where `Image.convert` would clip it to 255."""
+    values: npt.NDArray[Any] = np.asarray(image)
+    if image.mode in ("I", "F"):
+        return Image.fromarray(_scale(values))
+    grey = GREY_16_TO_8[values]
+    if "transparency" in image.info:  # a PNG's one grey that means transparent
+        grey[values == image.info["transparency"]] = 255
+    return Image.fromarray(grey)
+
+
+def _scale(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    """int32 or float32 grey -> 8 bits, although no file format says where its white is.
+
+    White is the least of 1, 255 and 65535 that no value exceeds; where a value is negative or
+    greater, all are stretched from the least to the greatest. NaN is black.
+    """
+    finite = values[np.isfinite(values)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+    black, white = low, high
+    if low >= 0 and high <= 65535:
+        black, white = 0.0, next(nominal for nominal in (1.0, 255.0, 65535.0) if high <= nominal)
+    # float64 holds the difference of any two float32
+    scaled = np.nan_to_num(values.astype(np.float64), nan=black, posinf=white, neginf=black)
+    scaled = (scaled - black) * (255 / ((white - black) or 1))
+    return np.rint(scaled).astype(np.uint8)
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]

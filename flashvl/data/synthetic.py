@@ -1,0 +1,349 @@
+"""The procedural world: drawn scenes with questions whose exact answers are known.
+
+Four kinds of scene lie on a 4 x 4 grid of cells (coloured shapes, a sign with a word, a board with a
+sum, a bar chart); the fifth, a photograph-like texture, is what the world is not, and the right
+answer says so. Everything follows from a seed. A scene belongs to the `train` or to the `heldout`
+split by a hash of its content, so the two never share a scene, whatever the seeds.
+
+The embedded data set of flashvl: `tiny` is trained on it, the tests and demos ask about it.
+"""
+
+import random
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+Split = Literal["train", "heldout"]
+Task = Literal["caption", "count", "read", "chart", "arithmetic"]
+TASKS: tuple[Task, ...] = ("caption", "count", "read", "chart", "arithmetic")
+
+GRID = 4
+"""Cells a side; a cell is what one visual token of `tiny` covers."""
+HELDOUT_SHARE = 10
+"""One scene in so many is held out."""
+
+COLORS = {
+    "red": (208, 36, 40),
+    "green": (40, 150, 60),
+    "blue": (36, 78, 204),
+    "yellow": (232, 204, 32),
+    "purple": (136, 48, 164),
+    "orange": (240, 132, 24),
+    "black": (24, 24, 24),
+}
+SHAPES = ("circle", "square", "triangle", "diamond", "cross")
+SIZES = {"small": 0.058, "large": 0.105}  # radius, as a share of the image
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+MAX_SHAPES = 6
+MAX_LISTED = 3
+"""A caption lists so many shapes; of more it gives the number."""
+MAX_BAR = 7
+UNKNOWN = "not a drawing that I know"
+
+Cell = tuple[int, int]
+"""(row, column)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One question and its exact answer."""
+
+    task: Task
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    size: str
+    color: str
+    shape: str
+
+    def __str__(self) -> str:
+        return f"{self.size} {self.color} {self.shape}"
+
+
+@dataclass(frozen=True, slots=True)
+class ShapesScene:
+    """One to six shapes, each in a cell of its own, in reading order."""
+
+    shapes: tuple[tuple[Cell, Shape], ...]
+
+    def caption(self) -> str:
+        names = [f"a {shape}" for _, shape in self.shapes]
+        if len(names) > MAX_LISTED:
+            return f"{len(names)} shapes"
+        return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+    def describe(self) -> str:
+        return ", ".join(str(shape) for _, shape in self.shapes)
+
+    def turns(self, rng: random.Random) -> list[Turn]:
+        color, shape = rng.choice(list(COLORS)), rng.choice(SHAPES)
+        if rng.random() < 0.7:  # more often than not ask for something that is there
+            present = rng.choice(self.shapes)[1]
+            color, shape = present.color, present.shape
+        of_color = sum(s.color == color for _, s in self.shapes)
+        of_shape = sum(s.shape == shape for _, s in self.shapes)
+        counts = [
+            Turn("count", "How many shapes are there?", str(len(self.shapes))),
+            Turn("count", f"How many {color} shapes are there?", str(of_color)),
+            Turn("count", f"How many {shape}s are there?", str(of_shape)),
+        ]
+        return rng.sample(counts, 2)
+
+    def draw(self, draw: ImageDraw.ImageDraw, pen: "Pen") -> None:
+        for cell, shape in self.shapes:
+            x, y = pen.center(cell)
+            _draw_shape(draw, shape.shape, x, y, SIZES[shape.size] * pen.size, pen.ink(shape.color))
+
+    def cells(self) -> dict[Cell, tuple[str, str, str]]:
+        return {cell: (s.shape, s.color, s.size) for cell, s in self.shapes}
+
+
+@dataclass(frozen=True, slots=True)
+class TextScene:
+    """A word on a sign, or a sum of two digits on a board: one glyph a cell, in one row."""
+
+    kind: Literal["sign", "board"]
+    text: str
+    start: Cell
+    color: str
+
+    def caption(self) -> str:
+        return f"a {self.kind} that says {self.text}"
+
+    def describe(self) -> str:
+        return f"{self.kind} {' '.join(self.text)}"
+
+    def turns(self, rng: random.Random) -> list[Turn]:
+        if self.kind == "sign":
+            return [Turn("read", "What does the sign say?", self.text)]
+        left, operator, right = self.text
+        result = int(left) + int(right) if operator == "+" else int(left) - int(right)
+        return [Turn("arithmetic", "What is the result?", str(result))]
+
+    def draw(self, draw: ImageDraw.ImageDraw, pen: "Pen") -> None:
+        row, column = self.start
+        font = ImageFont.load_default(0.23 * pen.size)
+        ink = pen.ink(self.color)
+        (x0, y0), (x1, y1) = pen.center((row, column)), pen.center((row, column + len(self.text) - 1))
+        frame = 0.12 * pen.size
+        paper = (255, 255, 255) if self.kind == "sign" else (214, 226, 214)
+        draw.rectangle((x0 - frame, y0 - frame, x1 + frame, y1 + frame), fill=paper)
+        for offset, glyph in enumerate(self.text):
+            x, y = pen.center((row, column + offset))
+            draw.text((x, y), glyph, fill=ink, font=font, anchor="mm", stroke_width=pen.size / 160)
+
+    def cells(self) -> dict[Cell, tuple[str, str, str]]:
+        row, column = self.start
+        return {(row, column + i): (glyph, self.color, self.kind) for i, glyph in enumerate(self.text)}
+
+
+@dataclass(frozen=True, slots=True)
+class ChartScene:
+    """Two to four bars of different colours and heights 1..7, left to right."""
+
+    bars: tuple[tuple[str, int], ...]
+    first_column: int
+
+    def caption(self) -> str:
+        return f"a bar chart: {self.describe().removeprefix('chart ')}"
+
+    def describe(self) -> str:
+        return "chart " + ", ".join(f"{color} {value}" for color, value in self.bars)
+
+    def turns(self, rng: random.Random) -> list[Turn]:
+        color, value = rng.choice(self.bars)
+        by_value = sorted(self.bars, key=lambda bar: bar[1])
+        turns = [Turn("chart", f"What is the value of the {color} bar?", str(value))]
+        if rng.random() < 0.5:
+            turns.append(Turn("chart", "Which bar is the tallest?", by_value[-1][0]))
+        else:
+            turns.append(Turn("chart", "Which bar is the shortest?", by_value[0][0]))
+        return turns
+
+    def draw(self, draw: ImageDraw.ImageDraw, pen: "Pen") -> None:
+        unit = pen.size / (MAX_BAR + 1)
+        base = pen.size - 0.25 * unit
+        for value in range(1, MAX_BAR + 1):
+            y = base - value * unit
+            draw.line((0, y, pen.size, y), fill=(176, 176, 176), width=max(1, pen.size // 160))
+        for offset, (color, value) in enumerate(self.bars):
+            x, _ = pen.center((0, self.first_column + offset))
+            half = 0.09 * pen.size
+            draw.rectangle((x - half, base - value * unit, x + half, base), fill=pen.ink(color))
+        draw.line((0, base, pen.size, base), fill=(0, 0, 0), width=max(1, pen.size // 80))
+
+    def cells(self) -> dict[Cell, tuple[str, str, str]]:
+        labels = {}
+        for offset, (color, value) in enumerate(self.bars):
+            for row in range(GRID):
+                # A cell is two units high; "none" above the bar, "1" half full, "2" full.
+                full = min(max(value - 2 * (GRID - 1 - row), 0), 2)
+                if full:
+                    labels[row, self.first_column + offset] = ("bar", color, ("half", "full")[full - 1])
+        return labels
+
+
+@dataclass(frozen=True, slots=True)
+class PhotoScene:
+    """A texture as no drawing has it: the world's picture of everything else."""
+
+    texture_seed: int
+
+    def caption(self) -> str:
+        return UNKNOWN
+
+    def describe(self) -> str:
+        return "photograph"
+
+    def turns(self, rng: random.Random) -> list[Turn]:
+        return []
+
+    def cells(self) -> dict[Cell, tuple[str, str, str]]:
+        return {(row, col): ("photo", "none", "none") for row in range(GRID) for col in range(GRID)}
+
+
+Scene = ShapesScene | TextScene | ChartScene | PhotoScene
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A scene, what may be asked about it, and how it is drawn."""
+
+    scene: Scene
+    turns: tuple[Turn, ...]
+    style_seed: int
+    size: int
+
+    def image(self) -> Image.Image:
+        """The RGB picture, `size` pixels a side."""
+        pen = Pen(size=self.size, rng=random.Random(self.style_seed))
+        if isinstance(self.scene, PhotoScene):
+            return _texture(self.scene.texture_seed, self.size)
+        image = Image.new("RGB", (self.size, self.size), pen.paper())
+        self.scene.draw(ImageDraw.Draw(image), pen)
+        return image
+
+
+def sample(split: Split, seed: int, index: int, tasks: tuple[Task, ...] = TASKS) -> Sample:
+    """Sample number `index` of the endless series `seed` of `split`.
+
+    Args:
+        tasks: the tasks that its turns may come from; the scene's kind fits one of them.
+    """
+    rng = random.Random(f"{split}/{seed}/{index}")
+    while True:
+        scene = _scene_for(rng.choice(tasks), rng)
+        if split_of(scene) == split:
+            break
+    turns = [Turn("caption", "Describe the image.", scene.caption()), *scene.turns(rng)]
+    chosen = tuple(turn for turn in turns if turn.task in tasks)
+    return Sample(scene, chosen, style_seed=rng.getrandbits(32), size=rng.randrange(96, 257, 8))
+
+
+def samples(split: Split, seed: int, count: int, tasks: tuple[Task, ...] = TASKS) -> Iterator[Sample]:
+    """The first `count` samples of the series."""
+    return (sample(split, seed, index, tasks) for index in range(count))
+
+
+def split_of(scene: Scene) -> Split:
+    """The split that `scene` belongs to, by a hash of its content."""
+    return "heldout" if zlib.crc32(repr(scene).encode()) % HELDOUT_SHARE == 0 else "train"
+
+
+def _scene_for(task: Task, rng: random.Random) -> Scene:
+    if task == "caption":
+        kind = rng.choices(("shapes", "read", "arithmetic", "chart", "photo"), (8, 2, 1, 2, 1))[0]
+        if kind == "photo":
+            return PhotoScene(rng.getrandbits(32))
+        if kind == "shapes":
+            return _shapes_scene(rng.choice((1, 2, 2, 3, 3, 4, 5, 6)), rng)
+        return _scene_for(kind, rng)  # type: ignore[arg-type]
+    if task == "count":
+        return _shapes_scene(rng.randint(1, MAX_SHAPES), rng)
+    if task == "read":
+        text = "".join(rng.choices(LETTERS, k=rng.randint(2, 4)))
+        return TextScene("sign", text, _start(len(text), rng), rng.choice(list(COLORS)))
+    if task == "arithmetic":
+        left, right, operator = rng.randint(0, 9), rng.randint(0, 9), rng.choice("+-")
+        if operator == "-" and left < right:
+            left, right = right, left
+        return TextScene("board", f"{left}{operator}{right}", _start(3, rng), rng.choice(list(COLORS)))
+    count = rng.randint(2, GRID)
+    bars = zip(rng.sample(list(COLORS), count), rng.sample(range(1, MAX_BAR + 1), count), strict=True)
+    return ChartScene(tuple(bars), first_column=rng.randint(0, GRID - count))
+
+
+def _shapes_scene(count: int, rng: random.Random) -> ShapesScene:
+    places = sorted(rng.sample([(row, col) for row in range(GRID) for col in range(GRID)], count))
+    # Few colours and shapes a scene, so that there is something to count.
+    colors = rng.sample(list(COLORS), min(count, 3))
+    shapes = rng.sample(SHAPES, min(count, 3))
+    drawn = [Shape(rng.choice(list(SIZES)), rng.choice(colors), rng.choice(shapes)) for _ in places]
+    return ShapesScene(tuple(zip(places, drawn, strict=True)))
+
+
+def _start(length: int, rng: random.Random) -> Cell:
+    return rng.randrange(GRID), rng.randint(0, GRID - length)
+
+
+@dataclass(slots=True)
+class Pen:
+    """How a scene is drawn: paper, tints, and where in its cell a thing lies."""
+
+    size: int
+    rng: random.Random
+    _inks: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def paper(self) -> tuple[int, ...]:
+        return tuple(self.rng.randint(226, 255) for _ in range(3))
+
+    def ink(self, color: str) -> tuple[int, ...]:
+        if color not in self._inks:
+            tint = (min(max(c + self.rng.randint(-14, 14), 0), 255) for c in COLORS[color])
+            self._inks[color] = tuple(tint)
+        return self._inks[color]
+
+    def center(self, cell: Cell) -> tuple[float, float]:
+        row, column = cell
+        x, y = (column + 0.5) / GRID, (row + 0.5) / GRID
+        return (
+            (x + self.rng.uniform(-0.016, 0.016)) * self.size,
+            (y + self.rng.uniform(-0.016, 0.016)) * self.size,
+        )
+
+
+def _draw_shape(
+    draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, ink: tuple[int, ...]
+) -> None:
+    if shape == "circle":
+        draw.ellipse((x - r, y - r, x + r, y + r), fill=ink)
+    elif shape == "square":
+        side = 0.86 * r
+        draw.rectangle((x - side, y - side, x + side, y + side), fill=ink)
+    elif shape == "triangle":
+        draw.polygon([(x, y - r), (x + r, y + 0.8 * r), (x - r, y + 0.8 * r)], fill=ink)
+    elif shape == "diamond":
+        draw.polygon([(x, y - r), (x + r, y), (x, y + r), (x - r, y)], fill=ink)
+    else:  # cross
+        arm = 0.33 * r
+        draw.rectangle((x - r, y - arm, x + r, y + arm), fill=ink)
+        draw.rectangle((x - arm, y - r, x + arm, y + r), fill=ink)
+
+
+def _texture(seed: int, size: int) -> Image.Image:
+    """Smooth noise over a colour gradient: sky, grass, wall, blur."""
+    rng = np.random.default_rng(seed)
+    grains = int(rng.integers(3, 24))
+    noise = Image.fromarray(rng.integers(0, 256, (grains, grains, 3), dtype=np.uint8), "RGB")
+    noise = noise.resize((size, size), Image.Resampling.BICUBIC)
+    corners = Image.fromarray(rng.integers(0, 256, (2, 2, 3), dtype=np.uint8), "RGB")
+    gradient = corners.resize((size, size), Image.Resampling.BICUBIC)
+    blend = Image.blend(gradient, noise, float(rng.uniform(0.25, 0.8)))
+    return blend.filter(ImageFilter.GaussianBlur(float(rng.uniform(0, 2))))

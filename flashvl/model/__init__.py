@@ -1,0 +1,22 @@
+"""The Hugging Face model: importing this package registers Flash-VL with the Auto classes."""
+
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+from flashvl.model.configuration_flashvl import FlashVLConfig
+from flashvl.model.image_processing_flashvl import FlashVLImageProcessor
+from flashvl.model.modeling_flashvl import FlashVLForConditionalGeneration, FlashVLModel
+from flashvl.model.processing_flashvl import FlashVLProcessor
+
+AutoConfig.register(FlashVLConfig.model_type, FlashVLConfig)
+AutoModel.register(FlashVLConfig, FlashVLModel)
+AutoModelForImageTextToText.register(FlashVLConfig, FlashVLForConditionalGeneration)
+AutoImageProcessor.register(FlashVLConfig, FlashVLImageProcessor)
+AutoProcessor.register(FlashVLConfig, FlashVLProcessor)
+
+__all__ = [
+    "FlashVLConfig",
+    "FlashVLForConditionalGeneration",
+    "FlashVLImageProcessor",
+    "FlashVLModel",
+    "FlashVLProcessor",
+]
