@@ -1,4 +1,4 @@
-"""Strict configuration: YAML file -> pydantic model, then dotted overrides from the command line."""
+"""Strict configuration: YAML file -> pydantic model, with dotted overrides of a command line."""
 
 import difflib
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ def load_config(
     """Read the YAML file `path` into `model`; the later of defaults < file < overrides wins.
 
     Args:
-        overrides: `key=value` or `section.key=value`, the value in YAML, as typed on a command line.
+        overrides: `key=value` or `section.key=value`, the value as typed in YAML.
         defaults: values for keys that the file may leave out.
 
     Raises:
@@ -36,7 +36,7 @@ def load_config(
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:
-            raise ConfigError(f"override {override!r} must have the form key=value, as in max_steps=10")
+            raise ConfigError(f"override {override!r} must have the form key=value, as seed=1")
         try:
             _set_dotted(values, key.split("."), yaml.safe_load(text))
         except yaml.YAMLError:
@@ -85,7 +85,11 @@ def _explain(model: type[BaseModel], error: ValidationError) -> str:
     if problem["type"] == "extra_forbidden":
         known = _fields_at(model, problem["loc"][:-1])
         nearest = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
-        hint = f"Did you mean {nearest[0]!r}?" if nearest else f"Known keys: {', '.join(sorted(known))}."
+        hint = (
+            f"Did you mean {nearest[0]!r}?"
+            if nearest
+            else f"Known keys: {', '.join(sorted(known))}."
+        )
         return f"unknown key {key!r}. {hint}"
     if problem["type"] == "missing":
         return f"missing key {key!r}; set it in the file or with {key}=VALUE"

@@ -1,21 +1,25 @@
 """The procedural world: drawn scenes with questions whose exact answers are known.
 
-Four kinds of scene lie on a 4 x 4 grid of cells (coloured shapes, a sign with a word, a board with a
-sum, a bar chart); the fifth, a photograph-like texture, is what the world is not, and the right
+Four kinds of scene lie on a 4 x 4 grid of cells (coloured shapes, a sign with a word, a board with
+a sum, a bar chart); the fifth, a photograph-like texture, is what the world is not, and the right
 answer says so. Everything follows from a seed. A scene belongs to the `train` or to the `heldout`
 split by a hash of its content, so the two never share a scene, whatever the seeds.
 
 The embedded data set of flashvl: `tiny` is trained on it, the tests and demos ask about it.
 """
 
+import io
 import random
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+from flashvl.data.schema import IMAGE_MARKER
 
 Split = Literal["train", "heldout"]
 Task = Literal["caption", "count", "read", "chart", "arithmetic"]
@@ -123,7 +127,7 @@ class TextScene:
     def turns(self, rng: random.Random) -> list[Turn]:
         if self.kind == "sign":
             return [Turn("read", "What does the sign say?", self.text)]
-        left, operator, right = self.text
+        left, operator, right = tuple(self.text)
         result = int(left) + int(right) if operator == "+" else int(left) - int(right)
         return [Turn("arithmetic", "What is the result?", str(result))]
 
@@ -131,7 +135,10 @@ class TextScene:
         row, column = self.start
         font = ImageFont.load_default(0.23 * pen.size)
         ink = pen.ink(self.color)
-        (x0, y0), (x1, y1) = pen.center((row, column)), pen.center((row, column + len(self.text) - 1))
+        (x0, y0), (x1, y1) = (
+            pen.center((row, column)),
+            pen.center((row, column + len(self.text) - 1)),
+        )
         frame = 0.12 * pen.size
         paper = (255, 255, 255) if self.kind == "sign" else (214, 226, 214)
         draw.rectangle((x0 - frame, y0 - frame, x1 + frame, y1 + frame), fill=paper)
@@ -141,7 +148,9 @@ class TextScene:
 
     def cells(self) -> dict[Cell, tuple[str, str, str]]:
         row, column = self.start
-        return {(row, column + i): (glyph, self.color, self.kind) for i, glyph in enumerate(self.text)}
+        return {
+            (row, column + i): (glyph, self.color, self.kind) for i, glyph in enumerate(self.text)
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +195,11 @@ class ChartScene:
                 # A cell is two units high; "none" above the bar, "1" half full, "2" full.
                 full = min(max(value - 2 * (GRID - 1 - row), 0), 2)
                 if full:
-                    labels[row, self.first_column + offset] = ("bar", color, ("half", "full")[full - 1])
+                    labels[row, self.first_column + offset] = (
+                        "bar",
+                        color,
+                        ("half", "full")[full - 1],
+                    )
         return labels
 
 
@@ -244,12 +257,58 @@ def sample(split: Split, seed: int, index: int, tasks: tuple[Task, ...] = TASKS)
             break
     turns = [Turn("caption", "Describe the image.", scene.caption()), *scene.turns(rng)]
     chosen = tuple(turn for turn in turns if turn.task in tasks)
-    return Sample(scene, chosen, style_seed=rng.getrandbits(32), size=rng.randrange(96, 257, 8))
+    return Sample(scene, chosen, style_seed=rng.getrandbits(32), size=rng.randrange(96, 161, 8))
 
 
-def samples(split: Split, seed: int, count: int, tasks: tuple[Task, ...] = TASKS) -> Iterator[Sample]:
+def samples(
+    split: Split, seed: int, count: int, tasks: tuple[Task, ...] = TASKS
+) -> Iterator[Sample]:
     """The first `count` samples of the series."""
     return (sample(split, seed, index, tasks) for index in range(count))
+
+
+def conversation(
+    drawn: Sample, index: int, view: Literal["image", "words"] = "image"
+) -> dict[str, Any]:
+    """The sample as a row of `schema.CONVERSATIONS`: all its turns, in random order.
+
+    Args:
+        view: `image` attaches the picture as a JPEG; `words` puts the scene's description in its
+            place, for a language model that has no eyes yet.
+    """
+    rng = random.Random(drawn.style_seed)
+    turns = rng.sample(drawn.turns, len(drawn.turns))
+    opening = IMAGE_MARKER if view == "image" else drawn.scene.describe()
+    messages = []
+    for number, turn in enumerate(turns):
+        question = f"{opening}\n{turn.question}" if number == 0 else turn.question
+        messages.append({"role": "user", "content": question})
+        messages.append({"role": "assistant", "content": turn.answer})
+    images = [encode_jpeg(drawn.image(), rng.randint(75, 95))] if view == "image" else []
+    return {"index": index, "images": images, "messages": messages}
+
+
+def encode_jpeg(image: Image.Image, quality: int) -> bytes:
+    """The bytes of a JPEG file of `image`."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+CELL_CLASSES = (
+    ("none", *SHAPES, *LETTERS, *"0123456789+-", "bar", "photo"),
+    ("none", *COLORS),
+    ("none", *SIZES, "sign", "board", "half", "full"),
+)
+"""What lies in a cell, its colour, and its size or ground: the three labels of `cell_labels`."""
+
+
+def cell_labels(scene: Scene) -> npt.NDArray[np.int64]:
+    """(GRID * GRID, 3): for each cell in reading order its index into each of `CELL_CLASSES`."""
+    labels = np.zeros((GRID, GRID, len(CELL_CLASSES)), np.int64)
+    for cell, names in scene.cells().items():
+        labels[cell] = [classes.index(n) for classes, n in zip(CELL_CLASSES, names, strict=True)]
+    return labels.reshape(GRID * GRID, -1)
 
 
 def split_of(scene: Scene) -> Split:
@@ -274,9 +333,13 @@ def _scene_for(task: Task, rng: random.Random) -> Scene:
         left, right, operator = rng.randint(0, 9), rng.randint(0, 9), rng.choice("+-")
         if operator == "-" and left < right:
             left, right = right, left
-        return TextScene("board", f"{left}{operator}{right}", _start(3, rng), rng.choice(list(COLORS)))
+        return TextScene(
+            "board", f"{left}{operator}{right}", _start(3, rng), rng.choice(list(COLORS))
+        )
     count = rng.randint(2, GRID)
-    bars = zip(rng.sample(list(COLORS), count), rng.sample(range(1, MAX_BAR + 1), count), strict=True)
+    bars = zip(
+        rng.sample(list(COLORS), count), rng.sample(range(1, MAX_BAR + 1), count), strict=True
+    )
     return ChartScene(tuple(bars), first_column=rng.randint(0, GRID - count))
 
 

@@ -1,6 +1,12 @@
 """The Hugging Face model: importing this package registers Flash-VL with the Auto classes."""
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+)
 
 from flashvl.model.configuration_flashvl import FlashVLConfig
 from flashvl.model.image_processing_flashvl import FlashVLImageProcessor

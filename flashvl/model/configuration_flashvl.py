@@ -1,5 +1,7 @@
 """Configuration of a Flash-VL model: a vision tower, an adapter and a language model."""
 
+from typing import Any
+
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
@@ -17,8 +19,10 @@ class FlashVLConfig(PreTrainedConfig):
         "text_config": SubConfigSpec(AutoConfig, model_type="qwen2"),
     }
 
-    vision_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
+    vision_config: Any = None
+    """The tower's own configuration; given as a dict it becomes one."""
+    text_config: Any = None
+    """The language model's own configuration; given as a dict it becomes one."""
     image_token_id: int = 151655
     """Placeholder that a visual token replaces: Qwen2.5's `<|image_pad|>`."""
     downsample_ratio: float = 0.5

@@ -33,7 +33,9 @@ def pixel_shuffle(features_NSSC: torch.Tensor, downsample_ratio: float) -> torch
     """
     factor = round(1 / downsample_ratio)
     images, rows, columns, channels = features_NSSC.shape
-    blocks = features_NSSC.reshape(images, rows // factor, factor, columns // factor, factor, channels)
+    blocks = features_NSSC.reshape(
+        images, rows // factor, factor, columns // factor, factor, channels
+    )
     blocks = blocks.permute(0, 1, 3, 2, 4, 5)
     return blocks.reshape(images, -1, factor * factor * channels)
 
@@ -61,14 +63,14 @@ class FlashVLMultiModalProjector(nn.Module):
 
 @dataclass
 class FlashVLModelOutputWithPast(BaseModelOutputWithPast):
-    """`image_hidden_states`: (images, tokens, D), what the adapter gave the LLM; None without images."""
+    """`image_hidden_states`: (images, tokens, D), the adapter's output; None without images."""
 
     image_hidden_states: torch.Tensor | None = None
 
 
 @dataclass
 class FlashVLCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """`image_hidden_states`: (images, tokens, D), what the adapter gave the LLM; None without images."""
+    """`image_hidden_states`: (images, tokens, D), the adapter's output; None without images."""
 
     image_hidden_states: torch.Tensor | None = None
 
@@ -96,7 +98,9 @@ class FlashVLModel(FlashVLPreTrainedModel):
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
 
-    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+    def get_image_features(
+        self, pixel_values: torch.Tensor, **kwargs
+    ) -> BaseModelOutputWithPooling:
         """Encode images for the LLM.
 
         Args:
@@ -107,7 +111,9 @@ class FlashVLModel(FlashVLPreTrainedModel):
             `last_hidden_state`: (images, patches, C), the tower's own features.
         """
         kwargs.pop("return_dict", None)
-        outputs = self.vision_tower(pixel_values=pixel_values.to(self.dtype), return_dict=True, **kwargs)
+        outputs = self.vision_tower(
+            pixel_values=pixel_values.to(self.dtype), return_dict=True, **kwargs
+        )
         patches_NPC = outputs.last_hidden_state
         side = self.config.vision_config.image_size // self.config.vision_config.patch_size
         grid_NSSC = patches_NPC.unflatten(1, (side, side))
@@ -132,10 +138,11 @@ class FlashVLModel(FlashVLPreTrainedModel):
         else:
             placeholder = input_ids == self.config.image_token_id
         num_features = image_features.shape[0] * image_features.shape[1]
-        if not torch.compiler.is_compiling() and int(placeholder.sum()) != num_features:
+        num_tokens = num_features if torch.compiler.is_compiling() else int(placeholder.sum())
+        if num_tokens != num_features:
             raise ValueError(
-                f"Image features and image tokens do not match: {int(placeholder.sum())} placeholder"
-                f" tokens, {num_features} visual tokens; let FlashVLProcessor expand the prompt"
+                f"Image features and image tokens do not match: {num_tokens} placeholder tokens,"
+                f" {num_features} visual tokens; let FlashVLProcessor expand the prompt"
             )
         return placeholder.unsqueeze(-1)
 
@@ -198,7 +205,9 @@ class FlashVLForConditionalGeneration(FlashVLPreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
-    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+    def get_image_features(
+        self, pixel_values: torch.Tensor, **kwargs
+    ) -> BaseModelOutputWithPooling:
         """As `FlashVLModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, **kwargs)
 

@@ -1,9 +1,11 @@
-"""Every configuration that the paper names and can be built here, plus `tiny` (shipped, trained)."""
+"""Configurations by name: those of the paper, and `tiny`, which is shipped trained."""
 
+import torch
 from transformers import Qwen2Config, SiglipVisionConfig
 
 from flashvl.errors import ConfigError
 from flashvl.model.configuration_flashvl import FlashVLConfig
+from flashvl.model.modeling_flashvl import FlashVLModel
 
 
 def _static() -> FlashVLConfig:
@@ -58,7 +60,10 @@ def _tiny() -> FlashVLConfig:
         pad_token_id=0,
     )
     return FlashVLConfig(
-        vision_config=vision_config, text_config=text_config, image_token_id=3, projector_hidden_size=512
+        vision_config=vision_config,
+        text_config=text_config,
+        image_token_id=3,
+        projector_hidden_size=512,
     )
 
 
@@ -74,3 +79,18 @@ def build_config(preset: str) -> FlashVLConfig:
     if preset not in PRESETS:
         raise ConfigError(f"unknown preset {preset!r}; known presets: {', '.join(PRESETS)}")
     return PRESETS[preset]()
+
+
+def count_parameters(preset: str) -> dict[str, int]:
+    """Parameters of each part of `preset`, built at full size on the meta device; no memory taken.
+
+    The tower is without its pooling head, the LLM with its embedding, which is its head too where
+    the two are tied.
+    """
+    with torch.device("meta"):
+        model = FlashVLModel(build_config(preset))
+    parts = ("vision_tower", "multi_modal_projector", "language_model")
+    counts = {
+        part: sum(p.numel() for p in model.get_submodule(part).parameters()) for part in parts
+    }
+    return counts | {"total": sum(counts.values())}

@@ -3,7 +3,7 @@
 from transformers import ProcessorMixin
 from transformers.processing_utils import MultiModalData
 
-# What Qwen2.5 and the published checkpoints use; the system message stands first when none is given.
+# As Qwen2.5 and the published checkpoints; a system message is put first where none is given.
 CHAT_TEMPLATE = (
     "{%- if messages[0]['role'] != 'system' -%}"
     "{{- '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' -}}"
@@ -12,7 +12,8 @@ CHAT_TEMPLATE = (
     "{{- '<|im_start|>' + message['role'] + '\n' -}}"
     "{%- if message['role'] == 'assistant' -%}{%- generation -%}"
     "{%- if message['content'] is string -%}{{- message['content'] -}}"
-    "{%- else -%}{%- for part in message['content'] -%}{{- part['text'] -}}{%- endfor -%}{%- endif -%}"
+    "{%- else -%}{%- for part in message['content'] -%}{{- part['text'] -}}{%- endfor -%}"
+    "{%- endif -%}"
     "{{- '<|im_end|>' -}}"
     "{%- endgeneration -%}"
     "{%- else -%}"
@@ -39,7 +40,12 @@ class FlashVLProcessor(ProcessorMixin):
     text_kwargs = {"padding": False, "padding_side": "left"}
 
     def __init__(
-        self, image_processor=None, tokenizer=None, image_seq_length=256, chat_template=None, **kwargs
+        self,
+        image_processor=None,
+        tokenizer=None,
+        image_seq_length=256,
+        chat_template=None,
+        **kwargs,
     ):
         super().__init__(
             image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE, **kwargs

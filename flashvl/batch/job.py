@@ -1,0 +1,200 @@
+"""Offline captioning: an image table in, captions and dead letters out, in one pass over the data.
+
+    read -> decode and tile (CPU tasks) -> caption (a pool of engines) -> Parquet
+
+It does not start Ray: the entry point does. Model, input and output are paths that every node of
+the cluster sees (the output only the driver's).
+"""
+
+import functools
+import logging
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import ray
+import ray.data
+from pydantic import PositiveInt, field_validator
+from ray.exceptions import RayTaskError
+
+from flashvl.batch.inputs import Source, find_source
+from flashvl.batch.outputs import OutputFolder, check_output
+from flashvl.batch.stages import Captioner, tile_images
+from flashvl.config import StrictModel
+from flashvl.data.images import ImageLimits
+from flashvl.data.schema import IMAGE_MARKER
+from flashvl.errors import ConfigError, FlashVLError
+from flashvl.model.loading import SHIPPED, load_processor, resolve_checkpoint
+
+logger = logging.getLogger(__name__)
+
+ROWS_PER_TASK = 256
+"""Rows that one CPU task decodes and tiles: seconds of work, and what a lost worker costs."""
+
+Progress = Callable[[int, int], None]
+"""Called with the rows done and the rows in all."""
+
+
+class CaptionJob(StrictModel):
+    """What to caption, with what, and where to."""
+
+    input: str
+    """Parquet file, folder or glob of Parquet, or a folder of images (id: path in the folder)."""
+    output: Path
+    """Folder that is new or empty; see `flashvl.batch.outputs`."""
+    model: str = "tiny"
+    """Shipped model's name, or a Flash-VL folder."""
+    prompt: str = "Describe the image."
+    """Asked about every image."""
+    max_new_tokens: PositiveInt = 64
+    """Longer captions end here, with finish reason `length`."""
+    batch_size: PositiveInt = 32
+    """Images that an engine captions together."""
+    num_engines: PositiveInt = 1
+    """Engines in the pool; each takes a GPU where the cluster has any."""
+    limits: ImageLimits = ImageLimits()
+    """Images outside these become dead letters."""
+
+    @field_validator("prompt")
+    @classmethod
+    def _has_no_marker(cls, prompt: str) -> str:
+        if IMAGE_MARKER in prompt:
+            raise ValueError(f"must not hold {IMAGE_MARKER}, which is put before it; leave it out")
+        return prompt
+
+
+class Summary(StrictModel):
+    """The closing audit, as in `_summary.json`: `input == written + dead`."""
+
+    input: int
+    """Rows in the input, by its Parquet footers or its list of files."""
+    written: int
+    """Rows in the files of captions."""
+    dead: int
+    """Rows in the files of dead letters."""
+    seconds: float
+    """From the call to the last row on disk."""
+    images_per_s: float
+    """`input` a second."""
+    model: str
+    prompt: str
+    max_new_tokens: int
+
+
+def run_caption_job(job: CaptionJob, on_progress: Progress | None = None) -> Summary:
+    """Caption every row of the input; a row that cannot be captioned becomes a dead letter.
+
+    Args:
+        on_progress: called on the driver as captions arrive.
+
+    Raises:
+        ConfigError: input or output will not do; nothing was started or created.
+        CheckpointError: the model will not do.
+        FlashVLError: the audit failed, so that rows are missing or doubled.
+    """
+    started_s = time.monotonic()
+    source = find_source(job.input)
+    check_output(job.output)
+    load_processor(job.model)
+    num_gpus = _check_cluster(job.num_engines)
+    output = OutputFolder(job.output)
+    logger.info("%d rows of %s -> %s", source.num_rows, job.input, job.output)
+
+    num_done = 0
+    for rows in _captioned(job, source, num_gpus):
+        output.write(rows)
+        num_done += rows.num_rows
+        if on_progress is not None:
+            on_progress(num_done, source.num_rows)
+    written, dead = output.finish_rows()
+    seconds = time.monotonic() - started_s
+    if written + dead != source.num_rows:
+        raise FlashVLError(
+            f"audit failed: input ({source.num_rows}) must equal written ({written}) + dead "
+            f"({dead}); did the input change meanwhile? Remove {job.output} and run again"
+        )
+
+    summary = Summary(
+        input=source.num_rows,
+        written=written,
+        dead=dead,
+        seconds=round(seconds, 3),
+        images_per_s=round(source.num_rows / seconds, 3),
+        model=job.model,
+        prompt=job.prompt,
+        max_new_tokens=job.max_new_tokens,
+    )
+    output.finish(summary.model_dump_json(indent=2) + "\n")
+    return summary
+
+
+def _check_cluster(num_engines: int) -> int:
+    """GPUs an engine takes: one where the cluster has any, else none.
+
+    Raises:
+        ConfigError: engines on CPUs would leave none to read and decode with.
+    """
+    resources = ray.cluster_resources()
+    if resources.get("GPU", 0) >= 1:
+        return 1
+    num_cpus = int(resources.get("CPU", 0))
+    if num_engines >= num_cpus:
+        raise ConfigError(
+            f"num_engines ({num_engines}) must be less than the cluster's CPUs ({num_cpus}), "
+            "as it has no GPU; lower num_engines"
+        )
+    return 0
+
+
+def _captioned(job: CaptionJob, source: Source, num_gpus: int) -> Iterator[pa.Table]:
+    """Rows of `stages.CAPTIONED` as they are done, each once.
+
+    Raises:
+        Exception: what a step raised, as it was raised there, save `DataError`.
+    """
+    if not source.num_rows:
+        return  # Ray has no columns for a dataset without blocks
+    rows = _pipeline(job, source, num_gpus)
+    try:
+        yield from rows.iter_batches(batch_size=None, batch_format="pyarrow")
+    except RayTaskError as error:
+        if isinstance(error.cause, FlashVLError):
+            raise error.cause from None
+        raise
+
+
+def _pipeline(job: CaptionJob, source: Source, num_gpus: int) -> ray.data.Dataset:
+    folder = resolve_checkpoint(job.model)
+    # A shipped model is found by its name in whatever folder a node has the package in.
+    model = folder.name if folder.parent == SHIPPED else str(folder.absolute())
+    rows = (
+        source.read()
+        # A table may be one row group of any length, which one task would decode alone.
+        .repartition(target_num_rows_per_block=ROWS_PER_TASK)
+        .map_batches(
+            functools.partial(tile_images, model=model, limits=job.limits),
+            batch_size=job.batch_size,
+            batch_format="pyarrow",
+        )
+        # Cuts the task's output, so that a batch is captioned while the next is decoded; and keeps
+        # Ray from fusing the decoding into the engine's actor, as it does where neither has a GPU.
+        .repartition(target_num_rows_per_block=job.batch_size)
+        .map_batches(
+            Captioner,
+            fn_constructor_kwargs={
+                "model": model,
+                "prompt": job.prompt,
+                "max_new_tokens": job.max_new_tokens,
+                "num_engines": job.num_engines,
+            },
+            batch_size=job.batch_size,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(size=job.num_engines),
+            num_gpus=num_gpus,
+        )
+    )
+    rows.context.enable_progress_bars = False
+    rows.context.print_on_execution_start = False
+    rows.context.raise_original_map_exception = True
+    return rows

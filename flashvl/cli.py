@@ -1,0 +1,184 @@
+"""The `flashvl` command: parse, call one library function, print where the result is.
+
+Heavy libraries are imported inside the commands, so that `flashvl --help` answers at once.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flashvl.entrypoint import report_errors, show_progress, start_ray
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Train and run Flash-VL vision-language models on Ray.",
+)
+eval_app = typer.Typer(no_args_is_help=True, help="Measure how good a model is.")
+app.add_typer(eval_app, name="eval")
+
+ModelOption = Annotated[
+    str, typer.Option(help="A shipped model's name (tiny) or a Flash-VL checkpoint folder.")
+]
+JsonOption = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Write the scores here as JSON.")
+]
+
+
+@app.command()
+def caption(
+    input: Annotated[str, typer.Argument(help="Parquet file, folder or glob; or images' folder.")],
+    output: Annotated[Path, typer.Option(help="New or empty folder for the result.")],
+    model: ModelOption = "tiny",
+    prompt: Annotated[str, typer.Option(help="Asked about every image.")] = "Describe the image.",
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of a caption at most.")] = 64,
+    batch_size: Annotated[int, typer.Option(help="Images that an engine takes at once.")] = 32,
+    num_engines: Annotated[int, typer.Option(help="Engines, each on a GPU where there is.")] = 1,
+) -> None:
+    """Caption the images of a Parquet table (columns id, image) or of a folder.
+
+    Captions are in OUTPUT/captions, rows that could not be captioned in OUTPUT/dead_letters with
+    the reason, and the closing audit in OUTPUT/_summary.json.
+
+    Example: flashvl caption photos/ --output captions/
+    """
+    with report_errors():
+        from flashvl.batch.job import CaptionJob, run_caption_job
+        from flashvl.config import validate
+
+        options = {
+            "input": input,
+            "output": output,
+            "model": model,
+            "prompt": prompt,
+            "max_new_tokens": max_new_tokens,
+            "batch_size": batch_size,
+            "num_engines": num_engines,
+        }
+        job = validate(CaptionJob, options, source="caption")
+        start_ray()
+        with show_progress("captioning") as on_progress:
+            summary = run_caption_job(job, on_progress)
+        print(
+            f"{job.output}: {summary.input} images, {summary.written} captions,"
+            f" {summary.dead} dead letters, {summary.seconds:.1f} s,"
+            f" {summary.images_per_s:.1f} images/s"
+        )
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="Recipe file, as in ray_jobs/configs/.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Replace what it says.")
+    ] = None,
+) -> None:
+    """Train one stage from its recipe; the checkpoint folder starts the next stage.
+
+    Example: flashvl train ray_jobs/configs/stage1.yaml num_workers=8 data.parquet=/data/stage1
+    """
+    with report_errors():
+        from flashvl.config import load_config
+        from flashvl.train.recipe import Recipe
+
+        loaded = load_config(Recipe, recipe, overrides or ())
+        start_ray(include_dashboard=True)
+        from flashvl.train.launch import run
+
+        with show_progress(loaded.stage) as on_progress:
+            result = run(loaded, on_progress)
+        print(
+            f"{result.checkpoint}: {result.num_steps} steps in {result.seconds:.0f} s,"
+            f" last loss {result.loss:.4f}"
+        )
+
+
+@eval_app.command()
+def scenes(
+    model: ModelOption = "tiny",
+    items: Annotated[int, typer.Option(help="Held-out questions of each task.")] = 120,
+    json_file: JsonOption = None,
+) -> None:
+    """Exact match on held-out scenes of the procedural world, by task.
+
+    Example: flashvl eval scenes --model tiny --json scores.json
+    """
+    with report_errors():
+        from flashvl.data.synthetic import TASKS
+        from flashvl.engine import Engine
+        from flashvl.eval.scenes import average, evaluate_scenes
+
+        engine = Engine.from_pretrained(model)
+        done = 0
+
+        def count(answered: int) -> None:
+            nonlocal done
+            done += answered
+            on_progress(done, items * len(TASKS))
+
+        with show_progress("asking") as on_progress:
+            scores = evaluate_scenes(engine, items, count)
+        if json_file is not None:
+            tasks = {
+                task: {"items": score.items, "exact_match": score.exact_match}
+                for task, score in scores.items()
+            }
+            _write_json(json_file, {"model": model, "tasks": tasks, "average": average(scores)})
+        for task, score in scores.items():
+            print(f"{task:<12}{score.exact_match:6.3f}  of {score.items}")
+        print(f"{'average':<12}{average(scores):6.3f}")
+
+
+@app.command()
+def models(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False,
+) -> None:
+    """The presets and their parameter counts, each built in full on the meta device."""
+    with report_errors():
+        from flashvl.model.presets import PRESETS, count_parameters
+
+        counts = {preset: count_parameters(preset) for preset in PRESETS}
+        if as_json:
+            print(json.dumps(counts, indent=2))
+            return
+        for preset, parts in counts.items():
+            print(preset)
+            for part, count in parts.items():
+                print(f"  {part:<20}{count:>15,}")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for the table, captions and report.")],
+) -> None:
+    """Caption 200 pictures of every kind with the shipped model and write report.html."""
+    with report_errors():
+        from rich.console import Console
+
+        from flashvl.demo.run import render_demo, run_demo
+
+        start_ray()
+        with show_progress("captioning") as on_progress:
+            made = run_demo(output, on_progress=on_progress)
+        console = Console()
+        console.print(render_demo(made))
+        console.print(f"Open {made.report} to see each picture beside its caption.")
+
+
+def _write_json(path: Path, value: Any) -> None:
+    from flashvl.errors import ConfigError
+
+    try:
+        path.write_text(json.dumps(value, indent=2) + "\n")
+    except OSError as error:
+        raise ConfigError(
+            f"--json {path} cannot be written: {error.strerror}; name another file"
+        ) from None
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

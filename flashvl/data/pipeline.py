@@ -1,0 +1,154 @@
+"""Ray Data: conversations -> training rows, in an order that does not depend on the cluster.
+
+A row is `index`, `input_ids`, `labels`, `tiles` (uint8 bytes) and, for synthetic scenes, `cells`.
+Blocks hold exactly one micro-batch each and keep their order, so Ray's splitter deals them to the
+workers in turn: step k of two workers sees the same samples as step k of one that accumulates two.
+"""
+
+import functools
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, Self
+
+import pyarrow.parquet as pq
+import ray.data
+from pydantic import PositiveInt, model_validator
+
+from flashvl.config import StrictModel
+from flashvl.data import synthetic
+from flashvl.data.features import encode_conversation, make_tiles
+from flashvl.data.images import decode_image
+from flashvl.data.schema import CONVERSATIONS
+from flashvl.errors import ConfigError, DataError
+from flashvl.model import FlashVLProcessor
+from flashvl.model.loading import load_processor
+
+logger = logging.getLogger(__name__)
+
+ROWS_A_TASK = 256
+"""Rows that one synthetic task draws: tens of milliseconds of work, a few megabytes of output."""
+
+
+class SyntheticData(StrictModel):
+    """Rows of the procedural world, drawn as they are read."""
+
+    count: PositiveInt
+    """Number of rows."""
+    seed: int = 0
+    """Stages with different seeds see different scenes."""
+    tasks: tuple[synthetic.Task, ...] = synthetic.TASKS
+    view: Literal["image", "words"] = "image"
+    """`words`: the scene described in text, for a language model that has no eyes yet."""
+
+
+class TrainingData(StrictModel):
+    """Where the rows come from: exactly one of the two."""
+
+    parquet: str | None = None
+    """Folder of Parquet files with the schema `flashvl.data.schema.CONVERSATIONS`, shuffled."""
+    synthetic: SyntheticData | None = None
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        if (self.parquet is None) == (self.synthetic is None):
+            raise ValueError("give exactly one of data.parquet and data.synthetic")
+        return self
+
+    def num_rows(self) -> int:
+        """Rows in all.
+
+        Raises:
+            ConfigError: no such Parquet data, or of another schema.
+        """
+        if self.synthetic is not None:
+            return self.synthetic.count
+        try:
+            dataset = pq.ParquetDataset(self.parquet)
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"data.parquet={self.parquet}: {reason}") from None
+        missing = set(CONVERSATIONS.names) - set(dataset.schema.names)
+        if missing or not dataset.fragments:
+            raise ConfigError(
+                f"data.parquet={self.parquet} has no column {', '.join(sorted(missing))};"
+                f" it must hold {', '.join(CONVERSATIONS.names)}"
+            )
+        return sum(fragment.count_rows() for fragment in dataset.fragments)
+
+
+def training_rows(
+    data: TrainingData, model: str, max_length: int, micro_batch: int
+) -> ray.data.Dataset:
+    """The rows as a Ray dataset, one micro-batch a block.
+
+    Args:
+        model: folder whose processor encodes them.
+        max_length: rows of more tokens are left out, with a warning.
+    """
+    if data.synthetic is not None:
+        num_blocks = -(-data.synthetic.count // ROWS_A_TASK)
+        rows = ray.data.range(data.synthetic.count, override_num_blocks=num_blocks)
+        encode: Callable[..., dict[str, list[Any]]] = functools.partial(
+            _encode_synthetic, data.synthetic
+        )
+    else:
+        rows = ray.data.read_parquet(data.parquet, columns=CONVERSATIONS.names)
+        encode = _encode_table
+    encoded = rows.map_batches(
+        functools.partial(encode, model=model, max_length=max_length),
+        batch_size=ROWS_A_TASK,
+        batch_format="pyarrow",
+    )
+    return encoded.repartition(target_num_rows_per_block=micro_batch, strict=True)
+
+
+def _encode_table(table: Any, *, model: str, max_length: int) -> dict[str, list[Any]]:
+    return _columns(_encode_rows(table.to_pylist(), model, max_length))
+
+
+def _encode_synthetic(
+    spec: SyntheticData, table: Any, *, model: str, max_length: int
+) -> dict[str, list[Any]]:
+    drawn = [
+        synthetic.sample("train", spec.seed, index, spec.tasks) for index in table["id"].to_pylist()
+    ]
+    conversations = (
+        synthetic.conversation(sample, index, spec.view)
+        for sample, index in zip(drawn, table["id"].to_pylist(), strict=True)
+    )
+    columns = _columns(_encode_rows(conversations, model, max_length))
+    columns["cells"] = [synthetic.cell_labels(sample.scene).tobytes() for sample in drawn]
+    return columns
+
+
+def _encode_rows(
+    rows: Iterable[dict[str, Any]], model: str, max_length: int
+) -> Iterator[dict[str, Any]]:
+    processor = _processor(model)
+    for row in rows:
+        try:
+            input_ids, labels = encode_conversation(row["messages"], processor, max_length)
+            tiles = make_tiles([decode_image(image) for image in row["images"]], processor)
+        except DataError as error:
+            logger.warning("row %s is left out: %s", row["index"], error)
+            continue
+        yield {
+            "index": row["index"],
+            "input_ids": input_ids,
+            "labels": labels,
+            "tiles": tiles.tobytes(),
+        }
+
+
+def _columns(rows: Iterable[dict[str, Any]]) -> dict[str, list[Any]]:
+    columns: dict[str, list[Any]] = {"index": [], "input_ids": [], "labels": [], "tiles": []}
+    for row in rows:
+        for name, values in columns.items():
+            values.append(row[name])
+    return columns
+
+
+@functools.lru_cache(maxsize=1)
+def _processor(model: str) -> FlashVLProcessor:
+    """One load a worker process, not one a task."""
+    return load_processor(model)

@@ -1,0 +1,1 @@
+"""The demonstration: a table of pictures as people have them, captioned, and a report of it."""

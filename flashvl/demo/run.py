@@ -1,0 +1,109 @@
+"""The demo, start to end: make the table, caption it, compare with the truth, write the report."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from flashvl.batch.job import CaptionJob, Progress, Summary, run_caption_job
+from flashvl.batch.outputs import check_output
+from flashvl.demo.report import write_report
+from flashvl.demo.results import DeadLetter, Result, read_dead_letters, read_results
+from flashvl.demo.table import write_demo_table
+from flashvl.errors import ConfigError
+
+SHOWN_ROWS = 12
+"""Captions in the console's table; the report has them all."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Demo:
+    """What a demo left and found."""
+
+    table: Path
+    report: Path
+    summary: Summary
+    results: list[Result]
+    dead_letters: list[DeadLetter]
+
+
+def run_demo(output: Path, model: str = "tiny", on_progress: Progress | None = None) -> Demo:
+    """Caption the demo's table with `model`; a local or a connected Ray must be there.
+
+    Args:
+        output: gets `demo.parquet`, `captions/` (see `flashvl.batch.outputs`) and `report.html`;
+            those of an earlier demo are replaced, anything else is left alone.
+
+    Raises:
+        ConfigError: `output` cannot be written, or holds captions that no demo made.
+        CheckpointError: `model` will not do.
+    """
+    table, captions, report = (
+        output / name for name in ("demo.parquet", "captions", "report.html")
+    )
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        if table.exists():
+            _remove_captions(captions)
+        check_output(captions)  # before there is a table that says they are a demo's
+        write_demo_table(table)
+    except OSError as error:
+        raise ConfigError(
+            f"output {output} cannot be written ({error.strerror}); name another folder"
+        ) from None
+
+    job = CaptionJob(input=str(table), output=captions, model=model)
+    summary = run_caption_job(job, on_progress)
+    demo = Demo(
+        table=table,
+        report=report,
+        summary=summary,
+        results=read_results(table, captions),
+        dead_letters=read_dead_letters(captions),
+    )
+    write_report(report, summary, demo.results, demo.dead_letters)
+    return demo
+
+
+def _remove_captions(folder: Path) -> None:
+    """Remove what an earlier demo's job wrote; the next job refuses a folder with more in it."""
+    for file in _job_files(folder):
+        file.unlink()
+    for part in (folder / "captions", folder / "dead_letters", folder):
+        if part.is_dir() and not any(part.iterdir()):
+            part.rmdir()
+
+
+def _job_files(folder: Path) -> Iterator[Path]:
+    for pattern in ("_summary.json", "*/part-*.parquet", "*/.part-*.parquet"):
+        yield from folder.glob(pattern)
+
+
+def render_demo(demo: Demo) -> RenderableType:
+    """What came out, for the console: some captions beside the truth, dead letters, totals."""
+    captions = Table(title="Captions", title_justify="left", expand=False)
+    for name in ("image", "caption", "true answer", "right"):
+        captions.add_column(name, overflow="fold")
+    for result in demo.results[:SHOWN_ROWS]:
+        mark = Text("yes", "green") if result.is_right else Text("no", "red")
+        captions.add_row(Text(result.id), Text(result.caption), Text(result.answer), mark)
+    if len(demo.results) > SHOWN_ROWS:
+        captions.caption = f"and {len(demo.results) - SHOWN_ROWS} more in the report"
+
+    dead = Table(title="Dead letters", title_justify="left", expand=False)
+    for name in ("image", "stage", "reason"):
+        dead.add_column(name, overflow="fold")
+    for letter in demo.dead_letters:
+        dead.add_row(Text(letter.id), Text(letter.stage), Text(letter.reason))
+
+    summary = demo.summary
+    num_right = sum(result.is_right for result in demo.results)
+    totals = (
+        f"{summary.input} images: {summary.written} captioned, {summary.dead} dead letters; "
+        f"{num_right} captions exactly right; "
+        f"{summary.seconds:.1f} s, {summary.images_per_s:.1f} images/s"
+    )
+    return Group(captions, dead, Text(totals))

@@ -1,0 +1,148 @@
+"""What every entry point does around its one library call: errors, Ray, progress.
+
+Heavy libraries are imported inside, so that `flashvl --help` answers at once.
+"""
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from flashvl.errors import ConfigError, FlashVLError
+
+MIN_CPUS = 3
+"""Logical CPUs of a local Ray: a worker takes the two of a laptop, and data must still flow."""
+ENVIRONMENT = {
+    # OpenMP threads that spin while another process has their core lose more than half of their
+    # time on a laptop; asleep they lose a tenth.
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "HF_HUB_OFFLINE": "1",  # every model is a local folder
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # loading takes no time that one would watch
+    "TOKENIZERS_PARALLELISM": "false",  # Ray is what runs in parallel
+}
+"""Of this process and of the workers that a local Ray starts."""
+PROGRESS_LINE_S = 10.0
+"""Seconds between two lines of progress where there is no terminal."""
+
+
+class ShowProgress(Protocol):
+    """Shows how far a long run is."""
+
+    def __call__(self, done: int, total: int, loss: float | None = None) -> None: ...
+
+
+@contextmanager
+def report_errors() -> Iterator[None]:
+    """A `FlashVLError` becomes one line on stderr and exit status 2."""
+    try:
+        yield
+    except FlashVLError as error:
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        raise SystemExit(2) from None
+
+
+def start_ray(
+    num_cpus: int | None = None, *, include_dashboard: bool = False, log_to_driver: bool = False
+) -> None:
+    """Connect to the cluster of `RAY_ADDRESS`, as in a submitted job, else start a local Ray.
+
+    Args:
+        num_cpus: logical CPUs of a local Ray; by default the machine's, and at least `MIN_CPUS`.
+        include_dashboard: of a local Ray, for long runs; it takes seconds to start.
+        log_to_driver: show what workers print.
+
+    Raises:
+        ConfigError: no cluster answers at `RAY_ADDRESS`.
+    """
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        # Ray's C++ side puts things on the terminal that only its developers need.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    # These tell of every execution, and warn that the progress bars are off: we show our own.
+    logging.getLogger("ray.data._internal.execution.streaming_executor").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+    if address:
+        try:
+            ray.init(logging_level=logging.WARNING, log_to_driver=log_to_driver)
+        except ConnectionError:
+            raise ConfigError(
+                f"no Ray cluster answers at RAY_ADDRESS={address}; "
+                "start it, or unset RAY_ADDRESS to use this machine"
+            ) from None
+        return
+    with _no_stderr():  # else the C++ side announces the level set above; failures are exceptions
+        ray.init(
+            address="local",
+            num_cpus=num_cpus or max(MIN_CPUS, os.cpu_count() or 1),
+            include_dashboard=include_dashboard,
+            # Errors only: what it warns of (a small /dev/shm, say) is no trouble at this size.
+            logging_level=logging.ERROR,
+            log_to_driver=log_to_driver,
+        )
+
+
+@contextmanager
+def _no_stderr() -> Iterator[None]:
+    """Send what this process and its children write to the file descriptor 2 nowhere."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+
+
+@contextmanager
+def show_progress(what: str) -> Iterator[ShowProgress]:
+    """A function of (done, total) and perhaps the loss that draws a bar on stderr, or lines.
+
+    Lines now and then are for where there is no terminal.
+    """
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _print_lines(what)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
+        task = progress.add_task(what, total=None)
+
+        def on_progress(done: int, total: int, loss: float | None = None) -> None:
+            progress.update(task, completed=done, total=total, description=_label(what, loss))
+
+        yield on_progress
+
+
+def _label(what: str, loss: float | None) -> str:
+    return what if loss is None else f"{what} (loss {loss:.4f})"
+
+
+def _print_lines(what: str) -> ShowProgress:
+    next_s = time.monotonic() + PROGRESS_LINE_S
+
+    def on_progress(done: int, total: int, loss: float | None = None) -> None:
+        nonlocal next_s
+        if time.monotonic() >= next_s:
+            next_s = time.monotonic() + PROGRESS_LINE_S
+            sys.stderr.write(f"{_label(what, loss)}: {done} of {total}\n")
+
+    return on_progress

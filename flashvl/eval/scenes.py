@@ -1,0 +1,76 @@
+"""Exact match on held-out scenes of the procedural world, one question at a time.
+
+flashvl eval scenes --model tiny --json scores.json
+"""
+
+import itertools
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from PIL import Image
+
+from flashvl.data import synthetic
+from flashvl.data.schema import IMAGE_MARKER
+from flashvl.engine import Engine, Request
+
+BATCH_SIZE = 50
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Item:
+    """One question about one picture."""
+
+    task: synthetic.Task
+    question: str
+    answer: str
+    image: Image.Image
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskScore:
+    """`exact_match`: the share of answers that equal the true one, letter by letter."""
+
+    items: int
+    exact_match: float
+
+
+def held_out_items(task: synthetic.Task, count: int, seed: int = 0) -> Iterator[Item]:
+    """`count` questions of `task` about scenes that no training row can hold."""
+    rng = random.Random(f"{task}/{seed}")
+    for drawn in synthetic.samples("heldout", seed, count, tasks=(task,)):
+        turn = rng.choice(drawn.turns)
+        yield Item(task=task, question=turn.question, answer=turn.answer, image=drawn.image())
+
+
+def evaluate_scenes(
+    engine: Engine, items_per_task: int = 120, on_progress: Callable[[int], None] = lambda _: None
+) -> dict[synthetic.Task, TaskScore]:
+    """Ask `engine` `items_per_task` held-out questions of every task.
+
+    Args:
+        on_progress: called with the number of questions answered since the last call.
+    """
+    scores = {}
+    for task in synthetic.TASKS:
+        correct = 0
+        items = held_out_items(task, items_per_task)
+        while batch := list(itertools.islice(items, BATCH_SIZE)):
+            completions = engine.generate([_request(item) for item in batch])
+            correct += sum(
+                completion.text == item.answer
+                for completion, item in zip(completions, batch, strict=True)
+            )
+            on_progress(len(batch))
+        scores[task] = TaskScore(items=items_per_task, exact_match=correct / items_per_task)
+    return scores
+
+
+def average(scores: dict[synthetic.Task, TaskScore]) -> float:
+    """The mean exact match over the tasks."""
+    return sum(score.exact_match for score in scores.values()) / len(scores)
+
+
+def _request(item: Item) -> Request:
+    messages = [{"role": "user", "content": f"{IMAGE_MARKER}\n{item.question}"}]
+    return Request(messages=messages, images=[item.image], max_new_tokens=48)

@@ -1,0 +1,85 @@
+"""A model's name or folder -> the model and its processor."""
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import AutoProcessor
+
+from flashvl.errors import CheckpointError
+from flashvl.model.configuration_flashvl import FlashVLConfig
+from flashvl.model.modeling_flashvl import FlashVLForConditionalGeneration
+from flashvl.model.processing_flashvl import FlashVLProcessor
+
+SHIPPED = Path(__file__).parent.parent / "checkpoints"
+"""Folders of the checkpoints inside the package, called by their names."""
+
+
+def resolve_checkpoint(model: str | Path) -> Path:
+    """The folder of `model`: a shipped checkpoint's name, or a path.
+
+    Raises:
+        CheckpointError: no such folder, or not one of a Flash-VL model.
+    """
+    shipped = sorted(path.parent.name for path in SHIPPED.glob("*/config.json"))
+    folder = SHIPPED / model if str(model) in shipped else Path(model)
+    remedy = f"name a Flash-VL folder or a shipped model ({', '.join(shipped)})"
+    if not folder.is_dir():
+        raise CheckpointError(f"no model folder {str(model)!r}; {remedy}")
+    try:
+        model_type = json.loads((folder / "config.json").read_text())["model_type"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{folder} has no readable config.json; {remedy}") from None
+    if model_type != FlashVLConfig.model_type:
+        raise CheckpointError(
+            f"{folder} holds a {model_type!r} model, not {FlashVLConfig.model_type!r}; {remedy}"
+        )
+    return folder
+
+
+def load_processor(model: str | Path) -> FlashVLProcessor:
+    """The processor of a shipped model or of a folder, as `load_model` finds it."""
+    folder = resolve_checkpoint(model)
+    try:
+        return AutoProcessor.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} has no usable processor: {_one_line(error)}") from error
+
+
+def load_model(
+    model: str | Path, dtype: torch.dtype = torch.float32
+) -> FlashVLForConditionalGeneration:
+    """The model, in evaluation mode on the CPU; every weight comes from the folder.
+
+    Raises:
+        CheckpointError: see `resolve_checkpoint`; or a weight is missing, unknown or misshapen.
+    """
+    folder = resolve_checkpoint(model)
+    try:
+        loaded, report = FlashVLForConditionalGeneration.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{folder} cannot be loaded: {_one_line(error)}") from error
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[problem]:
+            name = sorted(map(str, report[problem]))[0]
+            raise CheckpointError(
+                f"{folder}: {problem.replace('_keys', '')} weight {name}; save the folder anew"
+            )
+    return loaded.eval()
+
+
+def inference_dtype() -> torch.dtype:
+    """bf16 where the hardware multiplies it (a GPU, a CPU with AMX or AVX512-BF16), else fp32.
+
+    Emulated bf16 on a CPU without it is several times slower than fp32.
+    """
+    if torch.cuda.is_available():
+        return torch.bfloat16
+    has_bf16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

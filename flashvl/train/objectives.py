@@ -1,0 +1,121 @@
+"""What a stage minimises: a module to train, its batches, and a loss that sums to an exact mean.
+
+Each objective divides its summed loss by `num_items`, the items of the whole global batch shared
+out evenly over micro-batches. The mean over micro-batches and workers, which DeepSpeed takes, is
+then the mean over all items of the global batch, however it is split.
+"""
+
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from flashvl.data.features import IGNORE_INDEX, normalize_tiles, pad
+from flashvl.data.synthetic import CELL_CLASSES
+from flashvl.model import FlashVLForConditionalGeneration, FlashVLProcessor
+from flashvl.model.modeling_flashvl import pixel_shuffle
+
+Columns = dict[str, npt.NDArray[Any]]
+Tensors = dict[str, torch.Tensor]
+
+
+class Objective(Protocol):
+    """How a stage turns columns of the pipeline into a loss."""
+
+    @property
+    def module(self) -> nn.Module:
+        """What DeepSpeed wraps."""
+
+    def collate(self, columns: Columns) -> Tensors:
+        """A micro-batch from the pipeline -> tensors."""
+
+    def num_items(self, batch: Tensors) -> int:
+        """Items (tokens, cells) that take a loss."""
+
+    def loss(self, engine: nn.Module, batch: Tensors, num_items: torch.Tensor) -> torch.Tensor:
+        """The batch's summed loss / `num_items`."""
+
+
+class Answers:
+    """Next-token loss on the assistant's turns."""
+
+    def __init__(self, model: FlashVLForConditionalGeneration, processor: FlashVLProcessor):
+        self.module = model
+        self.processor = processor
+
+    def collate(self, columns: Columns) -> Tensors:
+        batch = {
+            "input_ids": pad(columns["input_ids"], self.processor.tokenizer.pad_token_id),
+            "labels": pad(columns["labels"], IGNORE_INDEX),
+            "attention_mask": pad([np.ones(len(ids)) for ids in columns["input_ids"]], 0),
+        }
+        tiles = _tiles(columns["tiles"], self.processor)
+        if len(tiles):
+            batch["pixel_values"] = tiles
+        return batch
+
+    def num_items(self, batch: Tensors) -> int:
+        return int((batch["labels"] != IGNORE_INDEX).sum())
+
+    def loss(self, engine: nn.Module, batch: Tensors, num_items: torch.Tensor) -> torch.Tensor:
+        return engine(**batch, num_items_in_batch=num_items, use_cache=False).loss
+
+
+class CellReader(nn.Module):
+    """A tower with a linear read-out of what lies in each cell; the read-out is thrown away."""
+
+    def __init__(self, model: FlashVLForConditionalGeneration):
+        super().__init__()
+        self.vision_tower = model.model.vision_tower
+        self.downsample_ratio = model.config.downsample_ratio
+        num_classes = sum(len(classes) for classes in CELL_CLASSES)
+        self.read_out = nn.Linear(model.config.projector_input_size, num_classes)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(images, 3, H, W) -> (images, cells, classes of all three labels)."""
+        dtype = self.read_out.weight.dtype
+        patches = self.vision_tower(pixel_values=pixel_values.to(dtype)).last_hidden_state
+        side = round(patches.shape[1] ** 0.5)
+        grid = patches.unflatten(1, (side, side))
+        return self.read_out(pixel_shuffle(grid, self.downsample_ratio))
+
+
+class Cells:
+    """Cross-entropy of what lies in each cell of a synthetic scene."""
+
+    def __init__(self, model: FlashVLForConditionalGeneration, processor: FlashVLProcessor):
+        self.module = CellReader(model)
+        self.processor = processor
+
+    def collate(self, columns: Columns) -> Tensors:
+        cells = [np.frombuffer(cells, np.int64) for cells in columns["cells"]]
+        return {
+            "pixel_values": _tiles(columns["tiles"], self.processor),
+            "cells": torch.from_numpy(np.stack(cells)).unflatten(1, (-1, len(CELL_CLASSES))),
+        }
+
+    def num_items(self, batch: Tensors) -> int:
+        return batch["cells"].numel()
+
+    def loss(self, engine: nn.Module, batch: Tensors, num_items: torch.Tensor) -> torch.Tensor:
+        logits = engine(batch["pixel_values"]).float()
+        parts = logits.split([len(classes) for classes in CELL_CLASSES], dim=-1)
+        summed = sum(
+            F.cross_entropy(part.flatten(0, 1), cells.flatten(), reduction="sum")
+            for part, cells in zip(parts, batch["cells"].unbind(-1), strict=True)
+        )
+        return summed / num_items
+
+
+OBJECTIVES: dict[str, type[Answers] | type[Cells]] = {"answers": Answers, "cells": Cells}
+
+
+def _tiles(column: npt.NDArray[Any], processor: FlashVLProcessor) -> torch.Tensor:
+    """Bytes of the pipeline's `tiles` -> normalised (tiles, 3, height, width)."""
+    size = processor.image_processor.size
+    tiles = np.frombuffer(b"".join(column), np.uint8).copy()
+    shaped = torch.from_numpy(tiles).view(-1, 3, size["height"], size["width"])
+    return normalize_tiles(shaped, processor)

@@ -1,0 +1,76 @@
+"""A training recipe: one YAML file a stage, the paper's numbers as the defaults."""
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, PositiveInt, model_validator
+
+from flashvl.config import StrictModel
+from flashvl.data.pipeline import TrainingData
+
+Part = Literal["vision_tower", "multi_modal_projector", "language_model"]
+
+
+class Recipe(StrictModel):
+    """What one stage trains, on what, and how."""
+
+    stage: str
+    """Name of the stage, for the progress bar and the logs."""
+    init_from: str
+    """Folder (or shipped name) of the checkpoint that the stage starts from."""
+    output_dir: Path
+    """New folder for the Hugging Face checkpoint and its logs; on storage all nodes share."""
+    data: TrainingData
+    """Rows to train on; each is seen once."""
+    objective: Literal["answers", "cells"] = "answers"
+    """`answers`: next-token loss on the assistant's turns. `cells`: what lies in each cell of a
+    synthetic scene, a pre-training for a tower that starts from nothing."""
+    trainable: tuple[Part, ...] = ("vision_tower", "multi_modal_projector", "language_model")
+    """Parts that learn (paper, Table 1); the others stay bit-identical."""
+
+    global_batch_size: PositiveInt = 240
+    """Samples a step: per_device_train_batch_size x accumulation x num_workers."""
+    per_device_train_batch_size: PositiveInt = 6
+    num_workers: PositiveInt = 40
+    use_gpu: bool = True
+    threads_per_worker: PositiveInt = 1
+    """CPU threads (and logical CPUs) of one worker."""
+
+    learning_rate: float = Field(default=1e-5, gt=0)
+    """Peak, reached after the warm-up (Table 1: 1e-3 in stage 1, 1e-5 in stages 2-4)."""
+    min_learning_rate: float = Field(default=0.0, ge=0)
+    """Floor of the cosine, reached at the last step (Table 1: 2e-5 in stage 1, else 0)."""
+    warmup_steps: int = Field(default=400, ge=0)
+    """Linear warm-up. The paper gives 400 for its ablations and nothing for the full runs."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    adam_beta2: float = Field(default=0.999, gt=0, lt=1)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    zero_stage: Literal[1, 2] = 1
+    """DeepSpeed ZeRO. Stage 1 shards the optimizer's states, and a 2B model then fits 80 GB."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    max_length: PositiveInt = 2048
+    """Tokens of a conversation, image tokens included; longer ones are left out and counted."""
+    seed: int = 0
+
+    @property
+    def gradient_accumulation_steps(self) -> int:
+        return self.global_batch_size // (self.per_device_train_batch_size * self.num_workers)
+
+    @model_validator(mode="after")
+    def _check_batch(self) -> Self:
+        micro_batch = self.per_device_train_batch_size * self.num_workers
+        if self.global_batch_size % micro_batch:
+            nearest = max(self.global_batch_size // micro_batch, 1) * micro_batch
+            raise ValueError(
+                f"global_batch_size ({self.global_batch_size}) must be divisible by"
+                f" per_device_train_batch_size x num_workers ({self.per_device_train_batch_size} x"
+                f" {self.num_workers} = {micro_batch}). Try global_batch_size={nearest}."
+            )
+        if self.objective == "cells" and self.data.synthetic is None:
+            raise ValueError("objective 'cells' needs data.synthetic: only there are cells known")
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"min_learning_rate ({self.min_learning_rate}) is above learning_rate"
+                f" ({self.learning_rate}); lower it"
+            )
+        return self

@@ -1,0 +1,59 @@
+"""The exam itself: an oracle gets everything right, a model that guesses gets next to nothing."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from flashvl.data import synthetic
+from flashvl.engine import Completion, Engine, Request
+from flashvl.eval.scenes import average, evaluate_scenes, held_out_items
+
+
+class Oracle:
+    """Answers like an engine, from a table of pictures and questions, but for every third."""
+
+    def __init__(self, items: int):
+        self.answers = {
+            (item.question, item.image.tobytes()): item.answer
+            for task in synthetic.TASKS
+            for item in held_out_items(task, items)
+        }
+        self.asked = 0
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        return [self._answer(request) for request in requests]
+
+    def _answer(self, request: Request) -> Completion:
+        question = request.messages[0]["content"].removeprefix("<image>\n")
+        answer = self.answers[question, request.images[0].tobytes()]
+        self.asked += 1
+        text = answer + " " if self.asked % 3 == 0 else answer
+        return Completion(text=text, token_ids=[], prompt_tokens=0, finish_reason="stop")
+
+
+def test_exact_match_is_exact() -> None:
+    progress: list[int] = []
+    scores = evaluate_scenes(cast(Engine, Oracle(60)), 60, progress.append)
+    assert set(scores) == set(synthetic.TASKS)
+    assert all(score.items == 60 for score in scores.values())
+    assert average(scores) == pytest.approx(2 / 3)
+    assert sum(progress) == 300
+
+
+def test_items_are_held_out_and_of_their_task() -> None:
+    for task in synthetic.TASKS:
+        items = list(held_out_items(task, 40))
+        assert {item.task for item in items} == {task}
+        assert len({(item.question, item.image.tobytes()) for item in items}) == 40
+
+
+def test_the_shipped_model_knows_its_world() -> None:
+    scores = evaluate_scenes(Engine.from_pretrained("tiny"), 40)
+    assert average(scores) >= 0.8
+    assert min(score.exact_match for score in scores.values()) >= 0.5
+
+
+def test_random_weights_know_nothing(tiny_random: Path) -> None:
+    assert average(evaluate_scenes(Engine.from_pretrained(tiny_random), 5)) <= 0.1

@@ -1,0 +1,71 @@
+"""The architecture holds: floors, light imports, and pinned dependencies."""
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def modules_loaded_by(statement: str, *, among: set[str]) -> set[str]:
+    """Run `statement` in a new Python; which of the top-level modules `among` has it imported?"""
+    code = f"import sys\n{statement}\nprint('loaded:', *sorted({among!r} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.rpartition("loaded:")[2].split())
+
+
+def test_imports_keep_to_the_floors() -> None:
+    done = subprocess.run(
+        [Path(sys.executable).with_name("lint-imports"), "--no-cache"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 kept, 0 broken" in done.stdout
+
+
+def test_command_line_starts_without_the_heavy_libraries() -> None:
+    heavy = {"torch", "ray", "transformers", "deepspeed", "trl", "peft", "matplotlib", "pyarrow"}
+    assert modules_loaded_by("import flashvl.cli", among=heavy) == set()
+
+
+@pytest.mark.parametrize(
+    "module", ["flashvl.errors", "flashvl.config", "flashvl.model", "flashvl.engine"]
+)
+def test_works_without_ray(module: str) -> None:
+    # A None in sys.modules makes `import ray` fail, as on a machine where Ray is not installed.
+    block = f"sys.modules['ray'] = None\nimport {module}\ndel sys.modules['ray']"
+    assert modules_loaded_by(block, among={"ray", "torch"}) <= {"torch"}
+
+
+def test_modules_loaded_by_sees_what_is_imported() -> None:
+    assert modules_loaded_by("import json", among={"json", "torch"}) == {"json"}
+
+
+def test_every_dependency_is_pinned_to_a_version_that_it_admits() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = project["dependencies"] + [
+        line for extra in project["optional-dependencies"].values() for line in extra
+    ]
+    pinned = {}
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        if line and not line.startswith("#"):
+            name, separator, version = line.partition("==")
+            assert separator, f"constraints.txt: {line!r} pins no version"
+            assert "+" not in version, f"constraints.txt: {line!r} names one build of a version"
+            pinned[canonicalize_name(name)] = version
+
+    for requirement in map(Requirement, named):
+        version = pinned.get(canonicalize_name(requirement.name))
+        assert version is not None, f"{requirement.name} has no line in constraints.txt"
+        assert requirement.specifier.contains(version), f"{requirement} excludes {version}"

@@ -1,0 +1,217 @@
+"""Real stages on Ray Train and DeepSpeed, against a loop in plain PyTorch and each other."""
+
+import io
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from flashvl.data import synthetic
+from flashvl.data.features import encode_conversation, make_tiles, normalize_tiles, pad
+from flashvl.data.images import decode_image
+from flashvl.data.schema import CONVERSATIONS
+from flashvl.errors import CheckpointError, ConfigError
+from flashvl.model.loading import load_model, load_processor
+from flashvl.train.checkpoint import read_log
+from flashvl.train.launch import StageResult, run
+from flashvl.train.recipe import Recipe
+
+pytestmark = pytest.mark.ray
+
+STEPS, GLOBAL_BATCH = 5, 8
+PROJECTOR = "model.multi_modal_projector."
+
+Stage = Callable[..., StageResult]
+
+
+@pytest.fixture(scope="module")
+def stage(ray_cluster: None, tiny_random: Path, tmp_path_factory: pytest.TempPathFactory) -> Stage:
+    """Run a small stage 1; keyword arguments replace its recipe's keys."""
+
+    def run_stage(**changes: object) -> StageResult:
+        recipe = {
+            "stage": "test",
+            "init_from": str(tiny_random),
+            "output_dir": tmp_path_factory.mktemp("stage"),
+            "data": {"synthetic": {"count": STEPS * GLOBAL_BATCH, "seed": 5}},
+            "trainable": ["multi_modal_projector"],
+            "global_batch_size": GLOBAL_BATCH,
+            "per_device_train_batch_size": 4,
+            "num_workers": 1,
+            "use_gpu": False,
+            "precision": "fp32",
+            "learning_rate": 1e-3,
+            "min_learning_rate": 1e-4,
+            "warmup_steps": 2,
+        }
+        return run(Recipe.model_validate(recipe | changes))
+
+    return run_stage
+
+
+@pytest.fixture(scope="module")
+def two_workers(stage: Stage) -> StageResult:
+    """Accumulation 1 on two workers."""
+    return stage(num_workers=2)
+
+
+def losses(result: StageResult) -> list[float]:
+    return [record["loss"] for record in read_log(result.checkpoint)]
+
+
+def plain_pytorch_losses(folder: Path) -> list[float]:
+    """The same stage 1 without Ray, DeepSpeed or our pipeline and objective."""
+    processor, model = load_processor(folder), load_model(folder)
+    adapter = model.model.multi_modal_projector
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-3, weight_decay=0.0)
+    result = []
+    for step in range(STEPS):
+        warmup = min(1.0, step / 2)
+        cosine = 0.5 * (1 + math.cos(math.pi * max(0.0, step - 2) / (STEPS - 2)))
+        optimizer.param_groups[0]["lr"] = warmup * (0.1 + 0.9 * cosine) * 1e-3
+        encoded, images = [], []
+        for index in range(step * GLOBAL_BATCH, (step + 1) * GLOBAL_BATCH):
+            row = synthetic.conversation(synthetic.sample("train", 5, index), index)
+            encoded.append(encode_conversation(row["messages"], processor, 2048))
+            images.append(decode_image(row["images"][0]))
+        input_ids = pad([ids for ids, _ in encoded], 0)
+        logits = model(
+            input_ids=input_ids,
+            attention_mask=pad([[1] * len(ids) for ids, _ in encoded], 0),
+            pixel_values=normalize_tiles(
+                torch.from_numpy(make_tiles(images, processor)), processor
+            ),
+        ).logits
+        labels = pad([labels for _, labels in encoded], -100)
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
+        optimizer.step()
+        result.append(loss.item())
+    return result
+
+
+def test_losses_are_those_of_plain_pytorch(two_workers: StageResult, tiny_random: Path) -> None:
+    assert losses(two_workers) == pytest.approx(plain_pytorch_losses(tiny_random), abs=1e-4)
+
+
+def test_two_workers_equal_one_that_accumulates_two(stage: Stage, two_workers: StageResult) -> None:
+    one_worker = stage(num_workers=1)
+    assert losses(one_worker) == pytest.approx(losses(two_workers), abs=1e-4)
+    assert one_worker.num_steps == STEPS
+
+
+def test_the_same_seed_gives_the_same_losses(stage: Stage, two_workers: StageResult) -> None:
+    assert losses(stage(num_workers=2)) == losses(two_workers)
+
+
+def test_learning_rate_is_a_cosine_with_a_floor(two_workers: StageResult) -> None:
+    rates = [record["learning_rate"] for record in read_log(two_workers.checkpoint)]
+    assert max(rates) == pytest.approx(1e-3)
+    assert rates[-1] == pytest.approx(1e-4)
+    assert rates[1:] == sorted(rates[1:], reverse=True)
+
+
+def test_stage_1_changes_the_adapter_and_nothing_else(
+    two_workers: StageResult, tiny_random: Path
+) -> None:
+    before = load_model(tiny_random).state_dict()
+    after = load_model(two_workers.checkpoint).state_dict()
+    assert before.keys() == after.keys()
+    for name, weight in before.items():
+        same = torch.equal(weight, after[name])
+        assert same != name.startswith(PROJECTOR), name
+
+
+def test_a_checkpoint_is_a_hugging_face_folder_with_logs(two_workers: StageResult) -> None:
+    folder = two_workers.checkpoint
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder)
+    inputs = processor(
+        images=Image.new("RGB", (50, 40)), text="<|image_pad|>\nHow many?", return_tensors="pt"
+    )
+    reloaded = load_model(folder)
+    assert torch.equal(model.eval()(**inputs).logits, reloaded(**inputs).logits)
+    assert list((folder / "runs").glob("events.out.tfevents.*"))
+
+
+@pytest.fixture(scope="module")
+def conversations(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Parquet table of sixteen good rows and three that no model can learn from."""
+    rows = [
+        synthetic.conversation(synthetic.sample("train", 9, index), index) for index in range(16)
+    ]
+    buffer = io.BytesIO()
+    Image.new("RGB", (20, 20)).save(buffer, "PNG")
+    question = {"role": "user", "content": "<image>\nWhat is this?"}
+    answer = {"role": "assistant", "content": "5 shapes"}
+    rows.insert(3, {"index": 16, "images": [b"no image"], "messages": [question, answer]})
+    rows.insert(7, {"index": 17, "images": [buffer.getvalue()], "messages": [question]})
+    long = {"role": "assistant", "content": "5 shapes" * 500}
+    rows.append({"index": 18, "images": [buffer.getvalue()], "messages": [question, long]})
+    folder = tmp_path_factory.mktemp("conversations")
+    pq.write_table(pa.Table.from_pylist(rows, schema=CONVERSATIONS), folder / "part.parquet")
+    return folder
+
+
+def test_stage_2_from_a_table_changes_every_part_and_leaves_bad_rows_out(
+    stage: Stage, two_workers: StageResult, conversations: Path
+) -> None:
+    result = stage(
+        init_from=str(two_workers.checkpoint),
+        data={"parquet": str(conversations)},
+        trainable=["vision_tower", "multi_modal_projector", "language_model"],
+        max_length=500,
+        zero_stage=2,
+        num_workers=2,
+        warmup_steps=0,
+    )
+    assert result.num_steps == 16 // GLOBAL_BATCH
+    before = load_model(two_workers.checkpoint).state_dict()
+    after = load_model(result.checkpoint).state_dict()
+    for part in ("vision_tower", "multi_modal_projector", "language_model"):
+        names = [name for name in before if name.startswith(f"model.{part}.")]
+        changed = [name for name in names if not torch.equal(before[name], after[name])]
+        assert len(changed) >= 0.9 * len(names), part
+
+
+def test_the_tower_learns_what_lies_in_the_cells(stage: Stage) -> None:
+    result = stage(
+        objective="cells",
+        trainable=["vision_tower"],
+        data={"synthetic": {"count": 30 * GLOBAL_BATCH, "seed": 6}},
+        per_device_train_batch_size=8,
+    )
+    history = losses(result)
+    assert sum(history[-5:]) < 0.7 * sum(history[:5])
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"init_from": "/no/such/model"}, CheckpointError, "no model folder '/no/such/model'"),
+        ({"data": {"parquet": "/no/such/table"}}, ConfigError, "data.parquet=/no/such/table"),
+        ({"output_dir": "/proc/flashvl"}, ConfigError, "output_dir=/proc/flashvl cannot be made"),
+        ({"data": {"synthetic": {"count": 7}}}, ConfigError, "7 rows are less than one step"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_start(
+    stage: Stage, changes: dict[str, object], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error) as raised:
+        stage(**changes)
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_finished_stage_is_not_overwritten(stage: Stage, two_workers: StageResult) -> None:
+    with pytest.raises(ConfigError, match="holds a checkpoint already"):
+        stage(output_dir=two_workers.checkpoint)
