@@ -7,8 +7,8 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# What we start finds the environment's programs by name, first of all ninja, and keeps the bytecode
-# of what it imports, so that only the first start is slow.
+# What we start finds the environment's programs by name, and keeps the bytecode of what it imports,
+# so that only the first start is slow.
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONDONTWRITEBYTECODE=
 PIP_INSTALL := $(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check -c constraints.txt
 # Tests reach no network, draw no windows and use the cores they have once.

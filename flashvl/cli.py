@@ -90,10 +90,7 @@ def train(
 
         with show_progress(loaded.stage) as on_progress:
             result = run(loaded, on_progress)
-        print(
-            f"{result.checkpoint}: {result.num_steps} steps in {result.seconds:.0f} s,"
-            f" last loss {result.loss:.4f}"
-        )
+        print(result)
 
 
 @eval_app.command()

@@ -92,7 +92,7 @@ def training_rows(
             _encode_synthetic, data.synthetic
         )
     else:
-        rows = ray.data.read_parquet(data.parquet, columns=CONVERSATIONS.names)
+        rows = ray.data.read_parquet(data.parquet).select_columns(CONVERSATIONS.names)
         encode = _encode_table
     encoded = rows.map_batches(
         functools.partial(encode, model=model, max_length=max_length),

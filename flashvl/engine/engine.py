@@ -30,6 +30,8 @@ class Engine:
     @torch.inference_mode()
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """Answer all `requests` as one batch, in their order."""
+        if not requests:
+            return []
         prompts = [encode_prompt(request.messages, self.processor) for request in requests]
         input_ids = pad(prompts, self.pad_token_id, side="left").to(self.device)
         attention_mask = pad([[1] * len(prompt) for prompt in prompts], 0, side="left")

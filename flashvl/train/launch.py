@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import ray
 from ray.data import ExecutionOptions
 from ray.train import DataConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -15,7 +16,7 @@ from ray.util.queue import Queue
 from flashvl.data.pipeline import training_rows
 from flashvl.errors import ConfigError
 from flashvl.model.loading import load_processor, resolve_checkpoint
-from flashvl.train.checkpoint import read_log
+from flashvl.train.checkpoint import LOG, read_log
 from flashvl.train.recipe import Recipe
 from flashvl.train.supervised import train_worker
 
@@ -30,11 +31,19 @@ class StageResult:
     """What a finished stage reports."""
 
     checkpoint: Path
+    planned_steps: int
     num_steps: int
+    """Fewer than planned where rows had to be left out."""
     loss: float
     """Of the last step."""
     seconds: float
     """In the training loop, without the start of the workers."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.checkpoint}: {self.num_steps} of {self.planned_steps} steps in"
+            f" {self.seconds:.0f} s, last loss {self.loss:.4f}"
+        )
 
 
 def run(recipe: Recipe, on_progress: Progress | None = None) -> StageResult:
@@ -46,13 +55,8 @@ def run(recipe: Recipe, on_progress: Progress | None = None) -> StageResult:
     Raises:
         ConfigError, CheckpointError: before anything is started.
     """
-    recipe = recipe.model_copy(
-        update={
-            "init_from": str(resolve_checkpoint(recipe.init_from).resolve()),
-            "output_dir": _new_folder(recipe.output_dir),
-        }
-    )
-    load_processor(recipe.init_from)
+    init_from = resolve_checkpoint(recipe.init_from).resolve()
+    load_processor(init_from)
     num_rows = recipe.data.num_rows()
     num_steps = num_rows // recipe.global_batch_size
     if num_steps == 0:
@@ -60,13 +64,13 @@ def run(recipe: Recipe, on_progress: Progress | None = None) -> StageResult:
             f"{num_rows} rows are less than one step of global_batch_size"
             f" ({recipe.global_batch_size}); give more rows or lower it"
         )
+    resources = _resources_of_a_worker(recipe)
+    output_dir = _new_folder(recipe.output_dir)
+    recipe = recipe.model_copy(update={"init_from": str(init_from), "output_dir": output_dir})
     rows = training_rows(
         recipe.data, recipe.init_from, recipe.max_length, recipe.per_device_train_batch_size
     )
     rows.context.enable_progress_bars = False  # the steps' progress is shown instead
-    resources: dict[str, float] = {"CPU": recipe.threads_per_worker}
-    if recipe.use_gpu:
-        resources["GPU"] = 1
     progress = Queue(actor_options={"num_cpus": 0})
     trainer = TorchTrainer(
         train_worker,
@@ -89,9 +93,15 @@ def run(recipe: Recipe, on_progress: Progress | None = None) -> StageResult:
     )
     with _show(progress, num_steps, on_progress):
         trainer.fit()
-    log = read_log(recipe.output_dir)
+    if not (output_dir / LOG).exists():
+        raise ConfigError(
+            f"none of the {num_rows} rows could be used, so no step was made; the workers' logs say"
+            f" why, for example that conversations are longer than max_length={recipe.max_length}"
+        )
+    log = read_log(output_dir)
     return StageResult(
-        checkpoint=recipe.output_dir,
+        checkpoint=output_dir,
+        planned_steps=num_steps,
         num_steps=len(log),
         loss=log[-1]["loss"],
         seconds=log[-1]["seconds"],
@@ -117,6 +127,30 @@ def _show(progress: Queue, num_steps: int, on_progress: Progress | None) -> Iter
         ended.set()
         watcher.join()
         progress.shutdown()
+
+
+def _resources_of_a_worker(recipe: Recipe) -> dict[str, float]:
+    """What Ray is to reserve for each worker.
+
+    Raises:
+        ConfigError: a Ray on this machine alone, which cannot grow, has not enough for all workers
+            and the data tasks; Ray Train would wait for ever.
+    """
+    resources: dict[str, float] = {"CPU": recipe.threads_per_worker}
+    if recipe.use_gpu:
+        resources["GPU"] = 1
+    if "RAY_ADDRESS" in os.environ:  # a cluster, which may scale up
+        return resources
+    there = ray.cluster_resources()
+    for name, spare in (("GPU", 0), ("CPU", 1)):
+        needed = recipe.num_workers * resources.get(name, 0) + spare
+        if needed > there.get(name, 0):
+            raise ConfigError(
+                f"num_workers ({recipe.num_workers}) needs {needed:.0f} {name}s, this machine's Ray"
+                f" has {there.get(name, 0):.0f}; set RAY_ADDRESS to a cluster, or lower num_workers"
+                " and set use_gpu=false"
+            )
+    return resources
 
 
 def _new_folder(folder: Path) -> Path:

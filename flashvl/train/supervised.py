@@ -49,6 +49,8 @@ def train_worker(config: dict[str, Any]) -> None:
         drop_last=True,
     )
     log = train_steps(engine, objective, batches, recipe, config["progress"])
+    if not log:
+        return  # the driver says why
 
     ray.train.report({"loss": log[-1]["loss"], "step": len(log)})
     if ray.train.get_context().get_world_rank() == 0:
