@@ -4,7 +4,8 @@
     python ray_jobs/tiny.py --runs runs/tiny --output /tmp/tiny
 
 Random weights -> tower and LLM pre-training -> stages 1 to 4, each from the checkpoint of the one
-before and each asked the held-out questions; then the weights in bf16 with a model card.
+before and each asked the held-out questions; then the weights in bf16 with a model card. Run again
+after an interruption, it goes on behind the last finished stage; remove RUNS to begin anew.
 """
 
 import argparse
@@ -48,34 +49,37 @@ def make_tiny(runs: Path, output: Path) -> None:
     from flashvl.train.launch import run
     from flashvl.train.recipe import Recipe
 
-    start = time.perf_counter()
-    create_random("tiny", runs / "random")
+    if not (runs / "random" / "config.json").exists():
+        create_random("tiny", runs / "random")
     rows: list[dict[str, Any]] = []
     before = "random"
     for stage in (*PRETRAINING, *STAGES):
-        paths = [f"init_from={runs / before}", f"output_dir={runs / stage}"]
-        recipe = load_config(Recipe, RECIPES / f"{stage}.yaml", paths)
-        with show_progress(stage) as on_progress:
-            result = run(recipe, on_progress)
-        row: dict[str, Any] = {
-            "stage": stage,
-            "samples": result.num_steps * recipe.global_batch_size,
-            "seconds": round(result.seconds),
-            "loss": round(result.loss, 4),
-        }
-        if stage in STAGES:
-            scores = evaluate_scenes(Engine.from_pretrained(runs / stage))
-            row |= {task: round(score.exact_match, 3) for task, score in scores.items()}
-            row["average"] = round(average(scores), 3)
-        rows.append(row)
-        print(json.dumps(row), flush=True)
+        record = runs / stage / "result.json"
+        if not record.exists():
+            start = time.perf_counter()
+            paths = [f"init_from={runs / before}", f"output_dir={runs / stage}"]
+            recipe = load_config(Recipe, RECIPES / f"{stage}.yaml", paths)
+            with show_progress(stage) as on_progress:
+                result = run(recipe, on_progress)
+            row: dict[str, Any] = {
+                "stage": stage,
+                "samples": result.num_steps * recipe.global_batch_size,
+                "loss": round(result.loss, 4),
+            }
+            if stage in STAGES:
+                scores = evaluate_scenes(Engine.from_pretrained(runs / stage))
+                row |= {task: round(score.exact_match, 3) for task, score in scores.items()}
+                row["average"] = round(average(scores), 3)
+            row["seconds"] = round(time.perf_counter() - start)
+            record.write_text(json.dumps(row) + "\n")
+        rows.append(json.loads(record.read_text()))
+        print(json.dumps(rows[-1]), flush=True)
         before = stage
     export(runs / before, output)
     scores = evaluate_scenes(Engine.from_pretrained(output))
-    minutes = (time.perf_counter() - start) / 60
-    card = write_card(rows, minutes, {task: score.exact_match for task, score in scores.items()})
+    card = write_card(rows, {task: score.exact_match for task, score in scores.items()})
     (output / "README.md").write_text(card)
-    print(f"{output}: made in {minutes:.0f} minutes, average exact match {average(scores):.3f}")
+    print(f"{output}: average exact match {average(scores):.3f}")
 
 
 def export(checkpoint: Path, output: Path) -> None:
@@ -107,7 +111,7 @@ def _without_auto_map(value: Any) -> Any:
     return {key: _without_auto_map(item) for key, item in value.items() if key != "auto_map"}
 
 
-def write_card(rows: list[dict[str, Any]], minutes: float, final: dict[Any, float]) -> str:
+def write_card(rows: list[dict[str, Any]], final: dict[Any, float]) -> str:
     """The model card: what it is, how it was made, what it scores after each stage."""
     tasks = list(final)
     lines = [f"| stage | samples | seconds | loss | {' | '.join(tasks)} | average |"]
@@ -120,7 +124,8 @@ def write_card(rows: list[dict[str, Any]], minutes: float, final: dict[Any, floa
     lines.append("| " + " | ".join(["shipped (bf16)", "-", "-", "-", *last]) + " |")
     table = "\n".join(lines)
     machine = f"{platform.machine()}, {os.cpu_count()} cores, no GPU"
-    return CARD.format(table=table, minutes=round(minutes), machine=machine)
+    minutes = round(sum(row["seconds"] for row in rows) / 60)
+    return CARD.format(table=table, minutes=minutes, machine=machine)
 
 
 CARD = """\

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import Field, field_validator, model_validator
 
@@ -225,6 +225,7 @@ def test_an_override_leaves_the_callers_defaults_alone(recipe: Any) -> None:
     assert optimizer == {"learning_rate": 0.5}
 
 
+@settings(deadline=None)
 @given(key=st.text(max_size=20), text=st.text(max_size=20))
 def test_any_override_gives_a_config_or_one_line(
     tmp_path_factory: pytest.TempPathFactory, key: str, text: str

@@ -94,9 +94,7 @@ def run_caption_job(job: CaptionJob, on_progress: Progress | None = None) -> Sum
         FlashVLError: the audit failed, so that rows are missing or doubled.
     """
     started_s = time.monotonic()
-    source = find_source(job.input)
-    check_output(job.output)
-    load_processor(job.model)
+    source = check_caption_job(job)
     num_gpus = _check_cluster(job.num_engines)
     output = OutputFolder(job.output)
     logger.info("%d rows of %s -> %s", source.num_rows, job.input, job.output)
@@ -127,6 +125,19 @@ def run_caption_job(job: CaptionJob, on_progress: Progress | None = None) -> Sum
     )
     output.finish(summary.model_dump_json(indent=2) + "\n")
     return summary
+
+
+def check_caption_job(job: CaptionJob) -> Source:
+    """What can be refused without Ray; an entry point that calls it first starts none in vain.
+
+    Raises:
+        ConfigError: input or output will not do; nothing was started or created.
+        CheckpointError: the model will not do.
+    """
+    source = find_source(job.input)
+    check_output(job.output)
+    load_processor(job.model)
+    return source
 
 
 def _check_cluster(num_engines: int) -> int:

@@ -8,11 +8,11 @@ workers in turn: step k of two workers sees the same samples as step k of one th
 import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import pyarrow.parquet as pq
 import ray.data
-from pydantic import PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from flashvl.config import StrictModel
 from flashvl.data import synthetic
@@ -37,8 +37,9 @@ class SyntheticData(StrictModel):
     seed: int = 0
     """Stages with different seeds see different scenes."""
     tasks: tuple[synthetic.Task, ...] = synthetic.TASKS
-    view: Literal["image", "words"] = "image"
-    """`words`: the scene described in text, for a language model that has no eyes yet."""
+    words_share: float = Field(default=0.0, ge=0, le=1)
+    """Share of the rows whose scene is described in text and not shown: all of them for a language
+    model that has no eyes yet, some later on, as Infinity-MM mixes text with pictures."""
 
 
 class TrainingData(StrictModel):
@@ -113,7 +114,7 @@ def _encode_synthetic(
         synthetic.sample("train", spec.seed, index, spec.tasks) for index in table["id"].to_pylist()
     ]
     conversations = (
-        synthetic.conversation(sample, index, spec.view)
+        synthetic.conversation(sample, index, spec.words_share)
         for sample, index in zip(drawn, table["id"].to_pylist(), strict=True)
     )
     columns = _columns(_encode_rows(conversations, model, max_length))

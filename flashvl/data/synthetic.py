@@ -267,24 +267,23 @@ def samples(
     return (sample(split, seed, index, tasks) for index in range(count))
 
 
-def conversation(
-    drawn: Sample, index: int, view: Literal["image", "words"] = "image"
-) -> dict[str, Any]:
+def conversation(drawn: Sample, index: int, words_share: float = 0.0) -> dict[str, Any]:
     """The sample as a row of `schema.CONVERSATIONS`: all its turns, in random order.
 
     Args:
-        view: `image` attaches the picture as a JPEG; `words` puts the scene's description in its
-            place, for a language model that has no eyes yet.
+        words_share: probability that the scene's description stands in for its picture, which
+            otherwise is attached as a JPEG.
     """
     rng = random.Random(drawn.style_seed)
     turns = rng.sample(drawn.turns, len(drawn.turns))
-    opening = IMAGE_MARKER if view == "image" else drawn.scene.describe()
+    is_shown = rng.random() >= words_share
+    opening = IMAGE_MARKER if is_shown else drawn.scene.describe()
     messages = []
     for number, turn in enumerate(turns):
         question = f"{opening}\n{turn.question}" if number == 0 else turn.question
         messages.append({"role": "user", "content": question})
         messages.append({"role": "assistant", "content": turn.answer})
-    images = [encode_jpeg(drawn.image(), rng.randint(75, 95))] if view == "image" else []
+    images = [encode_jpeg(drawn.image(), rng.randint(75, 95))] if is_shown else []
     return {"index": index, "images": images, "messages": messages}
 
 

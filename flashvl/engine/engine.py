@@ -39,7 +39,7 @@ class Engine:
         generated = self.model.generate(
             input_ids=input_ids,
             attention_mask=attention_mask.to(self.device),
-            pixel_values=self._pixel_values(requests),
+            **self._image_inputs(requests),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             eos_token_id=self.end_token_id,
@@ -51,7 +51,8 @@ class Engine:
             for request, prompt, answer in zip(requests, prompts, answers, strict=True)
         ]
 
-    def _pixel_values(self, requests: Sequence[Request]) -> torch.Tensor | None:
+    def _image_inputs(self, requests: Sequence[Request]) -> dict[str, torch.Tensor]:
+        """`pixel_values`, or nothing where no request has an image: `generate` takes no None."""
         tiles = [
             request.images
             if isinstance(request.images, np.ndarray)
@@ -60,8 +61,9 @@ class Engine:
         ]
         batch = np.concatenate(tiles)
         if not len(batch):
-            return None
-        return normalize_tiles(torch.from_numpy(batch).to(self.device), self.processor)
+            return {}
+        tiles_on_device = torch.from_numpy(batch).to(self.device)
+        return {"pixel_values": normalize_tiles(tiles_on_device, self.processor)}
 
     def _complete(self, request: Request, prompt: list[int], answer: list[int]) -> Completion:
         answer = answer[: request.max_new_tokens]
