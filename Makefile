@@ -11,8 +11,8 @@ STAMP := $(VENV)/.installed
 # so that only the first start is slow.
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONDONTWRITEBYTECODE=
 PIP_INSTALL := $(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check -c constraints.txt
-# Tests reach no network, draw no windows and use the cores they have once.
-TEST_ENV := HF_HUB_OFFLINE=1 MPLBACKEND=Agg RAY_USAGE_STATS_ENABLED=0 TOKENIZERS_PARALLELISM=false
+# Tests reach no network, draw no windows, and do not spin while other processes have the cores.
+TEST_ENV := OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 MPLBACKEND=Agg RAY_USAGE_STATS_ENABLED=0 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

@@ -1,9 +1,10 @@
 """Strict configuration: YAML file -> pydantic model, with dotted overrides of a command line."""
 
+import copy
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -32,7 +33,7 @@ def load_config(
     Raises:
         ConfigError: no such file, not a mapping, an unknown key, or a value of the wrong type.
     """
-    values = defaults | _read_yaml_mapping(Path(path))
+    values = copy.deepcopy(defaults) | _read_yaml_mapping(Path(path))
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:
@@ -94,13 +95,18 @@ def _explain(model: type[BaseModel], error: ValidationError) -> str:
     if problem["type"] == "missing":
         return f"missing key {key!r}; set it in the file or with {key}=VALUE"
     where = f"{key}={problem['input']!r}: " if key else ""
-    return where + problem["msg"].removeprefix("Value error, ")
+    return where + " ".join(problem["msg"].removeprefix("Value error, ").split())
 
 
 def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
     for part in location:
-        annotation = model.model_fields[part].annotation if part in model.model_fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            break
-        model = annotation
+        if isinstance(part, str) and part in model.model_fields:
+            model = _section(model.model_fields[part].annotation) or model
     return list(model.model_fields)
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The model in `Section`, `Section | None`, `list[Section]` or `dict[str, Section]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_section, get_args(annotation))), None)

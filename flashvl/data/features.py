@@ -86,6 +86,11 @@ def encode_conversation(
 def _expand_images(
     messages: Sequence[Message], processor: FlashVLProcessor
 ) -> list[dict[str, str]]:
+    if any(processor.image_token in message["content"] for message in messages):
+        raise DataError(
+            f"a message holds {processor.image_token}, the model's own mark of an image;"
+            f" write {IMAGE_MARKER} where an image goes"
+        )
     run = processor.image_token * processor.image_seq_length
     return [
         {"role": message["role"], "content": message["content"].replace(IMAGE_MARKER, run)}

@@ -43,6 +43,7 @@ class Kind:
     scenes: tuple[type, ...] = (ShapesScene, TextScene, synthetic.ChartScene, PhotoScene)
     """Scenes whose caption is still true in it: without colours, only what is written."""
     max_side: int = SIDES[-1]
+    """Formats that compress little are kept small."""
 
 
 def _jpeg(image: Image.Image, rng: random.Random) -> bytes:

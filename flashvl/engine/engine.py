@@ -7,7 +7,9 @@ import numpy as np
 import torch
 
 from flashvl.data.features import encode_prompt, make_tiles, normalize_tiles, pad
+from flashvl.data.schema import IMAGE_MARKER
 from flashvl.engine.request import Completion, Request
+from flashvl.errors import DataError
 from flashvl.model import FlashVLForConditionalGeneration, FlashVLProcessor
 from flashvl.model.loading import inference_dtype, load_model, load_processor
 
@@ -32,6 +34,8 @@ class Engine:
         """Answer all `requests` as one batch, in their order."""
         if not requests:
             return []
+        for request in requests:
+            _check_images(request)
         prompts = [encode_prompt(request.messages, self.processor) for request in requests]
         input_ids = pad(prompts, self.pad_token_id, side="left").to(self.device)
         attention_mask = pad([[1] * len(prompt) for prompt in prompts], 0, side="left")
@@ -75,4 +79,13 @@ class Engine:
             token_ids=answer,
             prompt_tokens=len(prompt),
             finish_reason="stop" if stopped else "length",
+        )
+
+
+def _check_images(request: Request) -> None:
+    num_markers = sum(message["content"].count(IMAGE_MARKER) for message in request.messages)
+    if num_markers != len(request.images):
+        raise DataError(
+            f"messages hold {num_markers} {IMAGE_MARKER}, but {len(request.images)} images are"
+            f" given; write one {IMAGE_MARKER} for each image"
         )

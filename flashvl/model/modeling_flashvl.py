@@ -197,6 +197,8 @@ class FlashVLForConditionalGeneration(FlashVLPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: FlashVLConfig):
         super().__init__(config)
+        # Saving adds this class; vLLM's Transformers backend asks for the base model too.
+        config.auto_map = {"AutoModel": "modeling_flashvl.FlashVLModel"}
         self.model = FlashVLModel(config)
         text_config = config.text_config
         self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
