@@ -108,6 +108,8 @@ def scenes(
         from flashvl.engine import Engine
         from flashvl.eval.scenes import average, evaluate_scenes
 
+        if json_file is not None:
+            _write_json(json_file, {})  # an hour's scores must not be lost to a bad path
         engine = Engine.from_pretrained(model)
         done = 0
 

@@ -36,7 +36,9 @@ class ShowProgress(Protocol):
 
 @contextmanager
 def report_errors() -> Iterator[None]:
-    """A `FlashVLError` becomes one line on stderr and exit status 2."""
+    """A `FlashVLError` becomes one line on stderr and exit status 2; sets `ENVIRONMENT` first."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     try:
         yield
     except FlashVLError as error:
@@ -57,8 +59,6 @@ def start_ray(
     Raises:
         ConfigError: no cluster answers at `RAY_ADDRESS`.
     """
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
     address = os.environ.get("RAY_ADDRESS")
     if not address:
         # Ray's C++ side puts things on the terminal that only its developers need.

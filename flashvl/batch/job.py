@@ -171,7 +171,8 @@ def _captioned(job: CaptionJob, source: Source, num_gpus: int) -> Iterator[pa.Ta
         yield from rows.iter_batches(batch_size=None, batch_format="pyarrow")
     except RayTaskError as error:
         if isinstance(error.cause, FlashVLError):
-            raise error.cause from None
+            # Ray puts advice of its own below the message.
+            raise type(error.cause)(str(error.cause).splitlines()[0]) from None
         raise
 
 

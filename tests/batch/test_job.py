@@ -228,9 +228,10 @@ def test_a_broken_machine_stops_the_job_with_its_own_error(
     pq.write_table(table(["a"], [picture(0)], pa.binary()), tmp_path / "in.parquet")
     broken = tmp_path / "model"
     shutil.copytree(tiny_random, broken)
-    config = json.loads((broken / "config.json").read_text())
-    (broken / "config.json").write_text(json.dumps(config | {"image_token_id": 99}))
-    with pytest.raises(ValueError, match="Image features and image tokens do not match"):
+    config = json.loads((broken / "processor_config.json").read_text())
+    config["image_processor"]["size"] = {"height": 48, "width": 48}  # the tower is for 96
+    (broken / "processor_config.json").write_text(json.dumps(config))
+    with pytest.raises(RuntimeError, match="size of tensor"):
         run_caption_job(job(broken, tmp_path / "in.parquet", tmp_path / "out"))
     assert not (tmp_path / "out" / "_summary.json").exists()
 
