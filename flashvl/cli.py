@@ -46,7 +46,7 @@ def caption(
     Example: flashvl caption photos/ --output captions/
     """
     with report_errors():
-        from flashvl.batch.job import CaptionJob, run_caption_job
+        from flashvl.batch.job import CaptionJob, check_caption_job, run_caption_job
         from flashvl.config import validate
 
         options = {
@@ -59,6 +59,7 @@ def caption(
             "num_engines": num_engines,
         }
         job = validate(CaptionJob, options, source="caption")
+        check_caption_job(job)
         start_ray()
         with show_progress("captioning") as on_progress:
             summary = run_caption_job(job, on_progress)

@@ -40,6 +40,7 @@ COLORS = {
     "black": (24, 24, 24),
 }
 SHAPES = ("circle", "square", "triangle", "diamond", "cross")
+PLURALS = {shape: "crosses" if shape == "cross" else f"{shape}s" for shape in SHAPES}
 SIZES = {"small": 0.058, "large": 0.105}  # radius, as a share of the image
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 MAX_SHAPES = 6
@@ -96,7 +97,7 @@ class ShapesScene:
         counts = [
             Turn("count", "How many shapes are there?", str(len(self.shapes))),
             Turn("count", f"How many {color} shapes are there?", str(of_color)),
-            Turn("count", f"How many {shape}s are there?", str(of_shape)),
+            Turn("count", f"How many {PLURALS[shape]} are there?", str(of_shape)),
         ]
         return rng.sample(counts, 2)
 
