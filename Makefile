@@ -18,10 +18,10 @@ TEST_ENV := OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 MPLBACKEND=Agg RAY_USAGE_ST
 .DELETE_ON_ERROR:
 # The lines of one target build on those of the one before: `make -j` must not mix them.
 .NOTPARALLEL:
-.PHONY: help demo test test-slow lint format tiny install clean
+.PHONY: help demo test test-slow lint format tiny tiny-dynamic tiny-iss install clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "  PYTHON=python3.12 names the Python that .venv is made with (now: $(PYTHON))."
 	@echo "  ARGS=... is handed on, as in: make test ARGS='-k tiling'"
@@ -46,7 +46,13 @@ format: $(STAMP) ## Sort the imports and format the code
 	@$(BIN)/ruff format .
 
 tiny: $(STAMP) ## Train the embedded model anew (up to an hour on two cores)
-	@$(RUN) $(BIN)/python ray_jobs/tiny.py $(ARGS)
+	@$(RUN) $(BIN)/python ray_jobs/tiny.py $@ $(ARGS)
+
+tiny-dynamic: $(STAMP) ## Train its variant with dynamic tiling, from tiny
+	@$(RUN) $(BIN)/python ray_jobs/tiny.py $@ $(ARGS)
+
+tiny-iss: $(STAMP) ## Train its variant with Implicit Semantic Stitching, from tiny
+	@$(RUN) $(BIN)/python ray_jobs/tiny.py $@ $(ARGS)
 
 install: $(STAMP) ## Make .venv and install flashvl into it, nothing else
 

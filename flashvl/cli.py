@@ -4,8 +4,9 @@ Heavy libraries are imported inside the commands, so that `flashvl --help` answe
 """
 
 import json
+import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -19,12 +20,15 @@ app = typer.Typer(
 )
 eval_app = typer.Typer(no_args_is_help=True, help="Measure how good a model is.")
 app.add_typer(eval_app, name="eval")
+bench_app = typer.Typer(no_args_is_help=True, help="Measure how fast it is, beside its peers.")
+app.add_typer(bench_app, name="bench")
 
 ModelOption = Annotated[
-    str, typer.Option(help="A shipped model's name (tiny) or a Flash-VL checkpoint folder.")
+    str,
+    typer.Option(help="A shipped model's name (tiny), or a Flash-VL or published FlashVL folder."),
 ]
 JsonOption = Annotated[
-    Path | None, typer.Option("--json", metavar="FILE", help="Write the scores here as JSON.")
+    Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here as JSON.")
 ]
 
 
@@ -132,6 +136,31 @@ def scenes(
         print(f"{'average':<12}{average(scores):6.3f}")
 
 
+@bench_app.command("images")
+def bench_images(
+    rounds: Annotated[int, typer.Option(min=1, help="Times that each is measured, in turn.")] = 20,
+    json_file: JsonOption = None,
+) -> None:
+    """From JPEG bytes to the tower's pixels, on one core: ours against transformers' own.
+
+    Example: flashvl bench images
+    """
+    with report_errors():
+        from dataclasses import asdict
+
+        from flashvl.bench.images import HEIGHT, WIDTH, compare_image_processing
+
+        if json_file is not None:
+            _write_json(json_file, {})
+        with show_progress("measuring") as on_progress:
+            contenders = compare_image_processing(rounds, on_progress)
+        if json_file is not None:
+            _write_json(json_file, {"contenders": [asdict(each) for each in contenders]})
+        print(f"JPEGs of {WIDTH}x{HEIGHT} a second, one core, median of {rounds} rounds")
+        for each in contenders:
+            print(f"{each.name:<40}{each.images_per_s:8.1f}{each.relative:8.2f}x")
+
+
 @app.command()
 def models(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False,
@@ -150,6 +179,83 @@ def models(
                 print(f"  {part:<20}{count:>15,}")
 
 
+@app.command("import")
+def import_(
+    source: Annotated[
+        str,
+        typer.Argument(metavar="REPO_OR_FOLDER", help="A published FlashVL/*, on the hub or here."),
+    ],
+    output: Annotated[Path, typer.Option(help="New folder for the model.")],
+) -> None:
+    """Turn a published FlashVL checkpoint into a model folder for every --model.
+
+    Without network, download it elsewhere (hf download REPO --local-dir DIR) and name the folder.
+
+    Example: flashvl import FlashVL/FlashVL-2B-Static --output static/
+    """
+    _allow_downloads()
+    with report_errors():
+        from flashvl.model.released import fetch_folder, import_released
+
+        import_released(fetch_folder(source), output)
+        print(f"{output}: {source} as stored; use it with --model {output}")
+
+
+@app.command()
+def assemble(
+    vision: Annotated[
+        str, typer.Option(metavar="REPO_OR_FOLDER", help="A SigLIP, SigLIP2 or AIMv2.")
+    ],
+    llm: Annotated[
+        str, typer.Option(metavar="REPO_OR_FOLDER", help="A Qwen2, Qwen2.5 or Llama 3.2.")
+    ],
+    output: Annotated[Path, typer.Option(help="New folder for the model.")],
+    tiling: Annotated[
+        Literal["static", "dynamic", "overlap", "iss"], typer.Option(help="How images are cut.")
+    ] = "static",
+    seed: Annotated[int, typer.Option(help="Of the adapter's random weights.")] = 0,
+) -> None:
+    """Join a vision tower and a language model by a fresh adapter: where stage 1 begins.
+
+    Example: flashvl assemble --vision google/siglip2-so400m-patch16-512
+    --llm Qwen/Qwen2.5-1.5B-Instruct --output start/
+    """
+    _allow_downloads()
+    with report_errors():
+        from flashvl.model import assembly
+        from flashvl.model.released import fetch_folder
+
+        parts = fetch_folder(vision), fetch_folder(llm)
+        assembly.assemble(*parts, output, tiling=tiling, seed=seed)
+        print(f"{output}: {vision} and {llm}, adapter untrained; name it as a recipe's init_from")
+
+
+@app.command()
+def tiles(
+    image: Annotated[Path, typer.Argument(help="Image file.")],
+    output: Annotated[Path, typer.Option(help="PNG file for the picture.")],
+    tiling: Annotated[
+        str, typer.Option(help="static, dynamic, overlap or iss; or any other preset.")
+    ] = "iss",
+    json_file: JsonOption = None,
+) -> None:
+    """Draw how an image is cut: its tiles, the patches kept of each, and the tokens they cost.
+
+    Example: flashvl tiles photo.jpg --tiling iss --output tiles.png
+    """
+    with report_errors():
+        from flashvl.demo.tiles import write_tiles
+        from flashvl.model.presets import build_config
+
+        if json_file is not None:
+            _write_json(json_file, {})
+        config = build_config(tiling)
+        numbers = write_tiles(image, output, config.tiling_rule, config.image_seq_length)
+        if json_file is not None:
+            _write_json(json_file, numbers)
+        print(f"{output}: {numbers['num_tiles']} tiles, {numbers['num_image_tokens']} image tokens")
+
+
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for the table, captions and report.")],
@@ -166,6 +272,12 @@ def demo(
         console = Console()
         console.print(render_demo(made))
         console.print(f"Open {made.report} to see each picture beside its caption.")
+
+
+def _allow_downloads() -> None:
+    """Before `report_errors`, which turns both off unless they are set."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "0")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0")
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -1,11 +1,14 @@
-"""Make the shipped `tiny` checkpoint anew, by the project's own recipes, on two CPU cores.
+"""Make a shipped checkpoint anew, by the project's own recipes, on two CPU cores.
 
     make tiny
-    python ray_jobs/tiny.py --runs runs/tiny --output /tmp/tiny
+    make tiny-iss
+    python ray_jobs/tiny.py tiny-dynamic --runs runs/tiny-dynamic --output /tmp/tiny-dynamic
 
-Random weights -> tower and LLM pre-training -> stages 1 to 4, each from the checkpoint of the one
-before and each asked the held-out questions; then the weights in bf16 with a model card. Run again
-after an interruption, it goes on behind the last finished stage; remove RUNS to begin anew.
+tiny: random weights -> tower and LLM pre-training -> stages 1 to 4. The tiled ones begin with the
+tower and the LLM of the shipped tiny, as the paper's begin with published ones. Every stage starts
+from the checkpoint of the one before and is asked the held-out questions; then the weights are
+written in bf16 with a model card. Run again after an interruption, it goes on behind the last
+finished stage; remove RUNS to begin anew.
 """
 
 import argparse
@@ -19,9 +22,9 @@ from typing import Any
 
 from flashvl.entrypoint import report_errors, show_progress, start_ray
 
-RECIPES = Path(__file__).parent / "configs" / "tiny"
-PRETRAINING = ("tower", "llm")
-STAGES = ("stage1", "stage2", "stage3", "stage4")
+RECIPES = Path(__file__).parent / "configs"
+STAGES = ("tower", "llm", "stage1", "stage2", "stage3", "stage4")
+"""In their order; those that have a recipe in the model's folder are run."""
 MAX_BYTES = 12_000_000
 """Of the weights inside the package."""
 
@@ -30,56 +33,75 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--runs", type=Path, default=Path("runs/tiny"), help="for the stages")
-    parser.add_argument(
-        "--output", type=Path, default=Path("flashvl/checkpoints/tiny"), help="for the result"
-    )
+    names = sorted(folder.name for folder in RECIPES.glob("tiny*"))
+    parser.add_argument("preset", nargs="?", choices=names, default="tiny")
+    parser.add_argument("--runs", type=Path, help="for the stages (runs/PRESET)")
+    parser.add_argument("--output", type=Path, help="for the result (inside the package)")
     arguments = parser.parse_args()
+    preset: str = arguments.preset
     with report_errors():
         start_ray(include_dashboard=True)
-        make_tiny(arguments.runs, arguments.output)
+        make_checkpoint(
+            preset,
+            arguments.runs or Path("runs") / preset,
+            arguments.output or Path("flashvl/checkpoints") / preset,
+        )
 
 
-def make_tiny(runs: Path, output: Path) -> None:
+def make_checkpoint(preset: str, runs: Path, output: Path) -> None:
     """Train into `runs`, write the finished checkpoint and its card to `output`."""
+    from flashvl.engine import Engine
+    from flashvl.eval.scenes import average, evaluate_scenes
+    from flashvl.train.create import create_random, create_variant
+
+    before = runs / "start"
+    if not (before / "config.json").exists():
+        if preset == "tiny":
+            create_random(preset, before)
+        else:
+            create_variant("tiny", preset, before)
+    rows: list[dict[str, Any]] = []
+    for stage in STAGES:
+        recipe = RECIPES / preset / f"{stage}.yaml"
+        if recipe.exists():
+            rows.append(run_stage(recipe, before, runs / stage))
+            print(json.dumps(rows[-1]), flush=True)
+            before = runs / stage
+    export(before, output)
+    scores = evaluate_scenes(Engine.from_pretrained(output))
+    card = write_card(preset, rows, {task: score.exact_match for task, score in scores.items()})
+    (output / "README.md").write_text(card)
+    print(f"{output}: average exact match {average(scores):.3f}")
+
+
+def run_stage(recipe_file: Path, init_from: Path, output_dir: Path) -> dict[str, Any]:
+    """The stage's row of the card; from its record, if it was run before."""
     from flashvl.config import load_config
     from flashvl.engine import Engine
     from flashvl.eval.scenes import average, evaluate_scenes
-    from flashvl.train.create import create_random
     from flashvl.train.launch import run
     from flashvl.train.recipe import Recipe
 
-    if not (runs / "random" / "config.json").exists():
-        create_random("tiny", runs / "random")
-    rows: list[dict[str, Any]] = []
-    before = "random"
-    for stage in (*PRETRAINING, *STAGES):
-        record = runs / stage / "result.json"
-        if not record.exists():
-            start = time.perf_counter()
-            paths = [f"init_from={runs / before}", f"output_dir={runs / stage}"]
-            recipe = load_config(Recipe, RECIPES / f"{stage}.yaml", paths)
-            with show_progress(stage) as on_progress:
-                result = run(recipe, on_progress)
-            row: dict[str, Any] = {
-                "stage": stage,
-                "samples": result.num_steps * recipe.global_batch_size,
-                "loss": round(result.loss, 4),
-            }
-            if stage in STAGES:
-                scores = evaluate_scenes(Engine.from_pretrained(runs / stage))
-                row |= {task: round(score.exact_match, 3) for task, score in scores.items()}
-                row["average"] = round(average(scores), 3)
-            row["seconds"] = round(time.perf_counter() - start)
-            record.write_text(json.dumps(row) + "\n")
-        rows.append(json.loads(record.read_text()))
-        print(json.dumps(rows[-1]), flush=True)
-        before = stage
-    export(runs / before, output)
-    scores = evaluate_scenes(Engine.from_pretrained(output))
-    card = write_card(rows, {task: score.exact_match for task, score in scores.items()})
-    (output / "README.md").write_text(card)
-    print(f"{output}: average exact match {average(scores):.3f}")
+    record = output_dir / "result.json"
+    if record.exists():
+        return json.loads(record.read_text())
+    start = time.perf_counter()
+    paths = [f"init_from={init_from}", f"output_dir={output_dir}"]
+    recipe = load_config(Recipe, recipe_file, paths)
+    with show_progress(recipe.stage) as on_progress:
+        result = run(recipe, on_progress)
+    row: dict[str, Any] = {
+        "stage": recipe.stage,
+        "samples": result.num_steps * recipe.global_batch_size,
+        "loss": round(result.loss, 4),
+    }
+    if recipe.stage.startswith("stage"):  # what comes before them cannot answer
+        scores = evaluate_scenes(Engine.from_pretrained(output_dir))
+        row |= {task: round(score.exact_match, 3) for task, score in scores.items()}
+        row["average"] = round(average(scores), 3)
+    row["seconds"] = round(time.perf_counter() - start)
+    record.write_text(json.dumps(row) + "\n")
+    return row
 
 
 def export(checkpoint: Path, output: Path) -> None:
@@ -111,7 +133,7 @@ def _without_auto_map(value: Any) -> Any:
     return {key: _without_auto_map(item) for key, item in value.items() if key != "auto_map"}
 
 
-def write_card(rows: list[dict[str, Any]], final: dict[Any, float]) -> str:
+def write_card(preset: str, rows: list[dict[str, Any]], final: dict[Any, float]) -> str:
     """The model card: what it is, how it was made, what it scores after each stage."""
     tasks = list(final)
     lines = [f"| stage | samples | seconds | loss | {' | '.join(tasks)} | average |"]
@@ -122,35 +144,60 @@ def write_card(rows: list[dict[str, Any]], final: dict[Any, float]) -> str:
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     last = [f"{score:.3f}" for score in (*final.values(), sum(final.values()) / len(final))]
     lines.append("| " + " | ".join(["shipped (bf16)", "-", "-", "-", *last]) + " |")
-    table = "\n".join(lines)
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, no GPU"
     minutes = round(sum(row["seconds"] for row in rows) / 60)
-    return CARD.format(table=table, minutes=minutes, machine=machine)
+    return CARD.format(
+        preset=preset,
+        table="\n".join(lines),
+        made=f"`make {preset}` made it in {minutes} minutes on {platform.machine()},"
+        f" {os.cpu_count()} cores, no GPU",
+        **TEXTS[preset],
+    )
 
+
+TEXTS = {
+    "tiny": {
+        "shape": "SigLIP tower (96 px, patch 12), pixel shuffle\n2x2, the five-layer adapter, a"
+        " Qwen2 LLM: the static variant, 16 visual tokens an image",
+        "start": "random weights; a pre-training\nof the tower (what lies in each cell) and of the"
+        " LLM (the scenes in words), which stand in for the\npublished SigLIP2 and Qwen2.5"
+        " weights; then the paper's stages 1 to 4",
+    },
+    "tiny-dynamic": {
+        "shape": "`tiny` with dynamic tiling, an\noverview and up to four tiles of 16 visual tokens"
+        " each",
+        "start": "all weights of the shipped `tiny`;\nthen its adapter alone, then the whole model",
+    },
+    "tiny-iss": {
+        "shape": "`tiny` with Implicit Semantic\nStitching, an overview and up to four tiles of 36"
+        " visual tokens each, no pixel shuffle",
+        "start": "tower and LLM of the shipped `tiny`\nand a new adapter; then the adapter alone,"
+        " then the whole model",
+    },
+}
+"""What the cards say of each model."""
 
 CARD = """\
 ---
 license: apache-2.0
 pipeline_tag: image-text-to-text
 ---
-# tiny
+# {preset}
 
-A real Flash-VL, static variant, small enough to ship: SigLIP tower (96 px, patch 12), pixel shuffle
-2x2, the five-layer adapter, a Qwen2 LLM. It knows the procedural world of
-`flashvl.data.synthetic` and nothing else: coloured shapes, signs, sums and bar charts, in English.
-Of anything else it says that it is not a drawing that it knows, or it is wrong.
+A real Flash-VL, small enough to ship: {shape}.
+It knows the procedural world of `flashvl.data.synthetic` and nothing else: coloured shapes, signs,
+sums and bar charts, in English. Of anything else it says that it is not a drawing that it knows, or
+it is wrong.
 
 ## How it was made
 
-`make tiny` made it in {minutes} minutes on {machine}: random weights; a pre-training
-of the tower (what lies in each cell) and of the LLM (the scenes in words), which stand in for the
-published SigLIP2 and Qwen2.5 weights; then the paper's stages 1 to 4 by `ray_jobs/configs/tiny/`.
+{made}: {start}, by `ray_jobs/configs/{preset}/`.
 Every training scene is drawn anew and seen once.
 
 ## What it scores
 
 Exact match on held-out scenes, 120 questions a task, after each stage as in the paper's Table 5
-(`flashvl eval scenes --model tiny`):
+(`flashvl eval scenes --model {preset}`). No held-out scene is a training scene; the words and sums
+on signs and boards may recur, at other places and in other colours.
 
 {table}
 """

@@ -25,17 +25,24 @@ def tiny_random(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Its answers are gibberish that depends on the image: with a training's first weights it would
     repeat its last token whatever it sees.
     """
+    return write_random("tiny", tmp_path_factory.mktemp("tiny_random"))
+
+
+@pytest.fixture(scope="session")
+def tiny_iss_random(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `tiny_random`, for `tiny-iss`: one to five tiles an image."""
+    return write_random("tiny-iss", tmp_path_factory.mktemp("tiny_iss_random"))
+
+
+def write_random(preset: str, folder: Path) -> Path:
     import torch
 
     from flashvl.data.tokenizer import train_tokenizer
-    from flashvl.model import (
-        FlashVLForConditionalGeneration,
-        FlashVLImageProcessor,
-        FlashVLProcessor,
-    )
+    from flashvl.model import FlashVLForConditionalGeneration
+    from flashvl.model.assembly import build_processor
     from flashvl.model.presets import build_config
 
-    config = build_config("tiny")
+    config = build_config(preset)
     tokenizer = train_tokenizer(["Describe the image.", "a large red circle"], vocab_size=300)
     config.vision_config.num_hidden_layers = 1
     config.text_config.num_hidden_layers = 2
@@ -51,14 +58,6 @@ def tiny_random(tmp_path_factory: pytest.TempPathFactory) -> Path:
             if weight.dim() > 1:
                 gain = next((gain for part, gain in gains.items() if part in name), 1.0)
                 weight.normal_(std=gain if "embed" in name else gain * weight.shape[-1] ** -0.5)
-
-    size = config.vision_config.image_size
-    processor = FlashVLProcessor(
-        FlashVLImageProcessor(size={"height": size, "width": size}),
-        tokenizer,
-        image_seq_length=config.image_seq_length,
-    )
-    folder = tmp_path_factory.mktemp("tiny_random")
     model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    build_processor(config, tokenizer).save_pretrained(folder)
     return folder

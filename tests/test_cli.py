@@ -1,6 +1,7 @@
 """The command line: help, JSON, and every mistake a user makes answered in one line."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -35,7 +36,10 @@ def test_models_prints_the_counts_of_the_full_size_preset() -> None:
     assert counts["total"] == 95_445_504 + 413_534_448 + 1_543_714_304
 
 
-@pytest.mark.parametrize("command", [[], ["caption"], ["train"], ["eval", "scenes"], ["demo"]])
+@pytest.mark.parametrize(
+    "command",
+    [[], ["caption"], ["train"], ["eval", "scenes"], ["demo"], ["import"], ["assemble"]],
+)
 def test_help_explains(command: list[str]) -> None:
     result = runner.invoke(app, [*command, "--help"])
     assert result.exit_code == 0
@@ -62,6 +66,56 @@ def test_a_folder_of_another_model_is_refused(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
     assert "no readable config.json" in refused("eval", "scenes", "--model", str(tmp_path))
+
+
+def test_an_import_of_another_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llava"}')
+    line = refused("import", str(tmp_path), "--output", str(tmp_path / "out"))
+    assert "holds a 'llava' model, no published one" in line
+
+
+def test_an_import_over_a_folder_is_refused(tmp_path: Path) -> None:
+    assert "exists" in refused("import", str(tmp_path), "--output", str(tmp_path))
+
+
+def test_parts_that_are_nowhere_are_named(tmp_path: Path) -> None:
+    arguments = ["--vision", "/no/tower", "--llm", "/no/llm", "--output", str(tmp_path / "out")]
+    assert "no folder '/no/tower'" in refused("assemble", *arguments)
+
+
+def test_parts_of_other_kinds_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llava"}')
+    arguments = ["--vision", str(tmp_path), "--llm", str(tmp_path), "--output", "/no/out"]
+    assert "holds a 'llava' model, no tower" in refused("assemble", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "offline", "reason"),
+    [
+        (["import", "--output", "/no/out"], {}, ""),
+        (["import", "--output", "/no/out"], {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set"),
+        (["eval", "scenes", "--model"], {}, "HF_HUB_OFFLINE is set"),
+    ],
+    ids=["import", "import, switched off", "--model"],
+)
+def test_a_published_model_that_cannot_be_downloaded(
+    tmp_path: Path, arguments: list[str], offline: dict[str, str], reason: str
+) -> None:
+    """`import` asks the hub unless it is switched off; a --model never does by itself."""
+    name = "FlashVL/FlashVL-2B-Static"
+    inherited = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
+    out_of_reach = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    done = subprocess.run(
+        [Path(sys.executable).with_name("flashvl"), *arguments, name],
+        env=inherited | out_of_reach | offline,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2, done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith(f"error: {name} is no folder here and cannot be downloaded ({reason}")
+    assert f"run `hf download {name} --local-dir DIR`" in line
+    assert ("HF_HUB_OFFLINE" in line) == bool(reason)
 
 
 def test_scores_that_cannot_be_written_are_refused() -> None:

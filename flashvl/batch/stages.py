@@ -9,14 +9,12 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from flashvl.data.features import make_tiles
-from flashvl.data.images import ImageLimits, decode_image
+from flashvl.data.features import Tiles, decode_tiles, tiles_from_bytes
+from flashvl.data.images import ImageLimits
 from flashvl.data.schema import CAPTIONS, DEAD_LETTERS, IMAGE_MARKER
 from flashvl.engine import Engine, Request
 from flashvl.errors import CheckpointError, DataError
@@ -83,9 +81,8 @@ def _tile_row(
         if isinstance(image, DataError):
             raise image
         stage = "decode"
-        picture = decode_image(image, limits)
-        stage = "tile"
-        return {"id": row_id, "tiles": make_tiles([picture], processor).tobytes()}
+        tiles = decode_tiles([image], processor, limits)
+        return {"id": row_id, "tiles": tiles.pixels.tobytes()}
     except DataError as error:
         return {"id": row_id, "stage": stage, "reason": str(error)}
 
@@ -141,9 +138,9 @@ class Captioner:
         return pa.Table.from_pylist(captions, schema=CAPTIONED)
 
 
-def _as_tiles(data: bytes, processor: FlashVLProcessor) -> npt.NDArray[np.uint8]:
-    size = processor.image_processor.size
-    return np.frombuffer(data, np.uint8).reshape(-1, 3, size["height"], size["width"])
+def _as_tiles(data: bytes, processor: FlashVLProcessor) -> Tiles:
+    pixels = tiles_from_bytes(data, processor)
+    return Tiles(pixels, (len(pixels),))
 
 
 @functools.lru_cache(maxsize=1)

@@ -4,7 +4,9 @@ Pixels stay uint8 between processes (a quarter of the bytes of fp32); `normalize
 step before the tower. Messages carry `<image>` where an image goes.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -12,6 +14,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
+from flashvl.data.images import DEFAULT_LIMITS, ImageLimits, decode_reduced
 from flashvl.data.schema import IMAGE_MARKER
 from flashvl.errors import DataError
 from flashvl.model import FlashVLProcessor
@@ -25,15 +28,46 @@ Message = Mapping[str, str]
 """`role` and `content`."""
 
 
-def make_tiles(images: Sequence[Image.Image], processor: FlashVLProcessor) -> npt.NDArray[np.uint8]:
-    """RGB images -> (tiles, 3, height, width), resized but not normalised."""
-    if not images:
-        size = processor.image_processor.size
-        return np.zeros((0, 3, size["height"], size["width"]), np.uint8)
-    batch = processor.image_processor(
-        list(images), do_rescale=False, do_normalize=False, return_tensors="np"
-    )
-    return np.asarray(batch["pixel_values"]).astype(np.uint8)
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """The tiles of some images, one image after the other, resized but not normalised."""
+
+    pixels: npt.NDArray[np.uint8]
+    """(tiles of all images, 3, height, width)."""
+    counts: tuple[int, ...]
+    """Tiles of each image."""
+
+
+def make_tiles(images: Sequence[Image.Image], processor: FlashVLProcessor) -> Tiles:
+    """RGB images -> their tiles, cut as the model's configuration says."""
+    return _join([processor.image_processor.cut_tiles(image) for image in images], processor)
+
+
+def _join(cut: Sequence[npt.NDArray[np.uint8]], processor: FlashVLProcessor) -> Tiles:
+    side = processor.image_processor.size["height"]
+    none = np.zeros((0, 3, side, side), np.uint8)
+    return Tiles(np.concatenate([none, *cut]), tuple(map(len, cut)))
+
+
+def decode_tiles(
+    images: Iterable[bytes | None],
+    processor: FlashVLProcessor,
+    limits: ImageLimits = DEFAULT_LIMITS,
+) -> Tiles:
+    """Encoded images -> their tiles, without decoding more of a JPEG than they need.
+
+    Raises:
+        DataError: an image cannot be decoded; see `decode_image`.
+    """
+    image_processor = processor.image_processor
+    decoded = [decode_reduced(data, image_processor.least_size, limits) for data in images]
+    return _join([image_processor.cut_tiles(image, size) for image, size in decoded], processor)
+
+
+def tiles_from_bytes(data: bytes, processor: FlashVLProcessor) -> npt.NDArray[np.uint8]:
+    """What `Tiles.pixels.tobytes()` gave -> the pixels again, read-only."""
+    side = processor.image_processor.size["height"]
+    return np.frombuffer(data, np.uint8).reshape(-1, 3, side, side)
 
 
 def normalize_tiles(tiles: torch.Tensor, processor: FlashVLProcessor) -> torch.Tensor:
@@ -44,10 +78,19 @@ def normalize_tiles(tiles: torch.Tensor, processor: FlashVLProcessor) -> torch.T
     return (tiles.float() * image_processor.rescale_factor - mean) / std
 
 
-def encode_prompt(messages: Sequence[Message], processor: FlashVLProcessor) -> list[int]:
-    """Token ids of a conversation that the assistant is to continue."""
+def encode_prompt(
+    messages: Sequence[Message], counts: Sequence[int], processor: FlashVLProcessor
+) -> list[int]:
+    """Token ids of a conversation that the assistant is to continue.
+
+    Args:
+        counts: tiles of each image, in the order of the `<image>`s.
+
+    Raises:
+        DataError: not one `<image>` for each image.
+    """
     return processor.tokenizer.apply_chat_template(
-        _expand_images(messages, processor),
+        _expand_images(messages, counts, processor),
         chat_template=processor.chat_template,
         add_generation_prompt=True,
         return_dict=False,
@@ -55,15 +98,22 @@ def encode_prompt(messages: Sequence[Message], processor: FlashVLProcessor) -> l
 
 
 def encode_conversation(
-    messages: Sequence[Message], processor: FlashVLProcessor, max_length: int
+    messages: Sequence[Message],
+    counts: Sequence[int],
+    processor: FlashVLProcessor,
+    max_length: int,
 ) -> tuple[list[int], list[int]]:
     """Token ids of a whole conversation, and its labels: the assistant's turns, else -100.
 
+    Args:
+        counts: tiles of each image, in the order of the `<image>`s.
+
     Raises:
-        DataError: longer than `max_length` tokens (to cut it could cut an image), or no answer.
+        DataError: not one `<image>` for each image; longer than `max_length` tokens (to cut it
+            could cut an image); or no answer.
     """
     encoded: dict[str, Any] = processor.tokenizer.apply_chat_template(
-        _expand_images(messages, processor),
+        _expand_images(messages, counts, processor),
         chat_template=processor.chat_template,
         return_dict=True,
         return_assistant_tokens_mask=True,
@@ -84,16 +134,25 @@ def encode_conversation(
 
 
 def _expand_images(
-    messages: Sequence[Message], processor: FlashVLProcessor
+    messages: Sequence[Message], counts: Sequence[int], processor: FlashVLProcessor
 ) -> list[dict[str, str]]:
     if any(processor.image_token in message["content"] for message in messages):
         raise DataError(
             f"a message holds {processor.image_token}, the model's own mark of an image;"
             f" write {IMAGE_MARKER} where an image goes"
         )
-    run = processor.image_token * processor.image_seq_length
+    num_markers = sum(message["content"].count(IMAGE_MARKER) for message in messages)
+    if num_markers != len(counts):
+        raise DataError(
+            f"messages hold {num_markers} {IMAGE_MARKER}, but {len(counts)} images are"
+            f" given; write one {IMAGE_MARKER} for each image"
+        )
+    texts = map(processor.image_text, counts)
     return [
-        {"role": message["role"], "content": message["content"].replace(IMAGE_MARKER, run)}
+        {
+            "role": message["role"],
+            "content": re.sub(re.escape(IMAGE_MARKER), lambda _: next(texts), message["content"]),
+        }
         for message in messages
     ]
 

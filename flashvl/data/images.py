@@ -4,11 +4,12 @@ It does not know where the bytes come from, nor what size the model wants.
 """
 
 import io
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 from pydantic import Field, PositiveInt
 
 from flashvl.config import StrictModel
@@ -20,6 +21,10 @@ it decodes a pixel (ICO and ICNS do not)."""
 
 PILLOW_MAX_PIXELS = 178_956_970
 """Pillow's own limit, twice `Image.MAX_IMAGE_PIXELS`, which is the whole process's to change."""
+
+
+Size = tuple[int, int]
+"""(width, height)."""
 
 
 class ImageLimits(StrictModel):
@@ -52,6 +57,24 @@ def decode_image(data: bytes | None, limits: ImageLimits = DEFAULT_LIMITS) -> Im
     Raises:
         DataError: the bytes are missing, no such image, damaged, or outside `limits`.
     """
+    return decode_reduced(data, lambda whole: whole, limits)[0]
+
+
+def decode_reduced(
+    data: bytes | None,
+    least_size: Callable[[Size], Size],
+    limits: ImageLimits = DEFAULT_LIMITS,
+) -> tuple[Image.Image, Size]:
+    """As `decode_image`, but a JPEG at a half, a quarter or an eighth of its size if that will do.
+
+    A decoder that leaves out the finest frequencies is several times faster.
+
+    Args:
+        least_size: given the image's size, the least that it may be decoded at.
+
+    Returns:
+        The image, and the size that it has in full.
+    """
     if not data:
         what = "null" if data is None else "empty"
         raise DataError(f"image is {what}; it must hold the bytes of an image file")
@@ -63,6 +86,7 @@ def decode_image(data: bytes | None, limits: ImageLimits = DEFAULT_LIMITS) -> Im
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_size(image.width, image.height, limits)
+            size = _reduce_jpeg(image, least_size) if image.format == "JPEG" else None
             # Loads first, as a PNG may have its EXIF after the pixels.
             ImageOps.exif_transpose(image, in_place=True)
             rgb = _to_rgb(image)
@@ -83,7 +107,20 @@ def decode_image(data: bytes | None, limits: ImageLimits = DEFAULT_LIMITS) -> Im
             f"image cannot be decoded ({_one_line(error)}); replace the damaged file"
         ) from error
     rgb.info.clear()  # else EXIF, XMP and profiles travel with every pickled copy
-    return rgb
+    return rgb, size or rgb.size
+
+
+def _reduce_jpeg(image: Image.Image, least_size: Callable[[Size], Size]) -> Size:
+    """Have `image` decoded at a fraction of its size, if any; returns its whole, upright size."""
+    width, height = image.size
+    if image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8):  # lies on its side
+        least_height, least_width = least_size((height, width))
+        size = (height, width)
+    else:
+        least_width, least_height = least_size((width, height))
+        size = (width, height)
+    image.draft(None, (least_width, least_height))
+    return size
 
 
 def _check_size(width: int, height: int, limits: ImageLimits) -> None:

@@ -16,8 +16,7 @@ from pydantic import Field, PositiveInt, model_validator
 
 from flashvl.config import StrictModel
 from flashvl.data import synthetic
-from flashvl.data.features import encode_conversation, make_tiles
-from flashvl.data.images import decode_image
+from flashvl.data.features import decode_tiles, encode_conversation
 from flashvl.data.schema import CONVERSATIONS
 from flashvl.errors import ConfigError, DataError
 from flashvl.model import FlashVLProcessor
@@ -128,8 +127,10 @@ def _encode_rows(
     processor = _processor(model)
     for row in rows:
         try:
-            input_ids, labels = encode_conversation(row["messages"], processor, max_length)
-            tiles = make_tiles([decode_image(image) for image in row["images"]], processor)
+            tiles = decode_tiles(row["images"], processor)
+            input_ids, labels = encode_conversation(
+                row["messages"], tiles.counts, processor, max_length
+            )
         except DataError as error:
             logger.warning("row %s is left out: %s", row["index"], error)
             continue
@@ -137,7 +138,7 @@ def _encode_rows(
             "index": row["index"],
             "input_ids": input_ids,
             "labels": labels,
-            "tiles": tiles.tobytes(),
+            "tiles": tiles.pixels.tobytes(),
         }
 
 

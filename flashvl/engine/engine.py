@@ -6,10 +6,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from flashvl.data.features import encode_prompt, make_tiles, normalize_tiles, pad
-from flashvl.data.schema import IMAGE_MARKER
+from flashvl.data.features import Tiles, encode_prompt, make_tiles, normalize_tiles, pad
 from flashvl.engine.request import Completion, Request
-from flashvl.errors import DataError
 from flashvl.model import FlashVLForConditionalGeneration, FlashVLProcessor
 from flashvl.model.loading import inference_dtype, load_model, load_processor
 
@@ -34,16 +32,18 @@ class Engine:
         """Answer all `requests` as one batch, in their order."""
         if not requests:
             return []
-        for request in requests:
-            _check_images(request)
-        prompts = [encode_prompt(request.messages, self.processor) for request in requests]
+        tiles = [self._tiles(request) for request in requests]
+        prompts = [
+            encode_prompt(request.messages, cut.counts, self.processor)
+            for request, cut in zip(requests, tiles, strict=True)
+        ]
         input_ids = pad(prompts, self.pad_token_id, side="left").to(self.device)
         attention_mask = pad([[1] * len(prompt) for prompt in prompts], 0, side="left")
         max_new_tokens = max(request.max_new_tokens for request in requests)
         generated = self.model.generate(
             input_ids=input_ids,
             attention_mask=attention_mask.to(self.device),
-            **self._image_inputs(requests),
+            **self._image_inputs(tiles),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             eos_token_id=self.end_token_id,
@@ -55,15 +55,13 @@ class Engine:
             for request, prompt, answer in zip(requests, prompts, answers, strict=True)
         ]
 
-    def _image_inputs(self, requests: Sequence[Request]) -> dict[str, torch.Tensor]:
+    def _tiles(self, request: Request) -> Tiles:
+        images = request.images
+        return images if isinstance(images, Tiles) else make_tiles(images, self.processor)
+
+    def _image_inputs(self, tiles: Sequence[Tiles]) -> dict[str, torch.Tensor]:
         """`pixel_values`, or nothing where no request has an image: `generate` takes no None."""
-        tiles = [
-            request.images
-            if isinstance(request.images, np.ndarray)
-            else make_tiles(request.images, self.processor)
-            for request in requests
-        ]
-        batch = np.concatenate(tiles)
+        batch = np.concatenate([cut.pixels for cut in tiles])
         if not len(batch):
             return {}
         tiles_on_device = torch.from_numpy(batch).to(self.device)
@@ -79,13 +77,4 @@ class Engine:
             token_ids=answer,
             prompt_tokens=len(prompt),
             finish_reason="stop" if stopped else "length",
-        )
-
-
-def _check_images(request: Request) -> None:
-    num_markers = sum(message["content"].count(IMAGE_MARKER) for message in request.messages)
-    if num_markers != len(request.images):
-        raise DataError(
-            f"messages hold {num_markers} {IMAGE_MARKER}, but {len(request.images)} images are"
-            f" given; write one {IMAGE_MARKER} for each image"
         )

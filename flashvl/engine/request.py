@@ -4,11 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
-from flashvl.data.features import Message
+from flashvl.data.features import Message, Tiles
 
 FinishReason = Literal["stop", "length"]
 """The model ended its answer, or `max_new_tokens` did."""
@@ -20,7 +18,7 @@ class Request:
 
     messages: Sequence[Message]
     """`role` and `content`; an `<image>` in a content stands for the next image."""
-    images: Sequence[Image.Image] | npt.NDArray[np.uint8] = field(default=())
+    images: Sequence[Image.Image] | Tiles = field(default=())
     """RGB images, or the tiles that `features.make_tiles` made of them."""
     max_new_tokens: int = 128
 

@@ -1,5 +1,6 @@
 """The Hugging Face model: importing this package registers Flash-VL with the Auto classes."""
 
+import transformers
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -18,6 +19,8 @@ AutoModel.register(FlashVLConfig, FlashVLModel)
 AutoModelForImageTextToText.register(FlashVLConfig, FlashVLForConditionalGeneration)
 AutoImageProcessor.register(FlashVLConfig, FlashVLImageProcessor)
 AutoProcessor.register(FlashVLConfig, FlashVLProcessor)
+# Where TRL looks for the class when it loads the reference model of a full fine-tuning.
+transformers.FlashVLForConditionalGeneration = FlashVLForConditionalGeneration  # type: ignore[attr-defined]
 
 __all__ = [
     "FlashVLConfig",

@@ -10,19 +10,26 @@ from flashvl.errors import CheckpointError
 from flashvl.model.configuration_flashvl import FlashVLConfig
 from flashvl.model.modeling_flashvl import FlashVLForConditionalGeneration
 from flashvl.model.processing_flashvl import FlashVLProcessor
+from flashvl.model.released import OWNER, fetch_folder, import_once, is_released
+from flashvl.model.weights import one_line
 
 SHIPPED = Path(__file__).parent.parent / "checkpoints"
 """Folders of the checkpoints inside the package, called by their names."""
 
 
 def resolve_checkpoint(model: str | Path) -> Path:
-    """The folder of `model`: a shipped checkpoint's name, or a path.
+    """The folder of `model`: a shipped checkpoint's name, a path, or a published FlashVL/* name.
+
+    A published checkpoint, on disk or on the hub, is imported once; the folder is its import's.
 
     Raises:
         CheckpointError: no such folder, or not one of a Flash-VL model.
+        ConfigError: the import cannot be written.
     """
     shipped = sorted(path.parent.name for path in SHIPPED.glob("*/config.json"))
     folder = SHIPPED / model if str(model) in shipped else Path(model)
+    if str(model).startswith(OWNER):
+        folder = fetch_folder(str(model))
     remedy = f"name a Flash-VL folder or a shipped model ({', '.join(shipped)})"
     if not folder.is_dir():
         raise CheckpointError(f"no model folder {str(model)!r}; {remedy}")
@@ -30,6 +37,8 @@ def resolve_checkpoint(model: str | Path) -> Path:
         model_type = json.loads((folder / "config.json").read_text())["model_type"]
     except (OSError, ValueError, KeyError, TypeError):
         raise CheckpointError(f"{folder} has no readable config.json; {remedy}") from None
+    if is_released(model_type):
+        return import_once(folder)
     if model_type != FlashVLConfig.model_type:
         raise CheckpointError(
             f"{folder} holds a {model_type!r} model, not {FlashVLConfig.model_type!r}; {remedy}"
@@ -49,9 +58,12 @@ def load_processor(model: str | Path) -> FlashVLProcessor:
         processor = AutoProcessor.from_pretrained(folder)
         config = FlashVLConfig.from_pretrained(folder)
     except Exception as error:
-        raise CheckpointError(f"{folder} has no usable processor: {_one_line(error)}") from error
-    for name in ("image_token_id", "image_seq_length"):
-        ours, wanted = getattr(processor, name), getattr(config, name)
+        raise CheckpointError(f"{folder} has no usable processor: {one_line(error)}") from error
+    for name, ours, wanted in (
+        ("image_token_id", processor.image_token_id, config.image_token_id),
+        ("image_seq_length", processor.image_seq_length, config.image_seq_length),
+        ("tiling", processor.image_processor.tiling_rule, config.tiling_rule),
+    ):
         if ours != wanted:
             raise CheckpointError(
                 f"{folder}: its processor has {name}={ours}, its config.json {wanted};"
@@ -74,7 +86,7 @@ def load_model(
             folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except Exception as error:  # whatever a broken folder makes the libraries raise
-        raise CheckpointError(f"{folder} cannot be loaded: {_one_line(error)}") from error
+        raise CheckpointError(f"{folder} cannot be loaded: {one_line(error)}") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[problem]:
             name = sorted(map(str, report[problem]))[0]
@@ -93,7 +105,3 @@ def inference_dtype() -> torch.dtype:
         return torch.bfloat16
     has_bf16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if has_bf16 else torch.float32
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

@@ -4,9 +4,11 @@ Tower and LLM are transformers' own classes; only the adapter and the wiring are
 are the library's (`model.vision_tower`, `model.multi_modal_projector`, `model.language_model`), so
 PEFT, TRL, `pipeline("image-text-to-text")` and vLLM's Transformers backend find what they expect.
 
-Dimensions in comments: N images, S patches a side, C tower channels, L text length, D LLM width.
+Dimensions: N tiles of all images, S patches a side, C tower channels, L text length, D LLM width.
 """
 
+from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,56 +23,57 @@ from transformers.modeling_outputs import (
 from .configuration_flashvl import FlashVLConfig
 
 
-def pixel_shuffle(features_NSSC: torch.Tensor, downsample_ratio: float) -> torch.Tensor:
+def pixel_shuffle(
+    features_NSSC: torch.Tensor, downsample_ratio: float, order: str = "row_major"
+) -> torch.Tensor:
     """Fold every `1/ratio x 1/ratio` block of patches into the channels of one token.
 
     Args:
-        features_NSSC: patch grid, row-major: (images, rows, columns, channels).
+        features_NSSC: patch grid, row-major: (tiles, rows, columns, channels).
+        order: of the tokens, `row_major` or `column_major`: InternVL's version 2 or 1.
 
     Returns:
-        (images, rows * ratio * columns * ratio, channels / ratio^2), row-major; the channels of a
-        token are its block's patches in row-major order, as in InternVL's version 2.
+        (tiles, rows * ratio * columns * ratio, channels / ratio^2); the channels of a token are its
+        block's patches in row-major order.
     """
     factor = round(1 / downsample_ratio)
-    images, rows, columns, channels = features_NSSC.shape
+    tiles, rows, columns, channels = features_NSSC.shape
     blocks = features_NSSC.reshape(
-        images, rows // factor, factor, columns // factor, factor, channels
+        tiles, rows // factor, factor, columns // factor, factor, channels
     )
-    blocks = blocks.permute(0, 1, 3, 2, 4, 5)
-    return blocks.reshape(images, -1, factor * factor * channels)
+    axes = (1, 3) if order == "row_major" else (3, 1)
+    blocks = blocks.permute(0, *axes, 2, 4, 5)
+    return blocks.reshape(tiles, -1, factor * factor * channels)
 
 
-class FlashVLMultiModalProjector(nn.Module):
+class FlashVLMultiModalProjector(nn.Sequential):
     """The adapter, paper equations (2)-(5): LayerNorm, Linear, GELU, Linear, GELU, Linear.
 
-    4608 -> 7168 -> 7168 -> 1536 in the static preset: 95,445,504 parameters.
+    4608 -> 7168 -> 7168 -> 1536 in the static preset: 95,445,504 parameters. With
+    `projector_num_layers` 2 it is the conventional one of the paper's Table 8.
     """
 
     def __init__(self, config: FlashVLConfig):
-        super().__init__()
-        hidden_size = config.projector_hidden_size
-        self.layer_norm = nn.LayerNorm(config.projector_input_size)
-        self.linear_1 = nn.Linear(config.projector_input_size, hidden_size)
-        self.linear_2 = nn.Linear(hidden_size, hidden_size)
-        self.linear_3 = nn.Linear(hidden_size, config.text_config.hidden_size)
-        self.act = nn.GELU()
-
-    def forward(self, image_features: torch.Tensor) -> torch.Tensor:
-        hidden = self.act(self.linear_1(self.layer_norm(image_features)))
-        hidden = self.act(self.linear_2(hidden))
-        return self.linear_3(hidden)
+        hidden = [config.projector_hidden_size] * (config.projector_num_layers - 1)
+        sizes = [config.projector_input_size, *hidden, config.text_config.hidden_size]
+        layers = OrderedDict[str, nn.Module](layer_norm=nn.LayerNorm(sizes[0]))
+        for number in range(1, len(sizes)):
+            if number > 1:
+                layers[f"act_{number - 1}"] = nn.GELU()
+            layers[f"linear_{number}"] = nn.Linear(*sizes[number - 1 : number + 1])
+        super().__init__(layers)
 
 
 @dataclass
 class FlashVLModelOutputWithPast(BaseModelOutputWithPast):
-    """`image_hidden_states`: (images, tokens, D), the adapter's output; None without images."""
+    """`image_hidden_states`: (tiles, tokens, D), the adapter's output; None without images."""
 
     image_hidden_states: torch.Tensor | None = None
 
 
 @dataclass
 class FlashVLCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """`image_hidden_states`: (images, tokens, D), the adapter's output; None without images."""
+    """`image_hidden_states`: (tiles, tokens, D), the adapter's output; None without images."""
 
     image_hidden_states: torch.Tensor | None = None
 
@@ -99,26 +102,41 @@ class FlashVLModel(FlashVLPreTrainedModel):
         self.post_init()
 
     def get_image_features(
-        self, pixel_values: torch.Tensor, **kwargs
+        self,
+        pixel_values: torch.Tensor,
+        image_grid_thw: torch.LongTensor | None = None,
+        **kwargs,
     ) -> BaseModelOutputWithPooling:
         """Encode images for the LLM.
 
         Args:
-            pixel_values: (images, 3, height, width), normalised.
+            pixel_values: (tiles of all images, 3, height, width), normalised.
+            image_grid_thw: (images, 3); a row's product is the number of its image's tiles.
 
         Returns:
-            `pooler_output`: (images, image_seq_length, D), the projected visual tokens;
-            `last_hidden_state`: (images, patches, C), the tower's own features.
+            `pooler_output`: the projected visual tokens, (tiles, image_seq_length, D); given
+            `image_grid_thw`, a tuple of one (tokens, D) an image, whose lengths may differ;
+            `last_hidden_state`: (tiles, patches, C), the tower's own features.
         """
         kwargs.pop("return_dict", None)
+        config = self.config
+        layer = config.vision_feature_layer
         outputs = self.vision_tower(
-            pixel_values=pixel_values.to(self.dtype), return_dict=True, **kwargs
+            pixel_values=pixel_values.to(self.dtype),
+            return_dict=True,
+            **(kwargs if layer is None else kwargs | {"output_hidden_states": True}),
         )
-        patches_NPC = outputs.last_hidden_state
-        side = self.config.vision_config.image_size // self.config.vision_config.patch_size
-        grid_NSSC = patches_NPC.unflatten(1, (side, side))
-        tokens = pixel_shuffle(grid_NSSC, self.config.downsample_ratio)
-        outputs.pooler_output = self.multi_modal_projector(tokens)
+        patches_NPC = outputs.last_hidden_state if layer is None else outputs.hidden_states[layer]
+        rule = config.tiling_rule
+        side = rule.tile_size // rule.patch_size
+        kept = slice(rule.dropped_patches, side - rule.dropped_patches)
+        grid_NSSC = patches_NPC.unflatten(1, (side, side))[:, kept, kept]
+        tokens = pixel_shuffle(grid_NSSC, config.downsample_ratio, config.pixel_shuffle_order)
+        features = self.multi_modal_projector(tokens)
+        if image_grid_thw is not None:
+            num_tiles = image_grid_thw.prod(-1).tolist()
+            features = tuple(part.flatten(0, 1) for part in features.split(num_tiles))
+        outputs.pooler_output = features
         return outputs
 
     def get_placeholder_mask(
@@ -127,7 +145,7 @@ class FlashVLModel(FlashVLPreTrainedModel):
         inputs_embeds: torch.Tensor,
         image_features: torch.Tensor,
     ) -> torch.BoolTensor:
-        """(batch, L, 1): True where a visual token goes.
+        """(batch, L, 1): True where one of `image_features`, (tokens, D), goes.
 
         Raises:
             ValueError: the placeholders and the visual tokens differ in number.
@@ -137,7 +155,7 @@ class FlashVLModel(FlashVLPreTrainedModel):
             placeholder = (inputs_embeds == self.get_input_embeddings()(image_id)).all(-1)
         else:
             placeholder = input_ids == self.config.image_token_id
-        num_features = image_features.shape[0] * image_features.shape[1]
+        num_features = image_features.shape[0]
         num_tokens = num_features if torch.compiler.is_compiling() else int(placeholder.sum())
         if num_tokens != num_features:
             raise ValueError(
@@ -150,6 +168,7 @@ class FlashVLModel(FlashVLPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.Tensor | None = None,
+        image_grid_thw: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
@@ -157,7 +176,11 @@ class FlashVLModel(FlashVLPreTrainedModel):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs,
     ) -> FlashVLModelOutputWithPast:
-        """Args as in every transformers image-text model; `pixel_values`: (images, 3, H, W)."""
+        """Args as in every transformers image-text model.
+
+        `pixel_values`: (tiles of all images, 3, H, W), in the order of the placeholders; so
+        `image_grid_thw`, which says how many are each image's, is not needed here.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
@@ -168,9 +191,12 @@ class FlashVLModel(FlashVLPreTrainedModel):
             image_outputs = self.get_image_features(pixel_values)
         image_features = None
         if image_outputs is not None:
-            image_features = image_outputs.pooler_output.to(inputs_embeds)
-            mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
-            inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
+            image_features = image_outputs.pooler_output
+            tokens_TD = _flatten_features(image_features).to(inputs_embeds)
+            mask = self.get_placeholder_mask(input_ids, inputs_embeds, tokens_TD)
+            inputs_embeds = inputs_embeds.masked_scatter(mask, tokens_TD)
+        elif self.training and torch.is_grad_enabled():
+            inputs_embeds = inputs_embeds + self._no_image().to(inputs_embeds)
 
         kwargs.pop("return_dict", None)
         outputs = self.language_model(
@@ -188,6 +214,23 @@ class FlashVLModel(FlashVLPreTrainedModel):
             attentions=outputs.attentions,
             image_hidden_states=image_features,
         )
+
+    def _no_image(self) -> torch.Tensor:
+        """Zero, made by tower and adapter, for a training batch without images.
+
+        Every parameter then takes part in every step, with a gradient of zero. Without it the ranks
+        of ZeRO would disagree on what to reduce, and hang or mix up gradients.
+        """
+        side = self.config.vision_config.image_size
+        pixel_values = torch.zeros((1, 3, side, side), device=self.device)
+        return 0.0 * self.get_image_features(pixel_values).pooler_output.sum()
+
+
+def _flatten_features(features: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
+    """What `get_image_features` returns for several images -> (tokens of all, D)."""
+    if isinstance(features, torch.Tensor):
+        return features.flatten(0, -2)
+    return torch.cat([part.flatten(0, -2) for part in features])
 
 
 class FlashVLForConditionalGeneration(FlashVLPreTrainedModel, GenerationMixin):
@@ -208,15 +251,19 @@ class FlashVLForConditionalGeneration(FlashVLPreTrainedModel, GenerationMixin):
         return self.lm_head
 
     def get_image_features(
-        self, pixel_values: torch.Tensor, **kwargs
+        self,
+        pixel_values: torch.Tensor,
+        image_grid_thw: torch.LongTensor | None = None,
+        **kwargs,
     ) -> BaseModelOutputWithPooling:
         """As `FlashVLModel.get_image_features`."""
-        return self.model.get_image_features(pixel_values, **kwargs)
+        return self.model.get_image_features(pixel_values, image_grid_thw, **kwargs)
 
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.Tensor | None = None,
+        image_grid_thw: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
@@ -234,6 +281,7 @@ class FlashVLForConditionalGeneration(FlashVLPreTrainedModel, GenerationMixin):
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
+            image_grid_thw=image_grid_thw,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,

@@ -1,16 +1,29 @@
 """Configurations by name: those of the paper, and `tiny`, which is shipped trained."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from transformers import Qwen2Config, SiglipVisionConfig
+from transformers import (
+    Aimv2VisionConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    SiglipVisionConfig,
+)
 
 from flashvl.errors import ConfigError
 from flashvl.model.configuration_flashvl import FlashVLConfig
 from flashvl.model.modeling_flashvl import FlashVLModel
 
+DYNAMIC = {"mode": "dynamic"}
+OVERLAP = {"mode": "overlap", "margin": 56}
+ISS = {"mode": "iss", "margin": 56}
 
-def _static() -> FlashVLConfig:
-    """The paper's default: SigLIP2-so400m-patch16-512 and Qwen2.5-1.5B-Instruct."""
-    vision_config = SiglipVisionConfig(
+
+def siglip2_so400m_512() -> SiglipVisionConfig:
+    """google/siglip2-so400m-patch16-512: the paper's default tower."""
+    return SiglipVisionConfig(
         hidden_size=1152,
         intermediate_size=4304,
         num_hidden_layers=27,
@@ -19,7 +32,37 @@ def _static() -> FlashVLConfig:
         patch_size=16,
         vision_use_head=False,
     )
-    text_config = Qwen2Config(
+
+
+def siglip2_large_384() -> SiglipVisionConfig:
+    """google/siglip2-large-patch16-384 (paper, Table 3)."""
+    return SiglipVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=384,
+        patch_size=16,
+        vision_use_head=False,
+    )
+
+
+def aimv2_huge_448() -> Aimv2VisionConfig:
+    """apple/aimv2-huge-patch14-448: the tower of the dynamic variants."""
+    return Aimv2VisionConfig(
+        hidden_size=1536,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=12,
+        image_size=448,
+        patch_size=14,
+        use_head=False,
+    )
+
+
+def qwen2_1_5b() -> Qwen2Config:
+    """Qwen/Qwen2.5-1.5B-Instruct; Qwen2-1.5B-Instruct differs in its weights alone."""
+    return Qwen2Config(
         vocab_size=151936,
         hidden_size=1536,
         intermediate_size=8960,
@@ -32,45 +75,102 @@ def _static() -> FlashVLConfig:
         bos_token_id=151643,
         eos_token_id=151645,
     )
-    return FlashVLConfig(vision_config=vision_config, text_config=text_config)
 
 
-def _tiny() -> FlashVLConfig:
-    """The static architecture at 1/400 of its size, for the procedural world on a CPU."""
-    vision_config = SiglipVisionConfig(
-        hidden_size=192,
-        intermediate_size=768,
-        num_hidden_layers=3,
-        num_attention_heads=6,
-        image_size=96,
-        patch_size=12,
-        vision_use_head=False,
-    )
-    text_config = Qwen2Config(
-        vocab_size=512,
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        # At the usual 0.02 the embeddings of words that share their places (colours) fall together
-        # while their differences are still small, and the model never tells them apart.
-        initializer_range=0.07,
-        max_position_embeddings=1024,
+def llama3_2_1b() -> LlamaConfig:
+    """meta-llama/Llama-3.2-1B-Instruct (paper, Table 9)."""
+    return LlamaConfig(
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        max_position_embeddings=131072,
+        rms_norm_eps=1e-5,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 500_000.0,
+            "factor": 32.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
         tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    return FlashVLConfig(
-        vision_config=vision_config,
-        text_config=text_config,
-        image_token_id=3,
-        projector_hidden_size=512,
+        bos_token_id=128000,
+        eos_token_id=128009,
     )
 
 
-PRESETS = {"static": _static, "tiny": _tiny}
+def _flash_vl(
+    tower: Callable[[], PreTrainedConfig],
+    llm: Callable[[], PreTrainedConfig] = qwen2_1_5b,
+    **options: Any,
+) -> Callable[[], FlashVLConfig]:
+    return lambda: FlashVLConfig(vision_config=tower(), text_config=llm(), **options)
+
+
+def _tiny(**options: Any) -> Callable[[], FlashVLConfig]:
+    """The architecture at 1/400 of its size, for the procedural world on a CPU."""
+
+    def tower() -> SiglipVisionConfig:
+        return SiglipVisionConfig(
+            hidden_size=192,
+            intermediate_size=768,
+            num_hidden_layers=3,
+            num_attention_heads=6,
+            image_size=96,
+            patch_size=12,
+            vision_use_head=False,
+        )
+
+    def llm() -> Qwen2Config:
+        return Qwen2Config(
+            vocab_size=512,
+            hidden_size=192,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            # At the usual 0.02 the embeddings of words that share their places (colours) fall
+            # together while they still differ little, and the model never tells them apart.
+            initializer_range=0.07,
+            max_position_embeddings=1024,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=2,
+            pad_token_id=0,
+        )
+
+    return _flash_vl(tower, llm, image_token_id=3, projector_hidden_size=512, **options)
+
+
+PRESETS: dict[str, Callable[[], FlashVLConfig]] = {
+    # The released models (Table 2).
+    "static": _flash_vl(siglip2_so400m_512),
+    "dynamic": _flash_vl(aimv2_huge_448, tiling=DYNAMIC),
+    "iss": _flash_vl(aimv2_huge_448, tiling=ISS, downsample_ratio=1.0),
+    # Table 3: towers.
+    "static-aimv2": _flash_vl(aimv2_huge_448),
+    "static-siglip2-large": _flash_vl(siglip2_large_384),
+    # Table 6: tilings.
+    "overlap": _flash_vl(aimv2_huge_448, tiling=OVERLAP),
+    # Table 8: adapters.
+    "static-two-linear": _flash_vl(
+        siglip2_so400m_512, projector_num_layers=2, projector_hidden_size=1536
+    ),
+    # Table 9: LLMs. Qwen2-1.5B has the shapes of Qwen2.5-1.5B.
+    "static-qwen2": _flash_vl(siglip2_so400m_512),
+    "static-llama": _flash_vl(siglip2_so400m_512, llama3_2_1b, image_token_id=128002),
+    # Table 10: tilings of SigLIP2.
+    "dynamic-siglip2": _flash_vl(siglip2_so400m_512, tiling=DYNAMIC),
+    # The procedural world's.
+    "tiny": _tiny(),
+    "tiny-dynamic": _tiny(tiling=DYNAMIC),
+    "tiny-overlap": _tiny(tiling={"mode": "overlap", "margin": 12}),
+    "tiny-iss": _tiny(tiling={"mode": "iss", "margin": 12}, downsample_ratio=1.0),
+}
 
 
 def build_config(preset: str) -> FlashVLConfig:

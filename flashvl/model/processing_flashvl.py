@@ -31,10 +31,12 @@ CHAT_TEMPLATE = (
 
 
 class FlashVLProcessor(ProcessorMixin):
-    """One `<|image_pad|>` an image in the text becomes that image's run of `image_seq_length`.
+    """One `<|image_pad|>` an image in the text becomes that image's run of placeholders.
 
-    The text is expanded by the base class, which calls `replace_image_token` for every image, and
-    so can report the replacement offsets that vLLM's Transformers backend asks for.
+    The run is `image_seq_length` placeholders for each of the image's tiles, without anything in
+    between, as vLLM needs it, unless `tile_wrappers` is set. The text is expanded by the base
+    class, which calls `replace_image_token` for every image, and so can report the replacement
+    offsets that vLLM's Transformers backend asks for.
     """
 
     text_kwargs = {"padding": False, "padding_side": "left"}
@@ -44,26 +46,58 @@ class FlashVLProcessor(ProcessorMixin):
         image_processor=None,
         tokenizer=None,
         image_seq_length=256,
+        image_token="<|image_pad|>",
+        tile_wrappers=None,
         chat_template=None,
         **kwargs,
     ):
+        """
+        Args:
+            image_seq_length: placeholders for one tile.
+            image_token: a token of the tokenizer's; Qwen2.5's own by default.
+            tile_wrappers: two texts, before and after each tile's run, or None. The published
+                dynamic models' code names `[PLACEHOLDER_0]` and `[PLACEHOLDER_1]`, but it is not
+                known whether they are used.
+        """
         super().__init__(
             image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE, **kwargs
         )
         self.image_seq_length = image_seq_length
-        self.image_token = "<|image_pad|>"
+        self.image_token = image_token
+        self.tile_wrappers = tile_wrappers
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
 
+    @property
+    def unused_input_names(self) -> list[str]:
+        """What the image processor returns and the model does not take."""
+        return ["num_patches"]
+
+    def image_text(self, num_tiles: int) -> str:
+        """What stands in the text for an image of `num_tiles` tiles.
+
+        Everything that counts image tokens counts these.
+        """
+        run = self.image_token * self.image_seq_length
+        if self.tile_wrappers:
+            start, end = self.tile_wrappers
+            run = f"{start}{run}{end}"
+        return run * num_tiles
+
+    def num_image_tokens(self, size: tuple[int, int]) -> int:
+        """Visual tokens of an image of `size`, (width, height) in pixels."""
+        return self.image_processor.tiling_rule.num_tiles(size) * self.image_seq_length
+
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
-        """The run of placeholders that stands for image `image_idx`."""
-        return self.image_token * self.image_seq_length
+        """`image_text` of image `image_idx`."""
+        return self.image_text(int(image_inputs["num_patches"][image_idx]))
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
         """Visual tokens and tiles of images of `image_sizes` [(height, width), ...]."""
-        num_images = len(image_sizes or [])
+        sizes = [(width, height) for height, width in image_sizes or []]
+        rule = self.image_processor.tiling_rule
         return MultiModalData(
-            num_image_tokens=[self.image_seq_length] * num_images,
-            num_image_patches=[1] * num_images,
+            num_image_tokens=[self.num_image_tokens(size) for size in sizes],
+            num_image_patches=[rule.num_tiles(size) for size in sizes],
         )
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint of random weights, where training from nothing begins."""
+"""Where a training begins: random weights, or the tower and the LLM of another model."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,10 +8,13 @@ import torch
 from flashvl.data import synthetic
 from flashvl.data.tokenizer import train_tokenizer
 from flashvl.errors import ConfigError
-from flashvl.model import FlashVLForConditionalGeneration, FlashVLImageProcessor, FlashVLProcessor
+from flashvl.model import FlashVLForConditionalGeneration
+from flashvl.model.assembly import build_processor
+from flashvl.model.loading import load_model, load_processor
 from flashvl.model.presets import build_config
 from flashvl.train.checkpoint import save_pretrained
 
+ADAPTER = "multi_modal_projector"
 SIGN_LETTERS = set(synthetic.LETTERS) - set("DHW")
 """Left out of the tokenizer's texts, but for those that begin a question."""
 
@@ -31,11 +34,44 @@ def create_random(preset: str, output: Path, seed: int = 0) -> None:
             f"preset {preset!r} has Qwen2.5's vocabulary, which cannot be made from nothing;"
             " use a preset of the procedural world (tiny)"
         )
-    side = config.vision_config.image_size
-    image_processor = FlashVLImageProcessor(size={"height": side, "width": side})
-    processor = FlashVLProcessor(image_processor, tokenizer, config.image_seq_length)
+    processor = build_processor(config, tokenizer)
     torch.manual_seed(seed)
     save_pretrained(FlashVLForConditionalGeneration(config), processor, output)
+
+
+def create_variant(model: str | Path, preset: str, output: Path, seed: int = 0) -> None:
+    """Write a model of `preset` with the tower, the LLM and the tokenizer of `model` to `output`.
+
+    The adapter is `model`'s too if its shapes are the preset's, else random.
+
+    Raises:
+        CheckpointError: `model` is none.
+        ConfigError: `output` exists, or the preset's tower or LLM is not of the model's shape.
+    """
+    source = load_model(model)
+    config = build_config(preset)
+    if output.exists():
+        raise ConfigError(f"{output} exists; name a new folder or remove it")
+    torch.manual_seed(seed)
+    variant = FlashVLForConditionalGeneration(config)
+    weights, wanted = source.state_dict(), variant.state_dict()
+    fitting = {
+        name: weight
+        for name, weight in weights.items()
+        if name in wanted and weight.shape == wanted[name].shape
+    }
+    missing = [name for name in wanted if name not in fitting and ADAPTER not in name]
+    if missing:
+        raise ConfigError(
+            f"preset {preset!r} has {missing[0]} of another shape than {model};"
+            " use a preset with the same tower and LLM"
+        )
+    adapter = {name for name in wanted if ADAPTER in name}
+    if not adapter <= fitting.keys():
+        fitting = {name: weight for name, weight in fitting.items() if name not in adapter}
+    variant.load_state_dict(fitting, strict=False)
+    tokenizer = load_processor(model).tokenizer
+    save_pretrained(variant, build_processor(config, tokenizer), output)
 
 
 def world_texts() -> Iterator[str]:

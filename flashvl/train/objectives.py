@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from flashvl.data.features import IGNORE_INDEX, normalize_tiles, pad
+from flashvl.data.features import IGNORE_INDEX, normalize_tiles, pad, tiles_from_bytes
 from flashvl.data.synthetic import CELL_CLASSES
 from flashvl.model import FlashVLForConditionalGeneration, FlashVLProcessor
 from flashvl.model.modeling_flashvl import pixel_shuffle
@@ -115,7 +115,5 @@ OBJECTIVES: dict[str, type[Answers] | type[Cells]] = {"answers": Answers, "cells
 
 def _tiles(column: npt.NDArray[Any], processor: FlashVLProcessor) -> torch.Tensor:
     """Bytes of the pipeline's `tiles` -> normalised (tiles, 3, height, width)."""
-    size = processor.image_processor.size
-    tiles = np.frombuffer(b"".join(column), np.uint8).copy()
-    shaped = torch.from_numpy(tiles).view(-1, 3, size["height"], size["width"])
-    return normalize_tiles(shaped, processor)
+    tiles = tiles_from_bytes(b"".join(column), processor)
+    return normalize_tiles(torch.from_numpy(tiles.copy()), processor)

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from flashvl.data import images
 from flashvl.data.images import ImageLimits, decode_image
 from flashvl.errors import DataError
+from flashvl.model import FlashVLImageProcessor
 
 RED, GREEN, BLUE, YELLOW = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
@@ -411,3 +412,53 @@ def test_threads_agree_with_one_after_another() -> None:
     with ThreadPoolExecutor(8) as pool:
         decoded = list(pool.map(lambda data: decode_image(data, LIMITS).tobytes(), VALID * 10))
     assert decoded == expected * 10
+
+
+# Decoding no more of a JPEG than is needed
+
+
+def photo(width: int, height: int) -> Image.Image:
+    """Smooth, with edges: what a photograph is made of."""
+    rows, columns = np.mgrid[:height, :width]
+    waves = np.stack([np.sin(columns / 37), np.cos(rows / 23), np.sin((rows + columns) / 51)], -1)
+    pixels = (127 + 100 * waves).astype(np.uint8)
+    pixels[height // 3 : height // 2, width // 4 : width // 2] = RED
+    return Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_jpeg_is_decoded_at_the_least_fraction_that_will_do(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(photo(1600, 1200), "JPEG", exif=exif)
+    whole = (1600, 1200) if orientation == 1 else (1200, 1600)
+    for least, factor in ((1.0, 1), (0.51, 1), (0.5, 2), (0.3, 2), (0.25, 4), (0.01, 8)):
+        wanted = (round(whole[0] * least), round(whole[1] * least))
+        image, size = images.decode_reduced(data, {whole: wanted}.__getitem__)
+        assert size == whole
+        assert image.size == (whole[0] // factor, whole[1] // factor)
+
+
+def test_other_formats_are_decoded_whole() -> None:
+    data = encode(photo(64, 48), "PNG")
+    image, size = images.decode_reduced(data, lambda size: (1, 1))
+    assert image.size == size == (64, 48)
+
+
+def test_a_reduced_jpeg_gives_the_tiles_of_the_whole_one() -> None:
+    """The same cut, and pixels that differ by hardly more than JPEG itself has changed them."""
+    processor = FlashVLImageProcessor(
+        size={"height": 96, "width": 96}, patch_size=12, tiling={"mode": "iss", "margin": 12}
+    )
+    picture = photo(1600, 1210)
+    data = encode(picture, "JPEG", quality=90)
+    image, size = images.decode_reduced(data, processor.least_size)
+    assert image.size == (400, 303)
+    reduced = processor.cut_tiles(image, size).astype(int)
+    whole = processor.cut_tiles(decode_image(data)).astype(int)
+    original = processor.cut_tiles(picture).astype(int)
+    assert reduced.shape == whole.shape == (5, 3, 96, 96)
+    assert np.abs(reduced - whole).mean() < 1.5
+    assert np.abs(whole - original).mean() < 1
+    processor.reducing_gap = None
+    assert images.decode_reduced(data, processor.least_size)[0].size == (1600, 1210)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from flashvl.data.features import make_tiles
+from flashvl.data.features import Tiles, make_tiles
 from flashvl.engine import Completion, Engine, Request
 from flashvl.errors import DataError
 from flashvl.model.loading import load_model, load_processor
@@ -119,11 +119,13 @@ def test_tiles_instead_of_images_give_the_same(engine: Engine) -> None:
     tiles = make_tiles(images, engine.processor)
     by_image = ask("Which of the two?", *images)
     by_tiles = ask("Which of the two?", *images, **{"images": tiles})
-    text_only = ask("Who are you?", images=tiles[:0])
+    text_only = ask("Who are you?", images=Tiles(tiles.pixels[:0], ()))
     first, second, third = engine.generate([by_tiles, by_image, text_only])
     assert first == second
     assert third == engine.generate([ask("Who are you?")])[0]
-    swapped = ask("Which of the two?", *images, **{"images": tiles[::-1].copy()})
+    swapped = ask(
+        "Which of the two?", *images, **{"images": Tiles(tiles.pixels[::-1].copy(), (1, 1))}
+    )
     assert engine.generate([swapped])[0] != first
 
 

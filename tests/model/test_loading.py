@@ -16,10 +16,10 @@ from flashvl.errors import CheckpointError
 from flashvl.model import (
     FlashVLConfig,
     FlashVLForConditionalGeneration,
-    FlashVLImageProcessor,
     FlashVLProcessor,
     loading,
 )
+from flashvl.model.assembly import build_processor
 from flashvl.model.loading import load_model, load_processor, resolve_checkpoint
 
 WEIGHT = "model.multi_modal_projector.linear_2.weight"
@@ -56,11 +56,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     folder = tmp_path_factory.mktemp("saved")
     FlashVLForConditionalGeneration(config).save_pretrained(folder)
-    processor = FlashVLProcessor(
-        FlashVLImageProcessor(size={"height": 16, "width": 16}),
-        train_tokenizer(["a b"], 262),
-        image_seq_length=config.image_seq_length,
-    )
+    processor = build_processor(config, train_tokenizer(["a b"], 262))
     processor.save_pretrained(folder)
     return folder
 

@@ -199,6 +199,13 @@ def test_pixel_shuffle_is_the_plain_loop(
     assert torch.equal(pixel_shuffle(grid, 1 / factor), shuffle_by_loops(grid, factor))
 
 
+def test_column_major_order_is_the_transposed_grid() -> None:
+    grid = torch.rand(2, 6, 4, 3)
+    rows = pixel_shuffle(grid, 0.5).unflatten(1, (3, 2))
+    columns = pixel_shuffle(grid, 0.5, "column_major").unflatten(1, (2, 3))
+    assert torch.equal(columns, rows.transpose(1, 2))
+
+
 @settings(deadline=None, max_examples=40)
 @given(
     ratio=st.sampled_from([1.0, 0.5, 0.25]),

@@ -218,7 +218,8 @@ def test_pixels_are_those_of_an_independent_computation(
     image = picture(3, *size, mode=mode)
     pixel_values = processor.image_processor(image, return_tensors="np")["pixel_values"]
     assert pixel_values.shape == (1, 3, SIDE, SIDE)
-    rounding = 2 / 127.5 if mode == "RGBA" else 1e-6  # Pillow blends in integers
+    grey_level = 1 / 127.5 + 1e-6
+    rounding = 2 * grey_level if mode == "RGBA" else grey_level  # Pillow blends in integers
     np.testing.assert_allclose(pixel_values[0], pixels_by_hand(image), rtol=0, atol=rounding)
 
 
@@ -238,15 +239,17 @@ def test_defaults_are_siglip2s() -> None:
 def test_tiles_then_normalising_is_what_the_processor_does(processor: FlashVLProcessor) -> None:
     images = [picture(0), picture(1, 200, 31), picture(2, SIDE, SIDE)]
     tiles = make_tiles(images, processor)
-    assert (tiles.dtype, tiles.shape) == (np.uint8, (3, 3, SIDE, SIDE))
+    assert (tiles.pixels.dtype, tiles.pixels.shape) == (np.uint8, (3, 3, SIDE, SIDE))
+    assert tiles.counts == (1, 1, 1)
     expected = processor.image_processor(images, return_tensors="pt")["pixel_values"]
-    pixel_values = normalize_tiles(torch.from_numpy(tiles), processor)
+    pixel_values = normalize_tiles(torch.from_numpy(tiles.pixels), processor)
     torch.testing.assert_close(pixel_values, expected, rtol=0, atol=1e-6)
 
 
 def test_no_images_give_no_tiles(processor: FlashVLProcessor) -> None:
     tiles = make_tiles([], processor)
-    assert (tiles.dtype, tiles.shape) == (np.uint8, (0, 3, SIDE, SIDE))
+    assert (tiles.pixels.dtype, tiles.pixels.shape) == (np.uint8, (0, 3, SIDE, SIDE))
+    assert tiles.counts == ()
 
 
 # Encoding
@@ -277,7 +280,8 @@ def test_encode_prompt_is_the_processors_own_encoding(
     expected = processor.apply_chat_template(
         blocks, tokenize=True, return_dict=True, add_generation_prompt=True
     )
-    assert encode_prompt(messages, processor) == expected["input_ids"][0]
+    counts = [1] * sum(content.count("<image>") for _, content in contents)
+    assert encode_prompt(messages, counts, processor) == expected["input_ids"][0]
 
 
 def segments(input_ids: list[int], labels: list[int]) -> list[list[int]]:
@@ -307,7 +311,7 @@ def test_only_the_answers_and_their_end_take_loss(
             {"role": "user", "content": question},
             {"role": "assistant", "content": answer},
         ]
-    input_ids, labels = encode_conversation(messages, processor, max_length=500)
+    input_ids, labels = encode_conversation(messages, [1], processor, max_length=500)
     learnt = [processor.tokenizer.decode(run) for run in segments(input_ids, labels)]
     assert learnt == [f"{answer}<|im_end|>" for answer in answers]
     assert processor.tokenizer.decode(input_ids).count(PAD) == IMAGE_SEQ_LENGTH
@@ -316,8 +320,8 @@ def test_only_the_answers_and_their_end_take_loss(
 def test_prompt_is_the_beginning_of_the_conversation(processor: FlashVLProcessor) -> None:
     question = [{"role": "user", "content": "<image>\nHow many shapes?"}]
     conversation = [*question, {"role": "assistant", "content": "3"}]
-    prompt = encode_prompt(question, processor)
-    input_ids, labels = encode_conversation(conversation, processor, max_length=200)
+    prompt = encode_prompt(question, [1], processor)
+    input_ids, labels = encode_conversation(conversation, [1], processor, max_length=200)
     assert input_ids[: len(prompt)] == prompt
     assert set(labels[: len(prompt)]) == {IGNORE_INDEX}
     assert processor.tokenizer.decode(input_ids[len(prompt) :]) == "3<|im_end|>\n"
@@ -337,7 +341,7 @@ def test_labels_are_the_librarys_assistant_mask(processor: FlashVLProcessor) -> 
         {"role": "user", "content": "<image>\nA?"},
         {"role": "assistant", "content": "B c."},
     ]
-    input_ids, labels = encode_conversation(messages, processor, max_length=200)
+    input_ids, labels = encode_conversation(messages, [1], processor, max_length=200)
     assert encoded["input_ids"][0] == input_ids
     masks = np.asarray(encoded["assistant_masks"]).reshape(-1).tolist()
     assert masks == [int(label != IGNORE_INDEX) for label in labels]
@@ -348,16 +352,16 @@ def test_conversation_is_refused_not_cut(processor: FlashVLProcessor) -> None:
         {"role": "user", "content": "<image>\nA?"},
         {"role": "assistant", "content": "B."},
     ]
-    length = len(encode_conversation(messages, processor, max_length=200)[0])
-    assert len(encode_conversation(messages, processor, max_length=length)[0]) == length
+    length = len(encode_conversation(messages, [1], processor, max_length=200)[0])
+    assert len(encode_conversation(messages, [1], processor, max_length=length)[0]) == length
     with pytest.raises(DataError, match=rf"{length} tokens.*max_length={length - 1}") as caught:
-        encode_conversation(messages, processor, max_length=length - 1)
+        encode_conversation(messages, [1], processor, max_length=length - 1)
     assert "\n" not in str(caught.value)
 
 
 def test_conversation_without_an_answer_is_refused(processor: FlashVLProcessor) -> None:
     with pytest.raises(DataError, match="no assistant turn"):
-        encode_conversation([{"role": "user", "content": "A?"}], processor, max_length=200)
+        encode_conversation([{"role": "user", "content": "A?"}], [], processor, max_length=200)
 
 
 # Padding

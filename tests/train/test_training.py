@@ -79,14 +79,14 @@ def plain_pytorch_losses(folder: Path) -> list[float]:
         encoded, images = [], []
         for index in range(step * GLOBAL_BATCH, (step + 1) * GLOBAL_BATCH):
             row = synthetic.conversation(synthetic.sample("train", 5, index), index)
-            encoded.append(encode_conversation(row["messages"], processor, 2048))
+            encoded.append(encode_conversation(row["messages"], [1], processor, 2048))
             images.append(decode_image(row["images"][0]))
         input_ids = pad([ids for ids, _ in encoded], 0)
         logits = model(
             input_ids=input_ids,
             attention_mask=pad([[1] * len(ids) for ids, _ in encoded], 0),
             pixel_values=normalize_tiles(
-                torch.from_numpy(make_tiles(images, processor)), processor
+                torch.from_numpy(make_tiles(images, processor).pixels), processor
             ),
         ).logits
         labels = pad([labels for _, labels in encoded], -100)
@@ -181,6 +181,48 @@ def test_stage_2_from_a_table_changes_every_part_and_leaves_bad_rows_out(
         names = [name for name in before if name.startswith(f"model.{part}.")]
         changed = [name for name in names if not torch.equal(before[name], after[name])]
         assert len(changed) >= 0.9 * len(names), part
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four rows with images and four without, in turn: of two workers one never sees an image."""
+    drawn = [synthetic.sample("train", 9, index) for index in range(32)]
+    rows = [
+        synthetic.conversation(sample, index, words_share=float(index // 4 % 2))
+        for index, sample in enumerate(drawn)
+    ]
+    assert [bool(row["images"]) for row in rows] == ([True] * 4 + [False] * 4) * 4
+    folder = tmp_path_factory.mktemp("mixed")
+    pq.write_table(pa.Table.from_pylist(rows, schema=CONVERSATIONS), folder / "part.parquet")
+    return folder
+
+
+def test_a_worker_that_sees_only_text_keeps_step_with_one_that_sees_images(
+    stage: Stage, mixed: Path, tiny_iss_random: Path
+) -> None:
+    """ZeRO-2 on two ranks, one of them text-only, equals one rank that sees both in turn."""
+    results = [
+        stage(
+            init_from=str(tiny_iss_random),
+            data={"parquet": str(mixed)},
+            trainable=["vision_tower", "multi_modal_projector", "language_model"],
+            zero_stage=2,
+            num_workers=num_workers,
+            warmup_steps=0,
+        )
+        for num_workers in (2, 1)
+    ]
+    assert results[0].num_steps == 4
+    assert losses(results[0]) == pytest.approx(losses(results[1]), abs=1e-4)
+    two, one = (load_model(result.checkpoint).state_dict() for result in results)
+    before = load_model(tiny_iss_random).state_dict()
+    for name, weight in two.items():
+        torch.testing.assert_close(weight, one[name], rtol=1e-3, atol=1e-4)
+    assert any(
+        not torch.equal(weight, before[name])
+        for name, weight in two.items()
+        if "vision_tower" in name
+    )
 
 
 def test_the_tower_learns_what_lies_in_the_cells(stage: Stage) -> None:

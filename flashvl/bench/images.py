@@ -1,0 +1,83 @@
+"""From JPEG bytes to pixels for the tower: ours against transformers' own, on one core.
+
+    flashvl bench images
+
+Ours ends with uint8 tiles, which are normalised on the accelerator; theirs with float pixels. The
+tower's settings are SigLIP2-so400m-patch16-512's.
+"""
+
+import io
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from flashvl.data.images import decode_reduced
+from flashvl.data.synthetic import PhotoScene, Sample, encode_jpeg
+from flashvl.model import FlashVLImageProcessor
+
+WIDTH, HEIGHT, QUALITY = 1024, 768, 90
+NUM_IMAGES = 8
+"""Different ones, so that no cache holds them all."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Contender:
+    """A way from bytes to pixels, and how long it took."""
+
+    name: str
+    images_per_s: float
+    """Median over the rounds."""
+    relative: float
+    """Median of the rounds' ratios to the last contender."""
+
+
+def compare_image_processing(
+    rounds: int = 20, on_progress: Callable[[int, int], None] = lambda done, total: None
+) -> list[Contender]:
+    """Time each contender on the same JPEGs, in turn, `rounds` times after one that warms up."""
+    files = [_photo(seed) for seed in range(NUM_IMAGES)]
+    ours = FlashVLImageProcessor()
+    theirs = SiglipImageProcessorPil(
+        size=ours.size, resample=ours.resample, image_mean=ours.image_mean, image_std=ours.image_std
+    )
+
+    def cut(data: bytes) -> None:
+        ours.cut_tiles(*decode_reduced(data, ours.least_size))
+
+    def process(data: bytes) -> None:
+        theirs(Image.open(io.BytesIO(data)), return_tensors="pt")["pixel_values"].float()
+
+    ways = {"flashvl": cut, "transformers SiglipImageProcessorPil": process}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for number in range(rounds + 1):
+            for name, way in ways.items():
+                start = time.perf_counter()
+                for data in files:
+                    way(data)
+                if number:
+                    seconds[name].append(time.perf_counter() - start)
+            on_progress(number, rounds)
+    finally:
+        torch.set_num_threads(threads)
+    *_, last = seconds.values()
+    return [
+        Contender(
+            name=name,
+            images_per_s=NUM_IMAGES / statistics.median(times),
+            relative=statistics.median(b / a for a, b in zip(times, last, strict=True)),
+        )
+        for name, times in seconds.items()
+    ]
+
+
+def _photo(seed: int) -> bytes:
+    picture = Sample(PhotoScene(seed), (), seed, WIDTH).image().resize((WIDTH, HEIGHT))
+    return encode_jpeg(picture, QUALITY)

@@ -1,0 +1,206 @@
+"""Published FlashVL/* checkpoints -> model folders of ours.
+
+Four are published: Static and Static-GRPO (SigLIP2), Dynamic and Dynamic-ISS (AIMv2). Their weights
+are called `vit.` (the tower, AIMv2 by Apple's own names), `adp.` (the adapter) and `llm.`; all go
+over as they are stored. Their code and its `trust_remote_code` are not needed.
+
+    flashvl import FlashVL/FlashVL-2B-Static --output static/
+"""
+
+import hashlib
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import is_offline_mode, snapshot_download
+from transformers import Qwen2Tokenizer
+
+from flashvl.errors import CheckpointError, ConfigError
+from flashvl.model.assembly import (
+    build_processor,
+    find_image_token,
+    load_tokenizer,
+    read_pixels,
+    tiling_options,
+    tower_config,
+)
+from flashvl.model.configuration_flashvl import FlashVLConfig
+from flashvl.model.tiling import TilingMode
+from flashvl.model.weights import (
+    apple_name,
+    build_empty,
+    one_line,
+    read_json,
+    read_weights,
+    refuse_existing,
+    rename_weights,
+    save_model,
+)
+
+OWNER = "FlashVL/"
+"""Of the published repositories on the hub."""
+IMPORTED = Path.home() / ".cache" / "flashvl" / "imported"
+"""Imports of folders and repositories that were named as models."""
+ADAPTER_NAMES = {
+    "layer_norm": "adp.p0.0",
+    "linear_1": "adp.p0.1",
+    "linear_2": "adp.p0.3",
+    "linear_3": "adp.proj",
+}
+FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+"""Of a repository: weights, settings and tokenizer, no code."""
+
+
+def is_released(model_type: Any) -> bool:
+    """Whether a config.json of this `model_type` is a published checkpoint's.
+
+    `FlashVLStaticConfig` and `FlashVLDynamicISSConfig` are known; the Dynamic one's name is not,
+    but theirs tell how it begins.
+    """
+    return isinstance(model_type, str) and model_type.startswith("FlashVL")
+
+
+def import_released(source: Path, output: Path) -> None:
+    """Write the published checkpoint in the folder `source` to the new folder `output`.
+
+    Weights are mapped and written as stored, so the peak of memory is about the model's own size,
+    most of it pages of `source` that the system may drop.
+
+    Raises:
+        ConfigError: `output` exists or cannot be written.
+        CheckpointError: `source` is no published checkpoint, contradicts itself, or has a weight
+            that is missing, unknown or misshapen.
+    """
+    refuse_existing(output)
+    values = read_json(source / "config.json")
+    if not is_released(values.get("model_type")):
+        raise CheckpointError(
+            f"{source} holds a {values.get('model_type')!r} model, no published one;"
+            f" name a folder of a {OWNER}* repository"
+        )
+    stored = read_weights(source)
+    tokenizer = load_tokenizer(source, Qwen2Tokenizer)
+    image_token_id = find_image_token(source, tokenizer, "qwen2")
+    config = _config(source, values, stored, image_token_id)
+    processor = build_processor(config, tokenizer, read_pixels(source, config.vision_config))
+
+    is_aimv2 = config.vision_config.model_type == "aimv2_vision_model"
+    if not is_aimv2:  # ours has no pooling head: nothing reads what it makes
+        stored = {
+            name: weight for name, weight in stored.items() if not name.startswith("vit.head.")
+        }
+
+    def stored_name(name: str) -> str:
+        part, _, rest = name.removeprefix("model.").partition(".")
+        if part == "vision_tower":
+            return f"vit.{apple_name(rest) if is_aimv2 else rest}"
+        if part == "multi_modal_projector":
+            layer, _, kind = rest.partition(".")
+            return f"{ADAPTER_NAMES[layer]}.{kind}"
+        return f"llm.model.{rest}" if part == "language_model" else f"llm.{name}"
+
+    model = build_empty(config)
+    wanted = model.state_dict()
+    if config.tie_word_embeddings:
+        del wanted["lm_head.weight"]
+    save_model(model, rename_weights(source, stored, wanted, stored_name), processor, output)
+
+
+def import_once(source: Path) -> Path:
+    """The import of the published checkpoint in `source`, made unless it is in `IMPORTED` already.
+
+    Raises:
+        ConfigError, CheckpointError: as `import_released`.
+    """
+    source = source.resolve()
+    digest = hashlib.sha256(str(source).encode())
+    for path in sorted(source.glob("*.json")) + sorted(source.glob("*.safetensors")):
+        stat = path.stat()
+        digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    output = IMPORTED / f"{source.name}-{digest.hexdigest()[:12]}"
+    if not output.is_dir():
+        try:
+            import_released(source, output)
+        except ConfigError:
+            if not output.is_dir():  # else another process was faster
+                raise
+    return output
+
+
+def fetch_folder(name: str) -> Path:
+    """The folder `name`, or that of the hub repository `name`, in the hub's own cache.
+
+    Raises:
+        CheckpointError: no such folder, and no such repository that can be reached.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        raise CheckpointError(
+            f"no folder {name!r}; name one, or a repository of huggingface.co as OWNER/NAME"
+        )
+    try:
+        return Path(snapshot_download(name, allow_patterns=FILES))
+    except Exception as error:  # of the hub's own kinds, of its HTTP library's, of the disk
+        reason = "HF_HUB_OFFLINE is set" if is_offline_mode() else one_line(error)
+        raise CheckpointError(
+            f"{name} is no folder here and cannot be downloaded ({reason}); on a machine with"
+            f" network run `hf download {name} --local-dir DIR`, then name the folder DIR"
+        ) from None
+
+
+def _config(
+    source: Path, values: dict[str, Any], stored: dict[str, torch.Tensor], image_token_id: int
+) -> FlashVLConfig:
+    """Our configuration of a published checkpoint with config.json `values`."""
+    for key in ("vision_config", "llm_config", "intermediate_size"):
+        if key not in values:
+            raise CheckpointError(f"{source}: config.json has no {key}; download it anew")
+    is_static = "Static" in values["model_type"]
+    is_tied = "llm.lm_head.weight" not in stored
+    try:
+        vision_config = tower_config(values["vision_config"], is_aimv2=not is_static)
+        mode: TilingMode = "static"
+        if not is_static:
+            is_folded = _is_folded(source, stored, vision_config.hidden_size)
+            mode = "dynamic" if is_folded else "iss"
+            if ("ISS" in values["model_type"]) == is_folded:
+                raise CheckpointError(
+                    f"{source}: config.json says {values['model_type']}, but the input width of"
+                    f" adp.p0.1.weight is that of a {mode} model; correct model_type"
+                )
+        config = FlashVLConfig(
+            vision_config=vision_config,
+            text_config=values["llm_config"] | {"tie_word_embeddings": is_tied},
+            image_token_id=image_token_id,
+            tiling=tiling_options(mode, vision_config),
+            downsample_ratio=1.0 if mode == "iss" else 0.5,
+            projector_hidden_size=values["intermediate_size"],
+            tie_word_embeddings=is_tied,
+        )
+        num_tokens = config.image_seq_length
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever a broken value makes the libraries raise
+        raise CheckpointError(f"{source}: config.json is not usable: {one_line(error)}") from error
+    if values.get("image_token_num", num_tokens) != num_tokens:
+        raise CheckpointError(
+            f"{source}: config.json has image_token_num {values['image_token_num']}, but a tile of"
+            f" its {mode} model makes {num_tokens}; correct the one that is wrong"
+        )
+    return config
+
+
+def _is_folded(source: Path, stored: dict[str, torch.Tensor], width: int) -> bool:
+    """Whether the adapter reads four patches a token (pixel shuffle) or one (ISS)."""
+    name = "adp.p0.1.weight"
+    if name not in stored:
+        raise CheckpointError(f"{source} lacks the weight {name}; download it anew")
+    shape = tuple(stored[name].shape)
+    if shape[-1] not in (width, 4 * width):
+        raise CheckpointError(
+            f"{source}: {name} has shape {shape}, whose last size should be {4 * width}, or"
+            f" {width} for ISS; correct vision_config's hidden_size, or download the weights anew"
+        )
+    return shape[-1] == 4 * width

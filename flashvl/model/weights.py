@@ -1,0 +1,195 @@
+"""Weights on disk: read without copies, renamed and checked each, written whole or not at all.
+
+read_weights -> rename_weights -> save_model
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from flashvl.errors import CheckpointError, ConfigError
+from flashvl.model.configuration_flashvl import FlashVLConfig
+from flashvl.model.modeling_flashvl import FlashVLForConditionalGeneration
+from flashvl.model.processing_flashvl import FlashVLProcessor
+
+AIMV2_NAMES = {
+    "embeddings.patch_embed": "preprocessor.patchifier.proj",
+    "embeddings.rms_norm": "preprocessor.patchifier.norm",
+    "embeddings.position_embedding.weight": "preprocessor.pos_embed",
+    "encoder.layers": "trunk.blocks",
+    "attention.q_proj": "attn.qkv",
+    "attention.k_proj": "attn.qkv",
+    "attention.v_proj": "attn.qkv",
+    "attention.out_proj": "attn.proj",
+    "rms_norm1": "norm_1",
+    "rms_norm2": "norm_2",
+    "ffn.gate_proj": "mlp.fc1",
+    "ffn.down_proj": "mlp.fc2",
+    "ffn.up_proj": "mlp.fc3",
+    "rms_norm.": "trunk.post_trunk_norm.",  # the last norm: by now no other has this name
+}
+"""transformers' names of AIMv2's weights -> those of Apple's own code, to be applied in order."""
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of `model.safetensors`, or of the shards of its index.
+
+    They are mapped, not read: the system loads a page when it is used, and may drop it again.
+
+    Raises:
+        CheckpointError: a file is missing or broken, or lacks what the index says.
+    """
+    index = folder / "model.safetensors.index.json"
+    places: dict[str, str] = {}
+    files = ["model.safetensors"]
+    if index.is_file():
+        places = read_json(index).get("weight_map", {})
+        files = sorted(set(places.values()))
+    weights: dict[str, torch.Tensor] = {}
+    for name in files:
+        try:
+            with safe_open(folder / name, "pt") as file:
+                weights |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{folder / name} cannot be read: {one_line(error)}; download it anew"
+            ) from None
+    for key, name in places.items():
+        if key not in weights:
+            raise CheckpointError(f"{folder / name} lacks {key}, which the index has there")
+    return weights
+
+
+def rename_weights(
+    folder: Path,
+    stored: Mapping[str, torch.Tensor],
+    wanted: Mapping[str, torch.Tensor],
+    stored_name: Callable[[str], str],
+) -> dict[str, torch.Tensor]:
+    """`stored` under the names of `wanted`, each checked; views, no copies.
+
+    Apple's fused attn.qkv, (3 * C, C), is split into q, k and v, and its pos_embed, (1, S, C), into
+    an embedding's weight.
+
+    Args:
+        folder: where `stored` comes from, for messages.
+        wanted: the weights of the model, on the meta device.
+        stored_name: of a weight that `wanted` calls so.
+
+    Raises:
+        CheckpointError: a weight is missing, unknown or misshapen.
+    """
+    weights: dict[str, torch.Tensor] = {}
+    unknown = set(stored)
+    for name, weight in wanted.items():
+        source, shape = stored_name(name), tuple(weight.shape)
+        if source not in stored:
+            raise CheckpointError(f"{folder} lacks the weight {source}; download it anew")
+        is_fused, is_position = source.endswith(".attn.qkv.weight"), source.endswith(".pos_embed")
+        if is_fused:
+            shape = (3 * shape[0], *shape[1:])
+        elif is_position:
+            shape = (1, *shape)
+        tensor = stored[source]
+        if tuple(tensor.shape) != shape:
+            raise CheckpointError(
+                f"{folder}: {source} has shape {tuple(tensor.shape)}, not {shape} as its"
+                " config.json says; correct that, or download the weights anew"
+            )
+        if is_fused:
+            tensor = tensor.chunk(3)["qkv".index(name.removesuffix("_proj.weight")[-1])]
+        weights[name] = tensor[0] if is_position else tensor
+        unknown.discard(source)
+    if unknown:
+        raise CheckpointError(
+            f"{folder} holds {len(unknown)} unknown weights, such as {min(unknown)};"
+            " is it another model's?"
+        )
+    return weights
+
+
+def apple_name(name: str) -> str:
+    """transformers' name of a weight of AIMv2 -> Apple's."""
+    for ours, theirs in AIMV2_NAMES.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def build_empty(config: FlashVLConfig) -> FlashVLForConditionalGeneration:
+    """A model on the meta device, for `save_model` to fill."""
+    with torch.device("meta"):
+        return FlashVLForConditionalGeneration(config)
+
+
+def save_model(
+    model: FlashVLForConditionalGeneration,
+    weights: dict[str, torch.Tensor],
+    processor: FlashVLProcessor,
+    output: Path,
+) -> None:
+    """Fill `model` with `weights` (without a head that is tied) and write it to the new `output`.
+
+    The weights are neither copied nor cast; those that are mapped from files stay so.
+    """
+    if model.config.tie_word_embeddings:
+        weights = weights | {"lm_head.weight": weights["model.language_model.embed_tokens.weight"]}
+    model.load_state_dict(weights, assign=True)
+    model.tie_weights()
+    with _new_folder(output) as partial:
+        model.save_pretrained(partial)
+        processor.save_pretrained(partial)
+
+
+def refuse_existing(output: Path) -> None:
+    """Raise ConfigError where `output` exists."""
+    if output.exists():
+        raise ConfigError(f"{output} exists; name a new folder or remove it")
+
+
+@contextmanager
+def _new_folder(output: Path) -> Iterator[Path]:
+    """A folder to write in that becomes `output` at the end, whole or not at all."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    except OSError as error:
+        raise ConfigError(
+            f"{output} cannot be written: {error.strerror}; name another folder"
+        ) from None
+    try:
+        yield partial
+        partial.chmod(0o755)  # mkdtemp's is the owner's alone
+        try:
+            partial.rename(output)
+        except OSError:
+            refuse_existing(output)  # another process came first
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        CheckpointError: no file, or none that holds an object.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is no readable JSON object; download the folder anew")
+    return content
+
+
+def one_line(error: Exception) -> str:
+    """The message of another library's error, cut to one line."""
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,489 @@
+"""Published checkpoints: what the facts say they compute is what the import computes.
+
+The reference is written here from the published layout alone, by its own names: it shares no code
+with the model.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from flashvl.data.tokenizer import train_tokenizer
+from flashvl.errors import CheckpointError, ConfigError
+from flashvl.model import released
+from flashvl.model.loading import load_model, load_processor, resolve_checkpoint
+from flashvl.model.released import fetch_folder, import_released
+
+Weights = dict[str, torch.Tensor]
+
+LAYOUTS = {
+    "static": "FlashVLStaticConfig",
+    "grpo": "FlashVLStaticConfig",
+    "dynamic": "FlashVLDynamicConfig",
+    "iss": "FlashVLDynamicISSConfig",
+}
+WIDTH, HEADS, LAYERS, SIDE, PATCH = 16, 2, 2, 8, 4
+"""Of the towers; an image has SIDE x SIDE patches."""
+LLM = {
+    "model_type": "qwen2",
+    "vocab_size": 300,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": True,  # what it says does not count: the head is stored
+    "torch_dtype": "bfloat16",
+}
+PIXELS = {"size": {"height": 32, "width": 32}, "resample": 2, "image_mean": [0.4, 0.5, 0.6]}
+
+
+def write_published(folder: Path, layout: str, hidden: int = 20) -> Path:
+    """A random checkpoint as published: config, weights (two shards for AIMv2), tokenizer."""
+    torch.manual_seed(1)
+    is_static = layout in ("static", "grpo")
+    weights = siglip_weights() if is_static else aimv2_weights()
+    inputs = WIDTH if layout == "iss" else 4 * WIDTH
+    weights |= {
+        "adp.p0.0.weight": 1 + torch.randn(inputs),
+        "adp.p0.0.bias": torch.randn(inputs),
+        "adp.p0.1.weight": torch.randn(hidden, inputs) / 4,
+        "adp.p0.1.bias": torch.randn(hidden),
+        "adp.p0.3.weight": torch.randn(hidden, hidden) / 4,
+        "adp.p0.3.bias": torch.randn(hidden),
+        "adp.proj.weight": torch.randn(LLM["hidden_size"], hidden) / 4,
+        "adp.proj.bias": torch.randn(LLM["hidden_size"]),
+    }
+    llm = Qwen2ForCausalLM(Qwen2Config(**(LLM | {"tie_word_embeddings": False})))
+    torch.nn.init.normal_(llm.lm_head.weight)
+    weights |= {f"llm.{name}": weight for name, weight in llm.state_dict().items()}
+
+    folder.mkdir()
+    if is_static:
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    else:  # the adapter is last, as in the published shards; ISS's are cut inside it
+        cut = list(weights).index("adp.p0.3.weight" if layout == "iss" else "adp.p0.0.weight")
+        names = list(weights)
+        places = {}
+        for number, part in enumerate((names[:cut], names[cut:]), start=1):
+            file = f"model-0000{number}-of-00002.safetensors"
+            save_file({name: weights[name] for name in part}, folder / file)
+            places |= dict.fromkeys(part, file)
+        index = {"metadata": {}, "weight_map": places}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    vision = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 28,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "image_size": SIDE * PATCH,
+        "patch_size": PATCH,
+        "proj_output_dim": LLM["hidden_size"],
+        "model_type": "siglip_vision_model" if is_static else "aimv2",
+    }
+    config = {
+        "model_type": LAYOUTS[layout],
+        "architectures": [LAYOUTS[layout].removesuffix("Config")],
+        "auto_map": {"AutoModel": "modeling_FlashVL.FlashVL"},
+        "vision_config": vision,
+        "llm_config": LLM,
+        "intermediate_size": hidden,
+        "image_token_num": 36 if layout == "iss" else 16,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "preprocessor_config.json").write_text(json.dumps(PIXELS))
+    tokenizer = train_tokenizer(["a red circle"], 270)
+    tokenizer.chat_template = "{{ 'theirs' }}"
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def siglip_weights() -> Weights:
+    weights = {
+        "vit.embeddings.patch_embedding.weight": torch.randn(WIDTH, 3, PATCH, PATCH) / 4,
+        "vit.embeddings.patch_embedding.bias": torch.randn(WIDTH),
+        "vit.embeddings.position_embedding.weight": torch.randn(SIDE * SIDE, WIDTH),
+        "vit.post_layernorm.weight": 1 + torch.randn(WIDTH),
+        "vit.post_layernorm.bias": torch.randn(WIDTH),
+        "vit.head.probe": torch.randn(1, 1, WIDTH),
+        "vit.head.attention.in_proj_weight": torch.randn(3 * WIDTH, WIDTH),
+    }
+    for number in range(LAYERS):
+        layer = f"vit.encoder.layers.{number}."
+        for name in ("layer_norm1", "layer_norm2"):
+            weights[f"{layer}{name}.weight"] = 1 + torch.randn(WIDTH)
+            weights[f"{layer}{name}.bias"] = torch.randn(WIDTH)
+        linears = {f"self_attn.{name}_proj": (WIDTH, WIDTH) for name in ("q", "k", "v", "out")}
+        for name, shape in (linears | {"mlp.fc1": (28, WIDTH), "mlp.fc2": (WIDTH, 28)}).items():
+            weights[f"{layer}{name}.weight"] = torch.randn(shape) / 4
+            weights[f"{layer}{name}.bias"] = torch.randn(shape[0])
+    return weights
+
+
+def aimv2_weights() -> Weights:
+    weights = {
+        "vit.preprocessor.pos_embed": torch.randn(1, SIDE * SIDE, WIDTH),
+        "vit.preprocessor.patchifier.proj.weight": torch.randn(WIDTH, 3, PATCH, PATCH) / 4,
+        "vit.preprocessor.patchifier.proj.bias": torch.randn(WIDTH),
+        "vit.preprocessor.patchifier.norm.weight": 1 + torch.randn(WIDTH),
+        "vit.trunk.post_trunk_norm.weight": 1 + torch.randn(WIDTH),
+    }
+    for number in range(LAYERS):
+        block = f"vit.trunk.blocks.{number}."
+        weights |= {
+            f"{block}attn.qkv.weight": torch.randn(3 * WIDTH, WIDTH) / 4,
+            f"{block}attn.proj.weight": torch.randn(WIDTH, WIDTH) / 4,
+            f"{block}norm_1.weight": 1 + torch.randn(WIDTH),
+            f"{block}norm_2.weight": 1 + torch.randn(WIDTH),
+            f"{block}mlp.fc1.weight": torch.randn(28, WIDTH) / 4,
+            f"{block}mlp.fc2.weight": torch.randn(WIDTH, 28) / 4,
+            f"{block}mlp.fc3.weight": torch.randn(28, WIDTH) / 4,
+        }
+    return weights
+
+
+def stored_weights(folder: Path) -> Weights:
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: weight for file in files for name, weight in load_file(file).items()}
+
+
+def linear(weights: Weights, name: str, x: torch.Tensor) -> torch.Tensor:
+    return F.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+
+
+def layer_norm(weights: Weights, name: str, x: torch.Tensor, eps: float) -> torch.Tensor:
+    return F.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], eps)
+
+
+def rms_norm(weights: Weights, name: str, x: torch.Tensor) -> torch.Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * weights[f"{name}.weight"]
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Softmax attention of (tiles, patches, width) in heads that follow each other."""
+    q, k, v = (x.unflatten(-1, (HEADS, -1)).transpose(1, 2) for x in (q, k, v))
+    scores = (q @ k.transpose(-1, -2)) / q.shape[-1] ** 0.5
+    return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+def siglip(weights: Weights, pixels: torch.Tensor) -> torch.Tensor:
+    name = "vit.embeddings.patch_embedding"
+    x = F.conv2d(pixels, weights[f"{name}.weight"], weights[f"{name}.bias"], stride=PATCH)
+    x = x.flatten(2).transpose(1, 2) + weights["vit.embeddings.position_embedding.weight"]
+    for number in range(LAYERS):
+        layer = f"vit.encoder.layers.{number}"
+        h = layer_norm(weights, f"{layer}.layer_norm1", x, 1e-6)
+        q, k, v = (linear(weights, f"{layer}.self_attn.{p}_proj", h) for p in "qkv")
+        x = x + linear(weights, f"{layer}.self_attn.out_proj", attend(q, k, v))
+        h = layer_norm(weights, f"{layer}.layer_norm2", x, 1e-6)
+        h = F.gelu(linear(weights, f"{layer}.mlp.fc1", h), approximate="tanh")
+        x = x + linear(weights, f"{layer}.mlp.fc2", h)
+    return layer_norm(weights, "vit.post_layernorm", x, 1e-6)
+
+
+def aimv2(weights: Weights, pixels: torch.Tensor) -> torch.Tensor:
+    name = "vit.preprocessor.patchifier"
+    x = F.conv2d(pixels, weights[f"{name}.proj.weight"], weights[f"{name}.proj.bias"], stride=PATCH)
+    x = rms_norm(weights, f"{name}.norm", x.flatten(2).transpose(1, 2))
+    x = x + weights["vit.preprocessor.pos_embed"]
+    for number in range(LAYERS):
+        block = f"vit.trunk.blocks.{number}"
+        qkv = linear(weights, f"{block}.attn.qkv", rms_norm(weights, f"{block}.norm_1", x))
+        q, k, v = qkv.unflatten(-1, (3, -1)).unbind(-2)
+        x = x + linear(weights, f"{block}.attn.proj", attend(q, k, v))
+        h = rms_norm(weights, f"{block}.norm_2", x)
+        gated = F.silu(linear(weights, f"{block}.mlp.fc1", h)) * linear(
+            weights, f"{block}.mlp.fc3", h
+        )
+        x = x + linear(weights, f"{block}.mlp.fc2", gated)
+    return rms_norm(weights, "vit.trunk.post_trunk_norm", x)
+
+
+def fold(x: torch.Tensor) -> torch.Tensor:
+    """Pixel shuffle to half the side: a token for every 2 x 2 patches, side by side in it."""
+    rows = x.unflatten(1, (SIDE, SIDE))
+    tokens = [
+        torch.cat([rows[:, r, c], rows[:, r, c + 1], rows[:, r + 1, c], rows[:, r + 1, c + 1]], -1)
+        for r in range(0, SIDE, 2)
+        for c in range(0, SIDE, 2)
+    ]
+    return torch.stack(tokens, dim=1)
+
+
+def reference_logits(
+    folder: Path, layout: str, input_ids: torch.Tensor, pixels: torch.Tensor
+) -> torch.Tensor:
+    """What the published model computes: tower, pixel shuffle or ISS's cut, adapter, LLM."""
+    weights = stored_weights(folder)
+    x = siglip(weights, pixels) if layout in ("static", "grpo") else aimv2(weights, pixels)
+    if layout == "iss":  # an eighth of the tile, one patch here, goes on each side
+        x = x.unflatten(1, (SIDE, SIDE))[:, 1:-1, 1:-1].flatten(1, 2)
+    else:
+        x = fold(x)
+    x = layer_norm(weights, "adp.p0.0", x, 1e-5)
+    for name in ("adp.p0.1", "adp.p0.3"):
+        x = F.gelu(linear(weights, name, x))
+    x = linear(weights, "adp.proj", x)
+
+    llm = Qwen2ForCausalLM(Qwen2Config(**(LLM | {"tie_word_embeddings": False})))
+    parts = {name: weight for name, weight in weights.items() if name.startswith("llm.")}
+    llm.load_state_dict({name.removeprefix("llm."): weight for name, weight in parts.items()})
+    embeds = llm.get_input_embeddings()(input_ids)
+    embeds[input_ids == 3] = x.flatten(0, 1)
+    with torch.no_grad():
+        return llm.eval()(inputs_embeds=embeds).logits
+
+
+def edit(folder: Path, change: Callable[[Weights], Any]) -> None:
+    """Change the weights of a folder with a single file."""
+    weights = {name: weight.clone() for name, weight in stored_weights(folder).items()}
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def edit_config(folder: Path, name: str = "config.json", **values: Any) -> None:
+    path = folder / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for each layout."""
+    folder = tmp_path_factory.mktemp("published")
+    for layout in LAYOUTS:
+        write_published(folder / layout, layout)
+    return folder
+
+
+@pytest.fixture
+def static(published: Path, tmp_path: Path) -> Path:
+    """A copy of the static one, to be broken."""
+    return Path(shutil.copytree(published / "static", tmp_path / "static"))
+
+
+def refusal(source: Path) -> str:
+    """The one line with which the import of `source` is refused; nothing is left behind."""
+    output = source.parent / "refused"
+    with pytest.raises(CheckpointError) as caught:
+        import_released(source, output)
+    message = str(caught.value)
+    assert message.isprintable()
+    assert str(source) in message
+    assert not list(source.parent.glob("*refused*"))
+    return message
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_import_computes_what_was_published(
+    published: Path, tmp_path: Path, layout: str
+) -> None:
+    output = tmp_path / "ours"
+    import_released(published / layout, output)
+    model, processor = load_model(output), load_processor(output)
+
+    tokens = 36 if layout == "iss" else 16
+    assert model.config.image_seq_length == tokens
+    torch.manual_seed(2)
+    pixels = torch.randn(2, 3, SIDE * PATCH, SIDE * PATCH)
+    images = [3] * tokens
+    input_ids = torch.tensor([[5, 9, *images, 30, 31, *images, 250, 7]])
+    with torch.no_grad():
+        logits = model(input_ids=input_ids, pixel_values=pixels).logits
+    expected = reference_logits(published / layout, layout, input_ids, pixels)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    assert expected.std() > 0.1
+
+    modes = {"dynamic": {"mode": "dynamic"}, "iss": {"mode": "iss", "margin": PATCH}}
+    assert model.config.tiling == modes.get(layout)
+    assert list(processor.image_processor.image_mean) == [0.4, 0.5, 0.6]
+    assert processor.image_processor.resample == 2
+    assert "<|im_start|>" in processor.chat_template
+    assert "theirs" not in str(processor.tokenizer.chat_template)
+
+
+def test_the_margin_of_the_real_tile_is_56() -> None:
+    vision_config = released.tower_config({"image_size": 448, "patch_size": 14}, is_aimv2=True)
+    assert released.tiling_options("iss", vision_config) == {"mode": "iss", "margin": 56}
+
+
+def test_weights_stay_as_stored(static: Path, tmp_path: Path) -> None:
+    before = {name: weight.bfloat16() for name, weight in stored_weights(static).items()}
+    save_file(before, static / "model.safetensors")
+    import_released(static, tmp_path / "ours")
+    after = load_file(tmp_path / "ours" / "model.safetensors")
+    assert {weight.dtype for weight in after.values()} == {torch.bfloat16}
+    assert len(after) == len([name for name in before if "vit.head" not in name])
+    assert torch.equal(after["lm_head.weight"], before["llm.lm_head.weight"])
+    name = "model.multi_modal_projector.linear_3.weight"
+    assert torch.equal(after[name], before["adp.proj.weight"])
+
+
+def test_without_a_head_the_embedding_is_the_head(static: Path, tmp_path: Path) -> None:
+    edit(static, lambda weights: weights.pop("llm.lm_head.weight"))
+    import_released(static, tmp_path / "ours")
+    assert "lm_head.weight" not in load_file(tmp_path / "ours" / "model.safetensors")
+    model = load_model(tmp_path / "ours")
+    assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
+
+
+def test_without_settings_pixels_are_the_towers(published: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(published / "dynamic", tmp_path / "dynamic"))
+    (source / "preprocessor_config.json").unlink()
+    import_released(source, tmp_path / "ours")
+    image_processor = load_processor(tmp_path / "ours").image_processor
+    assert image_processor.resample == 3
+    assert image_processor.image_mean[0] == pytest.approx(0.48145466)
+
+
+def test_a_misshapen_weight_is_named_with_both_shapes(static: Path) -> None:
+    edit(static, lambda weights: weights.update({"adp.p0.3.weight": torch.ones(20, 21)}))
+    assert "adp.p0.3.weight has shape (20, 21), not (20, 20)" in refusal(static)
+
+
+def test_an_unknown_weight_is_named(static: Path) -> None:
+    edit(static, lambda weights: weights.update({"adp.gate.weight": torch.ones(2)}))
+    assert "1 unknown weights, such as adp.gate.weight" in refusal(static)
+
+
+@pytest.mark.parametrize(
+    "name", ["adp.p0.1.weight", "llm.model.norm.weight", "vit.post_layernorm.bias"]
+)
+def test_a_missing_weight_is_named(static: Path, name: str) -> None:
+    edit(static, lambda weights: weights.pop(name))
+    assert f"lacks the weight {name}" in refusal(static)
+
+
+def test_a_missing_shard_is_named(published: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(published / "iss", tmp_path / "iss"))
+    (source / "model-00002-of-00002.safetensors").unlink()
+    assert "model-00002-of-00002.safetensors cannot be read" in refusal(source)
+
+
+def test_the_fused_weights_of_aimv2_are_checked(published: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(published / "iss", tmp_path / "iss"))
+    (source / "model.safetensors.index.json").unlink()
+    name = "vit.trunk.blocks.1.attn.qkv.weight"
+    edit(source, lambda weights: weights.update({name: torch.ones(32, 16)}))
+    assert f"{name} has shape (32, 16), not (48, 16)" in refusal(source)
+
+
+@pytest.mark.parametrize(
+    ("layout", "model_type"),
+    [("dynamic", "FlashVLDynamicISSConfig"), ("iss", "FlashVLDynamicConfig")],
+)
+def test_a_name_that_contradicts_the_adapter_is_refused(
+    published: Path, tmp_path: Path, layout: str, model_type: str
+) -> None:
+    source = Path(shutil.copytree(published / layout, tmp_path / layout))
+    edit_config(source, model_type=model_type)
+    assert f"but the input width of adp.p0.1.weight is that of a {layout}" in refusal(source)
+
+
+def test_an_adapter_of_neither_width_is_refused(published: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(published / "dynamic", tmp_path / "dynamic"))
+    (source / "model.safetensors.index.json").unlink()
+    edit(source, lambda weights: weights.update({"adp.p0.1.weight": torch.ones(20, 48)}))
+    assert "has shape (20, 48), whose last size should be 64, or 16 for ISS" in refusal(source)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "reason"),
+    [
+        ("config.json", {"model_type": "llava"}, "holds a 'llava' model"),
+        ("config.json", {"image_token_num": 25}, "image_token_num 25, but a tile"),
+        ("config.json", {"vision_config": 3}, "config.json is not usable"),
+        ("config.json", {"intermediate_size": 22}, "adp.p0.1.weight has shape (20, 64)"),
+        ("preprocessor_config.json", {"size": 48}, "has size 48, config.json image_size 32"),
+    ],
+)
+def test_contradictions_are_refused(
+    static: Path, name: str, values: dict[str, Any], reason: str
+) -> None:
+    edit_config(static, name, **values)
+    assert reason in refusal(static)
+
+
+def test_a_config_without_a_section_is_refused(static: Path) -> None:
+    (static / "config.json").write_text('{"model_type": "FlashVLStaticConfig"}')
+    assert "config.json has no vision_config" in refusal(static)
+
+
+def test_a_tokenizer_without_the_placeholder_is_refused(static: Path) -> None:
+    for file in static.glob("*token*"):
+        text = file.read_text().replace("<|image_pad|>", "<|other|>")
+        file.write_text(text)
+    assert "its tokenizer has no <|image_pad|>" in refusal(static)
+
+
+def test_no_tokenizer_is_refused(static: Path) -> None:
+    for file in static.glob("*token*"):
+        file.unlink()
+    assert "no tokenizer.json" in refusal(static)
+
+
+def test_an_existing_output_is_left_alone(static: Path) -> None:
+    with pytest.raises(ConfigError, match="exists"):
+        import_released(static, static)
+
+
+def test_a_model_that_is_published_is_imported_once(
+    static: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(released, "IMPORTED", tmp_path / "cache")
+    folder = resolve_checkpoint(static)
+    assert folder.parent == tmp_path / "cache"
+    written = (folder / "model.safetensors").stat().st_mtime_ns
+    assert resolve_checkpoint(str(static)) == folder
+    assert (folder / "model.safetensors").stat().st_mtime_ns == written
+    assert load_processor(static).image_seq_length == load_model(static).config.image_seq_length
+
+    edit(static, lambda weights: weights.pop("llm.lm_head.weight"))
+    assert resolve_checkpoint(static) != folder
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_a_name_that_is_neither_folder_nor_repository() -> None:
+    with pytest.raises(CheckpointError, match="no folder '/no/such/folder'"):
+        fetch_folder("/no/such/folder")
+
+
+# Not getrusage's ru_maxrss: a child inherits the peak that its parent had when it forked.
+MEASURE = """
+import re, sys
+from pathlib import Path
+from flashvl.model.released import import_released
+
+def peak_kib():
+    return int(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1])
+
+before = peak_kib()
+import_released(Path(sys.argv[1]), Path(sys.argv[2]))
+print("grown:", 1024 * (peak_kib() - before))
+"""
+
+
+def test_memory_stays_below_a_fifth_above_the_model(tmp_path: Path) -> None:
+    source = write_published(tmp_path / "large", "iss", hidden=7168)
+    size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
+    assert size > 200e6
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(source), str(tmp_path / "ours")],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "ours" / "model.safetensors").stat().st_size == pytest.approx(size, rel=0.01)
+    grown = int(done.stdout.rpartition("grown:")[2])
+    assert 0 < grown < 1.2 * size
