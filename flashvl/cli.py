@@ -5,6 +5,7 @@ Heavy libraries are imported inside the commands, so that `flashvl --help` answe
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -72,6 +73,37 @@ def caption(
             f" {summary.dead} dead letters, {summary.seconds:.1f} s,"
             f" {summary.images_per_s:.1f} images/s"
         )
+
+
+@app.command()
+def chat(
+    image: Annotated[Path, typer.Argument(help="Image file to talk about.")],
+    model: ModelOption = "tiny",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 256,
+) -> None:
+    """Talk about a picture: a question a line, until the end of the input (Ctrl-D).
+
+    Example: flashvl chat scene.png
+    Example: echo "How many shapes are there?" | flashvl chat scene.png
+    """
+    with report_errors():
+        from flashvl.data.images import read_image
+        from flashvl.engine import Engine
+        from flashvl.engine.chat import Chat
+
+        picture = read_image(image)
+        conversation = Chat(Engine.from_pretrained(model), [picture], max_new_tokens)
+        is_asked_by_hand = sys.stdin.isatty()
+        while True:
+            if is_asked_by_hand:
+                print("> ", end="", flush=True)
+            question = sys.stdin.readline()
+            if not question:
+                break
+            if question.strip():
+                for piece in conversation.ask(question.strip()):
+                    print(piece, end="", flush=True)
+                print()
 
 
 @app.command()
@@ -159,6 +191,56 @@ def bench_images(
         print(f"JPEGs of {WIDTH}x{HEIGHT} a second, one core, median of {rounds} rounds")
         for each in contenders:
             print(f"{each.name:<40}{each.images_per_s:8.1f}{each.relative:8.2f}x")
+
+
+@bench_app.command("latency")
+def bench_latency(
+    model: ModelOption = "tiny",
+    preset: Annotated[
+        str | None, typer.Option(help="Instead of a model: a preset, with --random-weights.")
+    ] = None,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="Timing does not depend on the weights.")
+    ] = False,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of the answer.")] = 128,
+    rounds: Annotated[int, typer.Option(min=1, help="Times that each is measured, in turn.")] = 5,
+    json_file: JsonOption = None,
+) -> None:
+    """One request alone: time to its first token and from token to token, beside `generate`.
+
+    Example: flashvl bench latency --preset static --random-weights
+    """
+    with report_errors():
+        from flashvl.bench.latency import as_json, measure_latency
+        from flashvl.bench.models import build_random
+        from flashvl.errors import ConfigError
+        from flashvl.model.loading import inference_dtype, load_model, load_processor
+
+        if (preset is not None) != random_weights:
+            raise ConfigError("--preset and --random-weights go together; give both or neither")
+        if json_file is not None:
+            _write_json(json_file, {})
+        dtype = inference_dtype()
+        if preset is not None:
+            parts = build_random(preset, dtype)
+        else:
+            parts = load_model(model, dtype), load_processor(model)
+        with show_progress("measuring") as on_progress:
+            machine, latencies = measure_latency(
+                *parts, num_tokens=tokens, rounds=rounds, on_progress=on_progress
+            )
+        if json_file is not None:
+            _write_json(json_file, as_json(machine, latencies))
+        print(
+            f"{machine.device}, {machine.threads} threads, {machine.dtype}:"
+            f" {machine.gemm_tflops:.2f} TFLOP/s, {machine.read_gb_per_s:.1f} GB/s"
+        )
+        print(f"{'':<12}{'TTFT ms':>12}{'TPOT ms':>12}{'tokens/s':>12}{'of roofline':>12}")
+        for each in latencies:
+            print(
+                f"{each.name:<12}{each.ttft_ms:>12.1f}{each.tpot_ms:>12.2f}"
+                f"{each.tokens_per_s:>12.1f}{each.roofline_fraction:>12.0%}"
+            )
 
 
 @app.command()

@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from flashvl.cli import app
+from flashvl.data import synthetic
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGE1 = str(ROOT / "ray_jobs" / "configs" / "stage1.yaml")
@@ -38,7 +39,7 @@ def test_models_prints_the_counts_of_the_full_size_preset() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["caption"], ["train"], ["eval", "scenes"], ["demo"], ["import"], ["assemble"]],
+    [[], ["caption"], ["train"], ["eval", "scenes"], ["demo"], ["import"], ["assemble"], ["chat"]],
 )
 def test_help_explains(command: list[str]) -> None:
     result = runner.invoke(app, [*command, "--help"])
@@ -66,6 +67,23 @@ def test_a_folder_of_another_model_is_refused(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
     assert "no readable config.json" in refused("eval", "scenes", "--model", str(tmp_path))
+
+
+def test_a_chat_answers_line_by_line(tmp_path: Path) -> None:
+    """About the picture, and about what was said before."""
+    drawn = synthetic.sample("heldout", 0, 3, tasks=("chart",))
+    picture = tmp_path / "chart.png"
+    drawn.image().save(picture)
+    questions = [turn.question for turn in drawn.turns if turn.task == "chart"]
+    result = runner.invoke(app, ["chat", str(picture)], input="\n\n".join(questions))
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines() == [
+        turn.answer for turn in drawn.turns if turn.task == "chart"
+    ]
+
+
+def test_a_chat_about_nothing_is_refused() -> None:
+    assert "/no/picture.png" in refused("chat", "/no/picture.png")
 
 
 def test_an_import_of_another_model_is_refused(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ It does not know where the bytes come from, nor what size the model wants.
 
 import io
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 from pydantic import Field, PositiveInt
 
 from flashvl.config import StrictModel
-from flashvl.errors import DataError
+from flashvl.errors import ConfigError, DataError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000")
 """What is read. Each has a signature, runs no other program (EPS does), and gives its size before
@@ -108,6 +109,22 @@ def decode_reduced(
         ) from error
     rgb.info.clear()  # else EXIF, XMP and profiles travel with every pickled copy
     return rgb, size or rgb.size
+
+
+def read_image(path: Path) -> Image.Image:
+    """The image in a file that a user named.
+
+    Raises:
+        ConfigError: the file cannot be read.
+        DataError: it holds no image; see `decode_image`.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            f"image {path} cannot be read ({error.strerror}); name an image file"
+        ) from None
+    return decode_image(data)
 
 
 def _reduce_jpeg(image: Image.Image, least_size: Callable[[Size], Size]) -> Size:

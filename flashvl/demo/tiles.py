@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from flashvl.data.images import decode_image
+from flashvl.data.images import read_image
 from flashvl.errors import ConfigError
 from flashvl.model.tiling import Box, Size, Tiling, View
 
@@ -84,13 +84,7 @@ def write_tiles(image: Path, output: Path, rule: Tiling, tokens_per_tile: int) -
         ConfigError: a file cannot be read or written.
         DataError: `image` is no image.
     """
-    try:
-        data = image.read_bytes()
-    except OSError as error:
-        raise ConfigError(
-            f"image {image} cannot be read ({error.strerror}); name an image file"
-        ) from None
-    decoded = decode_image(data)
+    decoded = read_image(image)
     try:
         draw_tiles(decoded, rule, tokens_per_tile).save(output, "PNG")
     except OSError as error:

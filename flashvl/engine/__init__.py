@@ -1,6 +1,7 @@
 """Generation with a Flash-VL model."""
 
+from flashvl.engine.async_engine import AsyncEngine
 from flashvl.engine.engine import Engine
-from flashvl.engine.request import Completion, Request
+from flashvl.engine.request import Completion, Delta, Request
 
-__all__ = ["Completion", "Engine", "Request"]
+__all__ = ["AsyncEngine", "Completion", "Delta", "Engine", "Request"]

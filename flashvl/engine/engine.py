@@ -1,80 +1,258 @@
-"""Generation: requests in, completions out. Knows no Ray, no HTTP, no Parquet."""
+"""Generation: requests in, completions out. Knows no Ray, no HTTP, no Parquet.
 
-from collections.abc import Sequence
+Continuous batching: between two decoding steps new requests are admitted, and finished or cancelled
+ones leave. One step: a piece of a prefill, if one waits, then one token for all that decode.
+"""
+
+import itertools
+from collections.abc import Iterator
+from collections.abc import Sequence as Many
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from flashvl.data.features import Tiles, encode_prompt, make_tiles, normalize_tiles, pad
-from flashvl.engine.request import Completion, Request
+from flashvl.data.features import Tiles, encode_prompt, make_tiles
+from flashvl.engine.cache import KVCache, bytes_per_token
+from flashvl.engine.images import ImageFeatures
+from flashvl.engine.request import Completion, Delta, FinishReason, Request
+from flashvl.engine.runner import Runner
+from flashvl.engine.sampling import Sampler, token_logprobs
+from flashvl.engine.scheduler import Scheduler
+from flashvl.engine.sequence import AnswerText, Sequence
+from flashvl.errors import DataError
 from flashvl.model import FlashVLForConditionalGeneration, FlashVLProcessor
 from flashvl.model.loading import inference_dtype, load_model, load_processor
 
+MAX_LENGTH = 4096
+"""Tokens of a conversation: an ISS image of 2,880, a long question and a long answer."""
+CACHE_SHARE = 0.25
+"""Of the free memory, for the cache."""
+IMAGE_CACHE_BYTES = 256 * 2**20
+"""Of visual tokens: 300 images of the static preset."""
+
 
 class Engine:
-    """Greedy generation for batches of requests, on a GPU where there is one."""
+    """Answers requests with one model, on a GPU where there is one; for one thread.
 
-    def __init__(self, model: FlashVLForConditionalGeneration, processor: FlashVLProcessor):
+    Requests get numbers from `add`; `step` moves all of them on by a token; `take` hands out what
+    is new of one. `generate` and `stream` do this for you.
+    """
+
+    def __init__(
+        self,
+        model: FlashVLForConditionalGeneration,
+        processor: FlashVLProcessor,
+        *,
+        max_num_seqs: int = 64,
+        max_model_len: int = MAX_LENGTH,
+        max_prefill_tokens: int = 2048,
+    ):
+        """
+        Args:
+            max_num_seqs: requests answered at once, at most; fewer where memory is short.
+            max_model_len: tokens of a prompt and its answer, at most; and the model's own limit.
+            max_prefill_tokens: in one step, so that long prompts do not keep others waiting.
+        """
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = model.to(self.device)
         self.processor = processor
         self.end_token_id: int = processor.tokenizer.eos_token_id
-        self.pad_token_id: int = processor.tokenizer.pad_token_id
+        config = model.config.text_config
+        self.max_model_len = min(max_model_len, config.max_position_embeddings)
+        row_bytes = self.max_model_len * bytes_per_token(config, model.dtype)
+        rows_that_fit = int(CACHE_SHARE * _free_bytes(self.device) / row_bytes)
+        cache = KVCache(
+            config,
+            num_rows=max(min(max_num_seqs, rows_that_fit), 1),
+            row_length=self.max_model_len,
+            dtype=model.dtype,
+            device=self.device,
+        )
+        self.runner = Runner(self.model, processor, cache)
+        self.scheduler = Scheduler(cache, max_prefill_tokens)
+        self.image_features = ImageFeatures(self.runner.encode_tiles, IMAGE_CACHE_BYTES)
+        self._ids = itertools.count()
+        self._sequences: dict[int, Sequence] = {}
+        self._outbox: dict[int, list[Delta]] = {}
 
     @classmethod
     def from_pretrained(cls, model: str | Path, dtype: torch.dtype | None = None) -> "Engine":
         """The engine for a shipped model's name or a folder; `dtype` as the hardware likes it."""
         return cls(load_model(model, dtype or inference_dtype()), load_processor(model))
 
-    @torch.inference_mode()
-    def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """Answer all `requests` as one batch, in their order."""
-        if not requests:
-            return []
-        tiles = [self._tiles(request) for request in requests]
-        prompts = [
-            encode_prompt(request.messages, cut.counts, self.processor)
-            for request, cut in zip(requests, tiles, strict=True)
-        ]
-        input_ids = pad(prompts, self.pad_token_id, side="left").to(self.device)
-        attention_mask = pad([[1] * len(prompt) for prompt in prompts], 0, side="left")
-        max_new_tokens = max(request.max_new_tokens for request in requests)
-        generated = self.model.generate(
-            input_ids=input_ids,
-            attention_mask=attention_mask.to(self.device),
-            **self._image_inputs(tiles),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=self.end_token_id,
-            pad_token_id=self.pad_token_id,
-        )
-        answers = generated[:, input_ids.shape[1] :].tolist()
-        return [
-            self._complete(request, prompt, answer)
-            for request, prompt, answer in zip(requests, prompts, answers, strict=True)
-        ]
+    def generate(self, requests: Many[Request]) -> list[Completion]:
+        """Answer all `requests`, in their order.
 
-    def _tiles(self, request: Request) -> Tiles:
+        Raises:
+            DataError: one of them cannot be answered; then none is.
+        """
+        ids: list[int] = []
+        try:
+            for request in requests:
+                ids.append(self.add(request))
+            completions: dict[int, Completion] = {}
+            while len(completions) < len(ids):
+                self.step()
+                for number in ids:
+                    for delta in self.take(number):
+                        if delta.completion is not None:
+                            completions[number] = delta.completion
+            return [completions[number] for number in ids]
+        finally:
+            for number in ids:
+                self.cancel(number)
+
+    def stream(self, request: Request) -> Iterator[Delta]:
+        """The answer as it comes; the last delta holds the completion. To close it is to cancel.
+
+        Raises:
+            DataError: it cannot be answered.
+        """
+        number = self.add(request, is_streamed=True)
+        try:
+            while True:
+                self.step()
+                for delta in self.take(number):
+                    yield delta
+                    if delta.completion is not None:
+                        return
+        finally:
+            self.cancel(number)
+
+    def add(self, request: Request, is_streamed: bool = False) -> int:
+        """Let a request wait for its turn; returns its number.
+
+        Args:
+            is_streamed: `take` is to hand out the text as it comes, not only the completion.
+
+        Raises:
+            DataError: images and `<image>`s do not match, or it can never fit the cache.
+        """
         images = request.images
-        return images if isinstance(images, Tiles) else make_tiles(images, self.processor)
-
-    def _image_inputs(self, tiles: Sequence[Tiles]) -> dict[str, torch.Tensor]:
-        """`pixel_values`, or nothing where no request has an image: `generate` takes no None."""
-        batch = np.concatenate([cut.pixels for cut in tiles])
-        if not len(batch):
-            return {}
-        tiles_on_device = torch.from_numpy(batch).to(self.device)
-        return {"pixel_values": normalize_tiles(tiles_on_device, self.processor)}
-
-    def _complete(self, request: Request, prompt: list[int], answer: list[int]) -> Completion:
-        answer = answer[: request.max_new_tokens]
-        stopped = self.end_token_id in answer
-        if stopped:
-            answer = answer[: answer.index(self.end_token_id)]
-        return Completion(
-            text=self.processor.tokenizer.decode(answer, skip_special_tokens=True),
-            token_ids=answer,
-            prompt_tokens=len(prompt),
-            finish_reason="stop" if stopped else "length",
+        tiles = images if isinstance(images, Tiles) else make_tiles(images, self.processor)
+        prompt = encode_prompt(request.messages, tiles.counts, self.processor)
+        number = next(self._ids)
+        sequence = Sequence(
+            id=number,
+            request=request,
+            prompt=prompt,
+            tiles=tiles,
+            sampler=Sampler(request, prompt, self.end_token_id),
+            text=AnswerText(self.processor.tokenizer, request.stop),
+            is_streamed=is_streamed,
         )
+        if sequence.max_length > self.max_model_len:
+            raise DataError(
+                f"prompt of {len(prompt)} tokens and max_new_tokens={request.max_new_tokens} exceed"
+                f" max_model_len={self.max_model_len}; shorten the one or lower the other"
+            )
+        self._sequences[number] = sequence
+        self._outbox[number] = []
+        self.scheduler.add(sequence)
+        return number
+
+    def take(self, number: int) -> list[Delta]:
+        """What is new of a request since the last call; behind its completion, nothing ever."""
+        deltas = self._outbox.get(number, [])
+        if deltas and deltas[-1].completion is not None:
+            del self._outbox[number]
+        elif deltas:
+            self._outbox[number] = []
+        return deltas
+
+    def cancel(self, number: int) -> None:
+        """Forget a request; nothing happens where it is finished or was never added."""
+        self._outbox.pop(number, None)
+        sequence = self._sequences.pop(number, None)
+        if sequence is not None:
+            self.scheduler.remove(sequence)
+
+    @property
+    def is_idle(self) -> bool:
+        """No request waits or is being answered."""
+        return self.scheduler.is_idle
+
+    def step(self) -> None:
+        """Prefill a piece of what waits, if anything does, and decode one token for the others."""
+        if admitted := self.scheduler.admit():
+            self._embed(admitted)
+        if self.scheduler.prefilling:
+            self._prefill(self.scheduler.prefilling)
+        if self.scheduler.decoding:
+            self._decode(self.scheduler.decoding)
+
+    def _embed(self, group: list[Sequence]) -> None:
+        """The embeddings of the prompts of `group`, all their images encoded together."""
+        images = [image for sequence in group for image in _images(sequence.tiles)]
+        features = iter(self.image_features(images) if images else [])
+        for sequence in group:
+            own = list(itertools.islice(features, len(sequence.tiles.counts)))
+            visual_tokens = torch.cat(own) if own else None
+            sequence.embeddings = self.runner.embed(sequence.prompt, visual_tokens)
+
+    def _prefill(self, group: list[Sequence]) -> None:
+        """The next piece of the prompts of `group`, which are of the same length."""
+        start = group[0].num_cached
+        end = start + max(self.scheduler.max_prefill_tokens // len(group), 1)
+        pieces = torch.stack([sequence.embeddings[start:end] for sequence in group])
+        logits = self.runner.prefill(pieces, len(self.scheduler.decoding), start)
+        for sequence in group:
+            sequence.num_cached += pieces.shape[1]
+        if group[0].is_prefilled:
+            for sequence in group:
+                sequence.embeddings = sequence.embeddings[:0]
+            self.scheduler.start_decoding()
+            self._append(group, logits)
+
+    def _decode(self, sequences: list[Sequence]) -> None:
+        logits = self.runner.decode(
+            [sequence.token_ids[-1] for sequence in sequences],
+            [sequence.num_cached for sequence in sequences],
+        )
+        for sequence in sequences:
+            sequence.num_cached += 1
+        self._append(list(sequences), logits)
+
+    def _append(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
+        """Choose each one's next token; the finished ones leave."""
+        likeliest = logits.argmax(-1).tolist()
+        for sequence, row, token in zip(sequences, logits, likeliest, strict=True):
+            if not sequence.sampler.is_plain:
+                token = sequence.sampler.choose(row, len(sequence.token_ids))
+            sequence.finish_reason = self._take_token(sequence, token, row)
+            if sequence.finish_reason is not None:
+                text = sequence.text.take(sequence.token_ids, is_last=True)
+                self._outbox[sequence.id].append(Delta(text=text, completion=sequence.complete()))
+                del self._sequences[sequence.id]
+                self.scheduler.remove(sequence)
+            elif sequence.is_streamed:
+                text = sequence.text.take(sequence.token_ids)
+                self._outbox[sequence.id].append(Delta(text=text))
+
+    def _take_token(
+        self, sequence: Sequence, token: int, logits: torch.Tensor
+    ) -> FinishReason | None:
+        """Add a token to the answer; returns why that ends it, if it does."""
+        request = sequence.request
+        if token == self.end_token_id and not request.ignore_eos:
+            return "stop"
+        sequence.token_ids.append(token)
+        if request.logprobs is not None:
+            sequence.logprobs.append(token_logprobs(logits, token, request.logprobs))
+        if (request.stop or sequence.is_streamed) and sequence.text.add(sequence.token_ids):
+            return "stop"
+        return "length" if len(sequence.token_ids) == request.max_new_tokens else None
+
+
+def _images(tiles: Tiles) -> list[npt.NDArray[np.uint8]]:
+    """The tiles of each image."""
+    return np.split(tiles.pixels, np.cumsum(tiles.counts)[:-1]) if tiles.counts else []
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))

@@ -7,20 +7,63 @@ from typing import Literal
 from PIL import Image
 
 from flashvl.data.features import Message, Tiles
+from flashvl.errors import DataError
 
 FinishReason = Literal["stop", "length"]
-"""The model ended its answer, or `max_new_tokens` did."""
+"""The model ended its answer (or said a stop string), or `max_new_tokens` did."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """One conversation to continue."""
+    """One conversation to continue; the sampling parameters have vLLM's names and meanings."""
 
     messages: Sequence[Message]
     """`role` and `content`; an `<image>` in a content stands for the next image."""
     images: Sequence[Image.Image] | Tiles = field(default=())
     """RGB images, or the tiles that `features.make_tiles` made of them."""
     max_new_tokens: int = 128
+    min_new_tokens: int = 0
+    """The answer does not end before."""
+    temperature: float = 0.0
+    """0: greedy, the likeliest token each time. Else the logits are divided by it."""
+    top_k: int = 0
+    """Only the likeliest so many tokens may be sampled; 0: all."""
+    top_p: float = 1.0
+    """Only the likeliest tokens that together have this probability may be sampled."""
+    repetition_penalty: float = 1.0
+    """Logits of tokens that stood before are divided by it, or multiplied if negative."""
+    seed: int = 0
+    """Of this request's own random numbers: the same answer whoever shares its batch."""
+    stop: Sequence[str] = ()
+    """The answer ends before the first of these."""
+    ignore_eos: bool = False
+    """Go on behind the end token, up to `max_new_tokens`."""
+    logprobs: int | None = None
+    """Of every new token report its log-probability, and those of so many likeliest ones."""
+
+    def __post_init__(self) -> None:
+        for name, holds, rule in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("min_new_tokens", self.min_new_tokens >= 0, "at least 0"),
+            ("temperature", self.temperature >= 0, "at least 0"),
+            ("top_k", self.top_k >= 0, "at least 0"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+            ("logprobs", self.logprobs is None or self.logprobs >= 0, "at least 0, or None"),
+            ("stop", all(self.stop), "without empty strings"),
+        ):
+            if not holds:
+                raise DataError(f"{name} ({getattr(self, name)}) must be {rule}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities at one place of an answer, by the model's own distribution."""
+
+    logprob: float
+    """Of the token that was chosen."""
+    top: dict[int, float]
+    """Of the likeliest tokens, the likeliest first."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,3 +74,15 @@ class Completion:
     token_ids: list[int]
     prompt_tokens: int
     finish_reason: FinishReason
+    logprobs: list[TokenLogprobs] | None = None
+    """One for each of `token_ids`, if the request asked for them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Delta:
+    """What one token added to an answer."""
+
+    text: str
+    """Empty while the token is a part of a character, or may be one of a stop string."""
+    completion: Completion | None = None
+    """The whole answer, with its last delta."""

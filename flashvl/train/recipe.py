@@ -48,8 +48,9 @@ class Recipe(StrictModel):
     zero_stage: Literal[1, 2] = 1
     """DeepSpeed ZeRO. Stage 1 shards the optimizer's states, and a 2B model then fits 80 GB."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    max_length: PositiveInt = 2048
-    """Tokens of a conversation, image tokens included; longer ones are left out and counted."""
+    max_length: PositiveInt = 4096
+    """Tokens of a conversation, image tokens included (an ISS image has up to 2,880); longer ones
+    are left out and counted."""
     seed: int = 0
 
     @property

@@ -147,6 +147,29 @@ def test_llm_has_the_published_size(static: FlashVLForConditionalGeneration) -> 
     assert count(static) == 95_445_504 + 413_534_448 + 1_543_714_304
 
 
+@pytest.mark.parametrize(
+    ("preset", "channels", "published"),
+    [
+        ("static", 4 * 1152, 95_445_504),
+        ("dynamic", 4 * 1536, 106_458_624),
+        ("iss", 1536, 73_419_264),
+    ],
+)
+def test_adapters_have_the_published_sizes(preset: str, channels: int, published: int) -> None:
+    """Known from the sizes of the published files; ISS folds no patches together."""
+    hidden, out = 7168, 1536
+    by_hand = 2 * channels + linear(channels, hidden) + linear(hidden, hidden) + linear(hidden, out)
+    assert count_parameters(preset)["multi_modal_projector"] == by_hand == published
+
+
+def test_aimv2_huge_has_its_published_size() -> None:
+    width, mlp = 1536, 4096
+    block = 4 * width * width + 3 * width * mlp + 2 * width  # no biases
+    embeddings = linear(3 * 14 * 14, width) + width + (448 // 14) ** 2 * width
+    by_hand = embeddings + 24 * block + width
+    assert count_parameters("iss")["vision_tower"] == by_hand == 682_031_616
+
+
 def test_counts_are_reported_by_part() -> None:
     assert count_parameters("static") == {
         "vision_tower": 413_534_448,

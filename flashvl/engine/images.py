@@ -1,0 +1,51 @@
+"""Visual tokens of images, kept for when an image is seen again: a next turn, another question."""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+Encode = Callable[[npt.NDArray[np.uint8]], torch.Tensor]
+
+
+class ImageFeatures:
+    """By the content of an image's tiles; the images that were not used for longest go first."""
+
+    def __init__(self, encode: Encode, max_bytes: int):
+        """`encode`: (tiles, 3, height, width) -> (tokens, hidden), as many for each tile."""
+        self.encode, self.max_bytes = encode, max_bytes
+        self.num_bytes = 0
+        self.kept: OrderedDict[bytes, torch.Tensor] = OrderedDict()
+
+    def __call__(self, images: Sequence[npt.NDArray[np.uint8]]) -> list[torch.Tensor]:
+        """The tokens of each image; those not known yet are encoded together, once each."""
+        keys = [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images]
+        found = {key: self.kept[key] for key in keys if key in self.kept}
+        new = {key: image for key, image in zip(keys, images, strict=True) if key not in found}
+        if new:
+            tiles = np.concatenate(list(new.values()))
+            features = self.encode(tiles)
+            per_tile = len(features) // len(tiles)
+            sizes = [len(image) * per_tile for image in new.values()]
+            found |= dict(zip(new, features.split(sizes), strict=True))
+        for key in keys:
+            self._keep(key, found[key], is_new=key in new)
+        return [found[key] for key in keys]
+
+    def clear(self) -> None:
+        """Keep nothing of what was seen."""
+        self.kept.clear()
+        self.num_bytes = 0
+
+    def _keep(self, key: bytes, features: torch.Tensor, is_new: bool) -> None:
+        if key not in self.kept:
+            # A copy: a part of the batch would hold the whole of it.
+            self.kept[key] = features.clone() if is_new else features
+            self.num_bytes += features.nbytes
+        self.kept.move_to_end(key)
+        while self.num_bytes > self.max_bytes:
+            _, dropped = self.kept.popitem(last=False)
+            self.num_bytes -= dropped.nbytes

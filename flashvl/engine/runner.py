@@ -1,0 +1,106 @@
+"""The model on its device: images, prefill and decoding steps over the rows of a `KVCache`.
+
+It knows tensors and rows, not requests.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from flashvl.data.features import normalize_tiles
+from flashvl.engine.attention import CACHED, Place
+from flashvl.engine.cache import KVCache
+from flashvl.model import FlashVLForConditionalGeneration, FlashVLProcessor
+
+MAX_TILES = 16
+"""Tiles that the tower takes at once: enough to fill a GPU, and little memory."""
+
+
+class Runner:
+    """Every method runs without gradients; hidden sizes and vocabulary are the LLM's."""
+
+    def __init__(
+        self, model: FlashVLForConditionalGeneration, processor: FlashVLProcessor, cache: KVCache
+    ):
+        self.model, self.processor, self.cache = model, processor, cache
+        self.language_model = model.model.language_model
+        self.language_model.set_attn_implementation(CACHED)
+
+    @torch.inference_mode()
+    def encode_tiles(self, tiles: npt.NDArray[np.uint8]) -> torch.Tensor:
+        """(tiles, 3, height, width) -> (tiles * image_seq_length, hidden), for the LLM."""
+        features = []
+        for start in range(0, len(tiles), MAX_TILES):
+            part = torch.from_numpy(tiles[start : start + MAX_TILES]).to(self.model.device)
+            pixel_values = normalize_tiles(part, self.processor)
+            features.append(self.model.get_image_features(pixel_values).pooler_output)
+        return torch.cat(features).flatten(0, 1)
+
+    @torch.inference_mode()
+    def embed(self, token_ids: Sequence[int], features: torch.Tensor | None) -> torch.Tensor:
+        """A prompt's (tokens, hidden), `features` in the places of its image tokens."""
+        ids = torch.tensor(token_ids, device=self.model.device)
+        embeddings = self.model.get_input_embeddings()(ids)
+        if features is not None:
+            embeddings[ids == self.processor.image_token_id] = features.to(embeddings.dtype)
+        return embeddings
+
+    @torch.inference_mode()
+    def prefill(self, embeddings: torch.Tensor, first_row: int, start: int) -> torch.Tensor:
+        """Store tokens of some rows, from position `start` on.
+
+        Args:
+            embeddings: (rows, tokens, hidden).
+
+        Returns:
+            (rows, vocabulary): logits behind the last token.
+        """
+        num_rows, num_tokens, _ = embeddings.shape
+        positions = torch.arange(start, start + num_tokens, device=embeddings.device)
+        mask = None
+        if start:
+            everything = torch.arange(start + num_tokens, device=embeddings.device)
+            mask = (everything <= positions[:, None])[None, None]
+        rows = slice(first_row, first_row + num_rows)
+        place = Place(cache=self.cache, rows=rows, start=start, mask=mask)
+        return self._forward(embeddings, positions.expand(num_rows, -1), place)
+
+    @torch.inference_mode()
+    def decode(self, token_ids: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
+        """Store one more token in each of the first rows.
+
+        Args:
+            lengths: tokens that each row holds already.
+
+        Returns:
+            (rows, vocabulary): logits behind it.
+        """
+        ids = torch.tensor(token_ids, device=self.model.device)
+        positions = torch.tensor(lengths, device=self.model.device)
+        length = max(lengths) + 1
+        mask = torch.arange(length, device=positions.device) <= positions[:, None]
+        place = Place(
+            cache=self.cache,
+            rows=slice(0, len(lengths)),
+            start=0,
+            positions=positions,
+            length=length,
+            mask=mask[:, None, None],
+        )
+        embeddings = self.model.get_input_embeddings()(ids[:, None])
+        return self._forward(embeddings, positions[:, None], place)
+
+    def _forward(
+        self, embeddings: torch.Tensor, position_ids: torch.Tensor, place: Place
+    ) -> torch.Tensor:
+        outputs = self.language_model(
+            inputs_embeds=embeddings,
+            position_ids=position_ids,
+            # Of four dimensions, it is handed on as it is: no other mask is made.
+            attention_mask=torch.empty((1, 1, 1, 1), device=embeddings.device),
+            use_cache=False,
+            place=place,
+        )
+        return self.model.lm_head(outputs.last_hidden_state[:, -1])

@@ -1,0 +1,78 @@
+"""Which sequences wait, which hold a row of the cache, and what is prefilled next.
+
+It knows lengths and rows, no tensors.
+"""
+
+from collections import deque
+
+from flashvl.engine.cache import KVCache
+from flashvl.engine.sequence import Sequence
+
+
+class Scheduler:
+    """First come, first served; but those of the same prompt length are prefilled together.
+
+    Rows 0 to D-1 are the decoding sequences', the next P the prefilling ones'.
+    """
+
+    def __init__(self, cache: KVCache, max_prefill_tokens: int):
+        self.cache, self.max_prefill_tokens = cache, max_prefill_tokens
+        self.waiting: deque[Sequence] = deque()
+        self.decoding: list[Sequence] = []
+        self.prefilling: list[Sequence] = []
+
+    @property
+    def is_idle(self) -> bool:
+        return not (self.waiting or self.decoding or self.prefilling)
+
+    def add(self, sequence: Sequence) -> None:
+        """Let a sequence wait for its turn."""
+        self.waiting.append(sequence)
+
+    def admit(self) -> list[Sequence]:
+        """Give rows to the next group, if none is being prefilled; returns those that got one.
+
+        The first that waits, and others with prompts of its length: as many as there are rows for,
+        and of no more than `max_prefill_tokens` together.
+        """
+        free = self.cache.num_rows - len(self.decoding) - len(self.prefilling)
+        if self.prefilling or not self.waiting or not free:
+            return []
+        length = len(self.waiting[0].prompt)
+        size = min(free, max(self.max_prefill_tokens // length, 1))
+        group = [sequence for sequence in self.waiting if len(sequence.prompt) == length][:size]
+        chosen = set(group)
+        self.waiting = deque(sequence for sequence in self.waiting if sequence not in chosen)
+        self.prefilling = group
+        return group
+
+    def start_decoding(self) -> None:
+        """The prefilling sequences are prefilled: they decode from now on, in their rows."""
+        self.decoding += self.prefilling
+        self.prefilling = []
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take a sequence out, wherever it is, and close the gap that its row leaves."""
+        if sequence in self.waiting:
+            self.waiting.remove(sequence)
+            return
+        rows = self.decoding + self.prefilling
+        row = rows.index(sequence)
+        if row < len(self.decoding):
+            self._fill(row, len(self.decoding) - 1, self.decoding)
+            row = len(self.decoding) - 1
+            self.decoding.pop()
+            if self.prefilling:  # theirs begin one row further up now
+                last = self.prefilling.pop()
+                self.cache.move(row + 1 + len(self.prefilling), row, last.num_cached)
+                self.prefilling.insert(0, last)
+            return
+        first = len(self.decoding)
+        self._fill(row - first, len(self.prefilling) - 1, self.prefilling, first)
+        self.prefilling.pop()
+
+    def _fill(self, gap: int, last: int, sequences: list[Sequence], first_row: int = 0) -> None:
+        """Move the last of `sequences` into the gap."""
+        if gap != last:
+            self.cache.move(first_row + last, first_row + gap, sequences[last].num_cached)
+            sequences[gap] = sequences[last]

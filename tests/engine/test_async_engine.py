@@ -1,0 +1,112 @@
+"""Many coroutines on one engine: each gets its own answer, and what goes wrong reaches it."""
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flashvl.data import synthetic
+from flashvl.engine import AsyncEngine, Engine, Request
+from flashvl.errors import DataError
+from flashvl.model.loading import load_model, load_processor
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_random: Path) -> Engine:
+    return Engine(load_model(tiny_random), load_processor(tiny_random), max_num_seqs=4)
+
+
+@pytest.fixture
+def asynchronous(tiny_random: Path) -> Iterator[AsyncEngine]:
+    engine = Engine(load_model(tiny_random), load_processor(tiny_random), max_num_seqs=4)
+    with AsyncEngine(engine) as wrapped:
+        yield wrapped
+
+
+def ask(seed: int, **options: object) -> Request:
+    rng = np.random.default_rng(seed)
+    image = Image.fromarray(rng.integers(0, 256, (96, 96, 3), dtype=np.uint8))
+    given = {"images": [image], "max_new_tokens": 9} | options
+    messages = [{"role": "user", "content": "<image>\nDescribe the image."}]
+    return Request(messages=messages, **given)  # type: ignore[arg-type]
+
+
+def test_each_gets_its_own_answer(asynchronous: AsyncEngine, engine: Engine) -> None:
+    async def all_at_once() -> list[object]:
+        return await asyncio.gather(*(asynchronous.generate(ask(seed)) for seed in range(20)))
+
+    expected = [engine.generate([ask(seed)])[0] for seed in range(20)]
+    assert asyncio.run(all_at_once()) == expected
+    assert asyncio.run(all_at_once()) == expected  # in another event loop
+
+
+def test_a_stream_comes_in_pieces() -> None:
+    """Of the shipped model, whose words are text; random weights say halves of characters."""
+    drawn = synthetic.sample("heldout", 0, 1, tasks=("caption",))
+    messages = [{"role": "user", "content": "<image>\nDescribe the image."}]
+    request = Request(messages=messages, images=[drawn.image()])
+
+    async def pieces(asynchronous: AsyncEngine) -> list[str]:
+        return [delta.text async for delta in asynchronous.stream(request)]
+
+    engine = Engine.from_pretrained("tiny")
+    expected = engine.generate([request])[0].text
+    with AsyncEngine(engine) as asynchronous:
+        found = asyncio.run(pieces(asynchronous))
+    assert len(found) > 2
+    assert "".join(found) == expected
+
+
+def test_a_bad_request_fails_alone(asynchronous: AsyncEngine) -> None:
+    async def both() -> list[object]:
+        return await asyncio.gather(
+            asynchronous.generate(ask(1)),
+            asynchronous.generate(ask(2, images=())),
+            return_exceptions=True,
+        )
+
+    good, bad = asyncio.run(both())
+    assert not isinstance(good, BaseException)
+    assert isinstance(bad, DataError)
+
+
+def test_who_goes_away_frees_the_place(asynchronous: AsyncEngine) -> None:
+    async def go_away() -> None:
+        endless = [
+            asyncio.create_task(
+                asynchronous.generate(ask(seed, max_new_tokens=900, ignore_eos=True))
+            )
+            for seed in range(6)
+        ]
+        await asyncio.sleep(0.05)
+        for task in endless:
+            task.cancel()
+        done = await asyncio.gather(*endless, return_exceptions=True)
+        assert all(isinstance(each, asyncio.CancelledError) for each in done)
+        await asynchronous.generate(ask(9))  # behind them
+        assert asynchronous.engine.is_idle
+
+    asyncio.run(go_away())
+
+
+def test_a_broken_engine_tells_all_who_wait_and_who_come_later(tiny_random: Path) -> None:
+    engine = Engine(load_model(tiny_random), load_processor(tiny_random))
+
+    def broken(*_: object) -> None:
+        raise MemoryError("no more of it")
+
+    engine.runner.decode = broken  # type: ignore[method-assign, assignment]
+    with AsyncEngine(engine) as asynchronous:
+        for _ in range(2):
+            with pytest.raises(MemoryError, match="no more of it"):
+                asyncio.run(asynchronous.generate(ask(1, ignore_eos=True)))
+
+
+def test_a_closed_engine_answers_nobody(tiny_random: Path) -> None:
+    asynchronous = AsyncEngine(Engine(load_model(tiny_random), load_processor(tiny_random)))
+    asynchronous.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        asyncio.run(asynchronous.generate(ask(1)))

@@ -1,0 +1,372 @@
+"""Continuous batching against `generate`, request by request, and its bookkeeping under stress."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+
+from flashvl.engine import Completion, Engine, Request
+from flashvl.engine.images import ImageFeatures
+from flashvl.engine.sampling import Sampler
+from flashvl.engine.sequence import AnswerText
+from flashvl.errors import DataError
+from flashvl.model import FlashVLForConditionalGeneration, FlashVLProcessor
+from flashvl.model.loading import load_model, load_processor
+
+WORDS = "Describe the image. a large red circle".split()
+
+
+class Subject:
+    """A model to be asked by `generate` alone, and the means to make engines of it."""
+
+    def __init__(self, folder: Path):
+        self.model: FlashVLForConditionalGeneration = load_model(folder)
+        self.processor: FlashVLProcessor = load_processor(folder)
+        self.folder = folder
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for weight in self.model.parameters():
+                if weight.dim() > 1:
+                    weight.normal_(std=(3 / weight[0].numel()) ** 0.5)
+            self.model.get_input_embeddings().weight[self.model.config.image_token_id] = 0
+
+    def engine(self, **options: Any) -> Engine:
+        model = load_model(self.folder)
+        model.load_state_dict(self.model.state_dict())
+        return Engine(model, self.processor, **options)
+
+    def by_generate(self, request: Request) -> tuple[list[int], int]:
+        """New tokens without the end token, and the prompt's length."""
+        images = iter(request.images)
+        blocks = []
+        for message in request.messages:
+            content: list[dict[str, Any]] = []
+            *runs, text = message["content"].split("<image>\n")
+            for before in runs:
+                assert not before
+                content.append({"type": "image", "image": next(images)})
+            content.append({"type": "text", "text": text})
+            blocks.append({"role": message["role"], "content": content})
+        inputs = self.processor.apply_chat_template(
+            blocks, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+        )
+        generated = self.model.generate(
+            **inputs,
+            max_new_tokens=request.max_new_tokens,
+            min_new_tokens=request.min_new_tokens or None,
+            repetition_penalty=request.repetition_penalty,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        length = inputs["input_ids"].shape[1]
+        tokens = generated[0, length:].tolist()
+        end = self.processor.tokenizer.eos_token_id
+        return tokens[: tokens.index(end)] if end in tokens else tokens, length
+
+
+@pytest.fixture(scope="module", params=["tiny_random", "tiny_iss_random"])
+def subject(request: pytest.FixtureRequest) -> Subject:
+    return Subject(request.getfixturevalue(request.param))
+
+
+def picture(seed: int, width: int, height: int) -> Image.Image:
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def mixed_requests(count: int, seed: int = 0) -> list[Request]:
+    """No image, one or two, of all numbers of tiles; prompts and answers of many lengths."""
+    rng = random.Random(seed)
+    made = []
+    for index in range(count):
+        sizes = rng.choice([(), (), (90,), (130,), (190,), (90, 190)])
+        images = [picture(index, size, size) for size in sizes]
+        words = " ".join(rng.choices(WORDS, k=rng.choice([1, 3, 10, 60])))
+        max_new_tokens = rng.choice([1, 2, 5, 12])
+        made.append(
+            Request(
+                messages=[{"role": "user", "content": "<image>\n" * len(images) + words}],
+                images=images,
+                max_new_tokens=max_new_tokens,
+                min_new_tokens=min(rng.choice([0, 0, 4]), max_new_tokens),
+                repetition_penalty=rng.choice([1.0, 1.0, 1.3]),
+            )
+        )
+    return made
+
+
+def assert_is_by_generate(subject: Subject, request: Request, completion: Completion) -> None:
+    tokens, prompt_tokens = subject.by_generate(request)
+    assert completion.token_ids == tokens
+    assert completion.prompt_tokens == prompt_tokens
+    assert completion.text == subject.processor.tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def test_whoever_shares_the_batch_and_however_they_arrive(subject: Subject) -> None:
+    """Few rows, small pieces of prefill: requests wait, join, leave and change rows."""
+    requests = mixed_requests(100)
+    engine = subject.engine(max_num_seqs=5, max_prefill_tokens=48)
+    rng = random.Random(1)
+    waiting = dict(enumerate(requests))
+    numbers: dict[int, int] = {}
+    completions: dict[int, Completion] = {}
+    while len(completions) < len(requests):
+        for index in rng.sample(sorted(waiting), min(len(waiting), rng.randrange(4))):
+            numbers[engine.add(waiting.pop(index))] = index
+        engine.step()
+        for number, index in numbers.items():
+            for delta in engine.take(number):
+                assert delta.completion is not None
+                assert index not in completions
+                completions[index] = delta.completion
+    assert engine.is_idle
+    for index, request in enumerate(requests):
+        assert_is_by_generate(subject, request, completions[index])
+
+
+def test_sampling_is_the_requests_own(subject: Subject) -> None:
+    def ask(seed: int, **options: Any) -> Request:
+        content = "Describe the image."
+        return Request(
+            messages=[{"role": "user", "content": content}],
+            max_new_tokens=12,
+            temperature=1.5,
+            seed=seed,
+            ignore_eos=True,
+            **options,
+        )
+
+    engine = subject.engine()
+    alone = [engine.generate([ask(seed, top_p=0.9, top_k=50)])[0] for seed in range(4)]
+    others = mixed_requests(9, seed=3)
+    together = engine.generate([ask(seed, top_p=0.9, top_k=50) for seed in range(4)] + others)
+    assert together[:4] == alone
+    assert len({tuple(completion.token_ids) for completion in alone}) == 4
+    assert all(len(completion.token_ids) == 12 for completion in alone)
+    greedy = Request(messages=ask(0).messages, max_new_tokens=12, ignore_eos=True)
+    assert engine.generate([ask(0, top_k=1)]) == engine.generate([greedy])
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    logits=st.lists(st.floats(-5, 5, width=32), min_size=3, max_size=9),
+    top_k=st.integers(0, 9),
+    top_p=st.floats(0.05, 1.0),
+)
+def test_top_k_and_top_p_admit_what_their_definitions_say(
+    logits: list[float], top_k: int, top_p: float
+) -> None:
+    request = Request(messages=[], temperature=1.0, top_k=top_k, top_p=top_p)
+    kept = Sampler(request, [], 0)._truncate(torch.tensor(logits)).isfinite().tolist()
+    order = sorted(range(len(logits)), key=lambda token: -logits[token])
+    least = logits[order[min(top_k or len(order), len(order)) - 1]]
+    admitted = [token for token in order if logits[token] >= least]
+    weights = torch.tensor([logits[token] for token in admitted]).double().exp()
+    shares = (weights / weights.sum()).tolist()
+    expected, before = set(), 0.0
+    for token, share in zip(admitted, shares, strict=True):
+        if before < top_p - 1e-6:
+            expected.add(token)
+        if abs(before - top_p) < 1e-6:
+            return  # a tie that rounding decides
+        before += share
+    found = {token for token, is_kept in enumerate(kept) if is_kept}
+    if len({logits[token] for token in order}) == len(order):  # equal logits may stand either way
+        assert found == expected
+
+
+def test_repetition_penalty_is_the_librarys() -> None:
+    prompt, logits = [1, 4, 4], torch.tensor([0.5, 1.0, -1.0, 2.0, -3.0])
+    sampler = Sampler(Request(messages=[], repetition_penalty=3.0), prompt, 0)
+    processors = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(3.0)])
+    expected = processors(torch.tensor([prompt]), logits[None]).argmax().item()
+    assert sampler.choose(logits, 0) == expected == 3
+
+
+# Text
+
+
+def test_a_stop_string_ends_the_answer_before_it(subject: Subject) -> None:
+    engine = subject.engine()
+    free = Request(messages=[{"role": "user", "content": "Describe"}], max_new_tokens=30)
+    (whole,) = engine.generate([free])
+    middle = whole.text[5:8]
+    assert middle
+    stopped = Request(messages=free.messages, max_new_tokens=30, stop=[middle, "never said"])
+    (completion,) = engine.generate([stopped])
+    assert completion.text == whole.text[: whole.text.index(middle)]
+    assert completion.finish_reason == "stop"
+    assert len(completion.token_ids) < len(whole.token_ids)
+
+
+@pytest.mark.parametrize("stop", [(), ("lar",), ("e re", "zzz")])
+def test_a_stream_joined_is_the_completion(subject: Subject, stop: tuple[str, ...]) -> None:
+    engine = subject.engine()
+    for request in mixed_requests(12, seed=5):
+        request = Request(
+            messages=request.messages,
+            images=request.images,
+            max_new_tokens=request.max_new_tokens,
+            stop=stop,
+        )
+        deltas = list(engine.stream(request))
+        (completion,) = engine.generate([request])
+        assert "".join(delta.text for delta in deltas) == completion.text
+        assert [delta.completion for delta in deltas[:-1]] == [None] * (len(deltas) - 1)
+        assert deltas[-1].completion == completion
+
+
+@settings(deadline=None, max_examples=60)
+@given(text=st.text(max_size=20), stop=st.lists(st.text(min_size=1, max_size=4), max_size=2))
+def test_text_comes_in_whole_characters_and_never_beyond_a_stop(
+    text: str, stop: list[str], tiny_random: Path
+) -> None:
+    tokenizer = load_processor(tiny_random).tokenizer
+    ids = tokenizer.encode(text)
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    answer, given_out = AnswerText(tokenizer, stop), ""
+    said: list[int] = []
+    for token in ids:
+        said.append(token)
+        if answer.add(said):
+            break
+        given_out += answer.take(said)
+    given_out += answer.take(said, is_last=True)
+    places = [text.find(each) for each in stop if each in text]
+    assert given_out == (text[: min(places)] if places else text)
+
+
+def test_logprobs_are_the_models(subject: Subject) -> None:
+    request = Request(
+        messages=[{"role": "user", "content": "Describe the image."}], max_new_tokens=4, logprobs=3
+    )
+    (completion,) = subject.engine().generate([request])
+    assert completion.logprobs is not None
+    assert len(completion.logprobs) == len(completion.token_ids) > 0
+    inputs = subject.processor.apply_chat_template(
+        list(request.messages), tokenize=True, return_dict=True, return_tensors="pt",
+        add_generation_prompt=True,
+    )["input_ids"]  # fmt: skip
+    with torch.no_grad():
+        whole = torch.cat([inputs, torch.tensor([completion.token_ids])], 1)
+        expected = subject.model(input_ids=whole).logits[0, inputs.shape[1] - 1 :].log_softmax(-1)
+    for place, (token, found) in enumerate(
+        zip(completion.token_ids, completion.logprobs, strict=True)
+    ):
+        assert found.logprob == pytest.approx(expected[place, token].item(), abs=1e-4)
+        values, tokens = expected[place].topk(3)
+        assert list(found.top) == tokens.tolist()
+        assert list(found.top.values()) == pytest.approx(values.tolist(), abs=1e-4)
+
+
+# Bounds
+
+
+def test_what_can_never_fit_is_refused_and_what_just_fits_is_answered(subject: Subject) -> None:
+    engine = subject.engine(max_model_len=64)
+    request = mixed_requests(1)[0]
+    short = Request(messages=[{"role": "user", "content": "a"}], max_new_tokens=1)
+    (completion,) = engine.generate([short])
+    room = 64 - completion.prompt_tokens
+    just = Request(messages=short.messages, max_new_tokens=room, ignore_eos=True)
+    assert len(engine.generate([just])[0].token_ids) == room
+    more = Request(messages=short.messages, max_new_tokens=room + 1)
+    with pytest.raises(DataError, match=rf"max_new_tokens={room + 1}.*max_model_len=64"):
+        engine.generate([short, more])
+    assert engine.is_idle
+    assert request is not None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_new_tokens": 0},
+        {"temperature": -1.0},
+        {"top_p": 0.0},
+        {"top_k": -1},
+        {"stop": ["a", ""]},
+        {"repetition_penalty": 0.0},
+        {"logprobs": -1},
+    ],
+    ids=str,
+)
+def test_parameters_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(DataError, match=rf"^{name} \("):
+        Request(messages=[], **options)
+
+
+def test_an_image_seen_again_is_not_encoded_again() -> None:
+    encoded: list[int] = []
+
+    def encode(tiles: np.ndarray) -> torch.Tensor:
+        encoded.append(len(tiles))
+        return (
+            torch.from_numpy(tiles.astype(np.float32)).mean((1, 2, 3)).repeat_interleave(2)[:, None]
+        )
+
+    features = ImageFeatures(encode, max_bytes=100)  # of four bytes each: 25 tokens
+    images = [np.full((count, 3, 2, 2), value, np.uint8) for value, count in enumerate((1, 3, 2))]
+    first = features([images[0], images[1], images[0]])
+    assert encoded == [4]
+    assert [len(tokens) for tokens in first] == [2, 6, 2]
+    assert [tokens.unique().tolist() for tokens in first] == [[0.0], [1.0], [0.0]]
+    features([images[1], images[2]])
+    assert encoded == [4, 2]
+    many = [np.full((1, 3, 2, 2), value, np.uint8) for value in range(10, 30)]
+    features(many)
+    assert features.num_bytes <= 100
+    assert features.num_bytes == sum(tokens.nbytes for tokens in features.kept.values())
+    features([images[0]])
+    assert encoded[-1] == 1  # it had to go
+
+
+@pytest.mark.parametrize("count", [400, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_arrivals_cancellations_and_refusals_leave_nothing_behind(
+    tiny_random: Path, count: int
+) -> None:
+    engine = Engine(
+        load_model(tiny_random), load_processor(tiny_random), max_num_seqs=8, max_model_len=80
+    )
+    rng = random.Random(7)
+    live: set[int] = set()
+    answered, cancelled, refused, added = 0, 0, 0, 0
+    while added < count or live:
+        for _ in range(rng.randrange(4)):
+            if added == count:
+                break
+            added += 1
+            request = Request(
+                messages=[{"role": "user", "content": " ".join(rng.choices(WORDS, k=3))}],
+                max_new_tokens=rng.choice([1, 2, 9, 100]),
+                seed=added,
+            )
+            try:
+                live.add(engine.add(request))
+            except DataError:
+                refused += 1
+        engine.step()
+        for number in sorted(live):
+            for delta in engine.take(number):
+                assert delta.completion is not None
+                live.remove(number)
+                answered += 1
+        for number in [number for number in sorted(live) if rng.random() < 0.02]:
+            engine.cancel(number)
+            live.remove(number)
+            cancelled += 1
+            assert engine.take(number) == []
+        scheduler = engine.scheduler
+        assert len(scheduler.decoding) + len(scheduler.prefilling) <= 8
+    assert answered + cancelled + refused == count
+    assert min(answered, cancelled, refused) > 0
+    assert engine.is_idle
+    assert not engine._sequences
+    assert not engine._outbox
