@@ -104,6 +104,16 @@ def test_loads_a_whole_folder(saved: Path) -> None:
     assert processor.image_seq_length == model.config.image_seq_length == 4
 
 
+def test_a_processor_that_cuts_other_tiles_than_the_model_takes(folder: Path) -> None:
+    path = folder / "processor_config.json"
+    config = json.loads(path.read_text())
+    config["image_processor"]["size"] = {"height": 8, "width": 8}
+    path.write_text(json.dumps(config))
+    message = message_of(load_processor, folder)
+    assert "tile_size=8" in message
+    assert "tile_size=16" in message
+
+
 def test_loads_in_the_asked_dtype(saved: Path) -> None:
     model = load_model(saved, torch.bfloat16)
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
