@@ -202,7 +202,7 @@ class Engine:
             sequence.num_cached += pieces.shape[1]
         if group[0].is_prefilled:
             for sequence in group:
-                sequence.embeddings = sequence.embeddings[:0]
+                sequence.embeddings = torch.empty(0)  # a slice would keep all of it
             self.scheduler.start_decoding()
             self._append(group, logits)
 

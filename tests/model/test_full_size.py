@@ -18,29 +18,10 @@ CAPTION = """
 import json, resource, sys, time
 import torch
 from PIL import Image
-from flashvl.data.tokenizer import train_tokenizer
+from flashvl.bench.models import build_random
 from flashvl.engine import Engine, Request
-from flashvl.model import FlashVLForConditionalGeneration
-from flashvl.model.assembly import build_processor
-from flashvl.model.presets import build_config
 
-config = build_config(sys.argv[1])
-tokenizer = train_tokenizer(["Describe the image."], 290)
-config.image_token_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
-config.text_config.eos_token_id = tokenizer.eos_token_id
-torch.set_default_dtype(torch.bfloat16)
-with torch.device("meta"):
-    model = FlashVLForConditionalGeneration(config)
-model.to_empty(device="cpu").tie_weights()
-for weight in model.parameters():
-    weight.data.normal_(std=0.02)
-for module in model.modules():  # what is computed from the configuration, not stored
-    if hasattr(module, "position_ids"):
-        module.position_ids = torch.arange(module.position_ids.shape[-1]).expand((1, -1))
-torch.set_default_dtype(torch.float32)
-language_model = model.model.language_model
-language_model.rotary_emb = type(language_model.rotary_emb)(config.text_config)
-engine = Engine(model.eval(), build_processor(config, tokenizer))
+engine = Engine(*build_random(sys.argv[1], torch.bfloat16))
 start = time.perf_counter()
 request = Request(
     messages=[{"role": "user", "content": "<image>Describe the image."}],
