@@ -27,8 +27,8 @@ class Place:
     rows: slice
     start: int
     """Prefill: the first token's position, the same in every row."""
-    positions: torch.Tensor | None = None
-    """(rows,) of a decoding step: the position of each row's one token."""
+    cells: tuple[torch.Tensor, torch.Tensor] | None = None
+    """Decoding: (rows,) the rows' numbers and (rows,) the position of each one's token."""
     length: int = 0
     """Decoding: the longest row's, its new token included."""
     mask: torch.Tensor | None = None
@@ -62,8 +62,11 @@ def cached_attention(
     layer: int = module.layer_idx  # type: ignore[assignment]
     keys = place.cache.keys[layer, place.rows]
     values = place.cache.values[layer, place.rows]
-    if place.positions is not None:
-        return _decode(query, key, value, keys, values, place, scaling), None
+    if place.cells is not None:
+        rows, positions = place.cells
+        keys[rows, :, positions] = key[:, :, 0]
+        values[rows, :, positions] = value[:, :, 0]
+        return _attend_one(query, keys, values, place, scaling), None
     end = place.start + query.shape[2]
     keys[:, :, place.start : end] = key
     values[:, :, place.start : end] = value
@@ -79,21 +82,17 @@ def cached_attention(
     return attended.transpose(1, 2), None
 
 
-def _decode(
+def _attend_one(
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
     place: Place,
     scaling: float | None,
 ) -> torch.Tensor:
-    rows = torch.arange(len(query), device=query.device)
-    keys[rows, :, place.positions] = key[:, :, 0]
-    values[rows, :, place.positions] = value[:, :, 0]
+    """One token a row, to what the rows hold."""
     # The heads that share a key are the rows of one small matrix, so no key is copied for them.
     num_rows, heads, _, head_dim = query.shape
-    grouped = query.view(num_rows, key.shape[1], heads // key.shape[1], head_dim)
+    grouped = query.view(num_rows, keys.shape[1], heads // keys.shape[1], head_dim)
     attended = F.scaled_dot_product_attention(
         grouped,
         keys[:, :, : place.length],

@@ -85,7 +85,7 @@ class Runner:
             cache=self.cache,
             rows=slice(0, len(lengths)),
             start=0,
-            positions=positions,
+            cells=(torch.arange(len(lengths), device=positions.device), positions),
             length=length,
             mask=mask[:, None, None],
         )

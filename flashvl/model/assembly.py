@@ -82,8 +82,7 @@ def assemble(
         vision_config=vision_config,
         text_config=text_config,
         image_token_id=find_image_token(llm, tokenizer, text_config.model_type),
-        tiling=tiling_options(tiling, vision_config),
-        downsample_ratio=1.0 if tiling == "iss" else 0.5,
+        **tiling_fields(tiling, vision_config),
         tie_word_embeddings=text_config.tie_word_embeddings,
         **options,
     )
@@ -164,6 +163,14 @@ def read_pixels(folder: Path, vision_config: PreTrainedConfig) -> dict[str, Any]
 
 
 _PIXEL_KEYS = ("resample", "image_mean", "image_std")
+
+
+def tiling_fields(mode: TilingMode, vision_config: PreTrainedConfig) -> dict[str, Any]:
+    """What `mode` sets of a `FlashVLConfig`: ISS, which drops patches, folds none together."""
+    return {
+        "tiling": tiling_options(mode, vision_config),
+        "downsample_ratio": 1.0 if mode == "iss" else 0.5,
+    }
 
 
 def tiling_options(mode: TilingMode, vision_config: PreTrainedConfig) -> dict[str, Any] | None:

@@ -13,12 +13,10 @@ from transformers import (
 )
 
 from flashvl.errors import ConfigError
+from flashvl.model.assembly import tiling_fields
 from flashvl.model.configuration_flashvl import FlashVLConfig
 from flashvl.model.modeling_flashvl import FlashVLModel
-
-DYNAMIC = {"mode": "dynamic"}
-OVERLAP = {"mode": "overlap", "margin": 56}
-ISS = {"mode": "iss", "margin": 56}
+from flashvl.model.tiling import TilingMode
 
 
 def siglip2_so400m_512() -> SiglipVisionConfig:
@@ -106,12 +104,18 @@ def llama3_2_1b() -> LlamaConfig:
 def _flash_vl(
     tower: Callable[[], PreTrainedConfig],
     llm: Callable[[], PreTrainedConfig] = qwen2_1_5b,
+    tiling: TilingMode = "static",
     **options: Any,
 ) -> Callable[[], FlashVLConfig]:
-    return lambda: FlashVLConfig(vision_config=tower(), text_config=llm(), **options)
+    def build() -> FlashVLConfig:
+        vision_config = tower()
+        fields = tiling_fields(tiling, vision_config) | options
+        return FlashVLConfig(vision_config=vision_config, text_config=llm(), **fields)
+
+    return build
 
 
-def _tiny(**options: Any) -> Callable[[], FlashVLConfig]:
+def _tiny(tiling: TilingMode = "static") -> Callable[[], FlashVLConfig]:
     """The architecture at 1/400 of its size, for the procedural world on a CPU."""
 
     def tower() -> SiglipVisionConfig:
@@ -143,19 +147,19 @@ def _tiny(**options: Any) -> Callable[[], FlashVLConfig]:
             pad_token_id=0,
         )
 
-    return _flash_vl(tower, llm, image_token_id=3, projector_hidden_size=512, **options)
+    return _flash_vl(tower, llm, tiling, image_token_id=3, projector_hidden_size=512)
 
 
 PRESETS: dict[str, Callable[[], FlashVLConfig]] = {
     # The released models (Table 2).
     "static": _flash_vl(siglip2_so400m_512),
-    "dynamic": _flash_vl(aimv2_huge_448, tiling=DYNAMIC),
-    "iss": _flash_vl(aimv2_huge_448, tiling=ISS, downsample_ratio=1.0),
+    "dynamic": _flash_vl(aimv2_huge_448, tiling="dynamic"),
+    "iss": _flash_vl(aimv2_huge_448, tiling="iss"),
     # Table 3: towers.
     "static-aimv2": _flash_vl(aimv2_huge_448),
     "static-siglip2-large": _flash_vl(siglip2_large_384),
     # Table 6: tilings.
-    "overlap": _flash_vl(aimv2_huge_448, tiling=OVERLAP),
+    "overlap": _flash_vl(aimv2_huge_448, tiling="overlap"),
     # Table 8: adapters.
     "static-two-linear": _flash_vl(
         siglip2_so400m_512, projector_num_layers=2, projector_hidden_size=1536
@@ -164,12 +168,12 @@ PRESETS: dict[str, Callable[[], FlashVLConfig]] = {
     "static-qwen2": _flash_vl(siglip2_so400m_512),
     "static-llama": _flash_vl(siglip2_so400m_512, llama3_2_1b, image_token_id=128002),
     # Table 10: tilings of SigLIP2.
-    "dynamic-siglip2": _flash_vl(siglip2_so400m_512, tiling=DYNAMIC),
+    "dynamic-siglip2": _flash_vl(siglip2_so400m_512, tiling="dynamic"),
     # The procedural world's.
     "tiny": _tiny(),
-    "tiny-dynamic": _tiny(tiling=DYNAMIC),
-    "tiny-overlap": _tiny(tiling={"mode": "overlap", "margin": 12}),
-    "tiny-iss": _tiny(tiling={"mode": "iss", "margin": 12}, downsample_ratio=1.0),
+    "tiny-dynamic": _tiny("dynamic"),
+    "tiny-overlap": _tiny("overlap"),
+    "tiny-iss": _tiny("iss"),
 }
 
 

@@ -22,7 +22,7 @@ from flashvl.model.assembly import (
     find_image_token,
     load_tokenizer,
     read_pixels,
-    tiling_options,
+    tiling_fields,
     tower_config,
 )
 from flashvl.model.configuration_flashvl import FlashVLConfig
@@ -174,8 +174,7 @@ def _config(
             vision_config=vision_config,
             text_config=values["llm_config"] | {"tie_word_embeddings": is_tied},
             image_token_id=image_token_id,
-            tiling=tiling_options(mode, vision_config),
-            downsample_ratio=1.0 if mode == "iss" else 0.5,
+            **tiling_fields(mode, vision_config),
             projector_hidden_size=values["intermediate_size"],
             tie_word_embeddings=is_tied,
         )

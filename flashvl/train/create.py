@@ -12,11 +12,10 @@ from flashvl.model import FlashVLForConditionalGeneration
 from flashvl.model.assembly import build_processor
 from flashvl.model.loading import load_model, load_processor
 from flashvl.model.presets import build_config
+from flashvl.model.weights import refuse_existing
 from flashvl.train.checkpoint import save_pretrained
 
 ADAPTER = "multi_modal_projector"
-SIGN_LETTERS = set(synthetic.LETTERS) - set("DHW")
-"""Left out of the tokenizer's texts, but for those that begin a question."""
 
 
 def create_random(preset: str, output: Path, seed: int = 0) -> None:
@@ -26,8 +25,7 @@ def create_random(preset: str, output: Path, seed: int = 0) -> None:
         ConfigError: `output` exists, or the preset's vocabulary is not a small one of its own.
     """
     config = build_config(preset)
-    if output.exists():
-        raise ConfigError(f"{output} exists; name a new folder or remove it")
+    refuse_existing(output)
     tokenizer = train_tokenizer(world_texts(), config.text_config.vocab_size)
     if tokenizer.convert_tokens_to_ids("<|image_pad|>") != config.image_token_id:
         raise ConfigError(
@@ -50,8 +48,7 @@ def create_variant(model: str | Path, preset: str, output: Path, seed: int = 0) 
     """
     source = load_model(model)
     config = build_config(preset)
-    if output.exists():
-        raise ConfigError(f"{output} exists; name a new folder or remove it")
+    refuse_existing(output)
     torch.manual_seed(seed)
     variant = FlashVLForConditionalGeneration(config)
     weights, wanted = source.state_dict(), variant.state_dict()

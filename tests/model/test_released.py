@@ -20,7 +20,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from flashvl.data.tokenizer import train_tokenizer
 from flashvl.errors import CheckpointError, ConfigError
-from flashvl.model import released
+from flashvl.model import assembly, released
 from flashvl.model.loading import load_model, load_processor, resolve_checkpoint
 from flashvl.model.released import fetch_folder, import_released
 
@@ -315,7 +315,7 @@ def test_the_import_computes_what_was_published(
 
 def test_the_margin_of_the_real_tile_is_56() -> None:
     vision_config = released.tower_config({"image_size": 448, "patch_size": 14}, is_aimv2=True)
-    assert released.tiling_options("iss", vision_config) == {"mode": "iss", "margin": 56}
+    assert assembly.tiling_options("iss", vision_config) == {"mode": "iss", "margin": 56}
 
 
 def test_weights_stay_as_stored(static: Path, tmp_path: Path) -> None:
