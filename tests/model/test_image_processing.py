@@ -10,7 +10,6 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from flashvl.model import FlashVLImageProcessor
 from flashvl.model.assembly import PIXELS
-from flashvl.model.presets import DYNAMIC, ISS, OVERLAP
 from flashvl.model.tiling import Size
 
 SIGLIP2: dict[str, Any] = {
@@ -20,6 +19,9 @@ SIGLIP2: dict[str, Any] = {
     "image_std": [0.5] * 3,
 }
 SIDE = 448
+DYNAMIC = {"mode": "dynamic"}
+OVERLAP = {"mode": "overlap", "margin": 56}
+ISS = {"mode": "iss", "margin": 56}
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
