@@ -16,11 +16,10 @@ import torch
 from PIL import Image
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from flashvl.bench.contenders import make_photo
 from flashvl.data.images import decode_reduced
-from flashvl.data.synthetic import PhotoScene, Sample, encode_jpeg
 from flashvl.model import FlashVLImageProcessor
 
-WIDTH, HEIGHT, QUALITY = 1024, 768, 90
 NUM_IMAGES = 8
 """Different ones, so that no cache holds them all."""
 
@@ -40,7 +39,7 @@ def compare_image_processing(
     rounds: int = 20, on_progress: Callable[[int, int], None] = lambda done, total: None
 ) -> list[Contender]:
     """Time each contender on the same JPEGs, in turn, `rounds` times after one that warms up."""
-    files = [_photo(seed) for seed in range(NUM_IMAGES)]
+    files = [make_photo(seed) for seed in range(NUM_IMAGES)]
     ours = FlashVLImageProcessor()
     theirs = SiglipImageProcessorPil(
         size=ours.size, resample=ours.resample, image_mean=ours.image_mean, image_std=ours.image_std
@@ -76,8 +75,3 @@ def compare_image_processing(
         )
         for name, times in seconds.items()
     ]
-
-
-def _photo(seed: int) -> bytes:
-    picture = Sample(PhotoScene(seed), (), seed, WIDTH).image().resize((WIDTH, HEIGHT))
-    return encode_jpeg(picture, QUALITY)

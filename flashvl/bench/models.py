@@ -1,17 +1,112 @@
-"""Models to time: presets with random weights, on which timing does not depend."""
+"""Models to time: any configuration with random weights, on which timing does not depend."""
+
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText
+from torch import nn
+from transformers import AutoModelForImageTextToText, PreTrainedConfig
+from transformers.initialization import no_init_weights
 
 from flashvl.data import synthetic
 from flashvl.data.tokenizer import train_tokenizer
+from flashvl.errors import ConfigError
 from flashvl.model import FlashVLForConditionalGeneration, FlashVLProcessor
 from flashvl.model.assembly import build_processor
+from flashvl.model.loading import inference_dtype, load_model, load_processor
 from flashvl.model.presets import build_config
+
+MAX_WEIGHTS = 3 * 10**9
+"""Of one model. Memory is taken for as many as are used."""
+BLOCK = 2**22
+"""Numbers that are drawn; the rest repeats them, which no kernel notices."""
+SCALE = 0.02
+
+
+class RandomWeights:
+    """Random numbers that serve several models at once as their weights.
+
+    So the peers of a benchmark, of 4 GB each, can all be in memory and take turns.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device | str = "cpu"):
+        self.dtype = dtype
+        self._memory = torch.empty(MAX_WEIGHTS, dtype=dtype, device=device)
+        self._block = (torch.randn(BLOCK, device=device) * SCALE).to(dtype)
+        self._num_drawn = 0
+
+    @classmethod
+    def for_this_machine(cls) -> "RandomWeights":
+        """On a GPU where there is one, in the type that the hardware likes."""
+        return cls(inference_dtype(), "cuda" if torch.cuda.is_available() else "cpu")
+
+    def build(self, config: PreTrainedConfig) -> Any:
+        """The image-text model of `config`, in evaluation mode."""
+        with no_init_weights():  # an empty tensor takes no memory before it is written
+            model = AutoModelForImageTextToText.from_config(config, dtype=self.dtype)
+        model.tie_weights()
+        self._fill(model)
+        return model.to(self._memory.device).eval()
+
+    def _fill(self, model: nn.Module) -> None:
+        """Matrices become views of the numbers; norms are ones, biases zeros."""
+        views: dict[int, nn.Parameter] = {}
+        start = 0
+        for module in model.modules():
+            for name, weight in module._parameters.items():
+                if weight is None:
+                    continue
+                if id(weight) not in views:
+                    if weight.dim() < 2:
+                        value = 1.0 if name == "weight" else 0.0
+                        numbers = torch.full_like(weight.data, value)
+                    else:
+                        numbers = self._take(start, weight.numel()).view(weight.shape)
+                        start += weight.numel()
+                    views[id(weight)] = nn.Parameter(numbers, requires_grad=False)
+                module._parameters[name] = views[id(weight)]
+
+    def _take(self, start: int, count: int) -> torch.Tensor:
+        while self._num_drawn < start + count:
+            rest = self._memory[self._num_drawn : self._num_drawn + BLOCK]
+            rest.copy_(self._block[: len(rest)])
+            self._num_drawn += len(rest)
+        return self._memory[start : start + count]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Twins:
+    """A model for the engine, which changes it, and the same for plain `generate`."""
+
+    model: FlashVLForConditionalGeneration
+    twin: FlashVLForConditionalGeneration
+    processor: FlashVLProcessor
+
+
+def load_twins(model: str, preset: str | None, random_weights: bool) -> Twins:
+    """A trained model, or a preset with random weights, in the type that the hardware likes.
+
+    Raises:
+        CheckpointError: no such model.
+        ConfigError: no such preset, or not both of `preset` and `random_weights` are given.
+    """
+    if (preset is not None) != random_weights:
+        raise ConfigError("--preset and --random-weights go together; give both or neither")
+    if preset is not None:
+        return build_twins(preset, RandomWeights.for_this_machine())
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    first, second = (load_model(model, inference_dtype()).to(device) for _ in range(2))
+    return Twins(model=first, twin=second, processor=load_processor(model))
+
+
+def build_twins(preset: str, weights: RandomWeights) -> Twins:
+    """Both models of `preset`, with the same numbers."""
+    (model, processor), (twin, _) = (build_random(preset, weights) for _ in range(2))
+    return Twins(model=model, twin=twin, processor=processor)
 
 
 def build_random(
-    preset: str, dtype: torch.dtype
+    preset: str, weights: RandomWeights
 ) -> tuple[FlashVLForConditionalGeneration, FlashVLProcessor]:
     """The model of `preset`, its weights random, with a small tokenizer of our own.
 
@@ -27,6 +122,4 @@ def build_random(
     tokenizer = train_tokenizer(questions, 400)
     config.image_token_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
     config.text_config.eos_token_id = tokenizer.eos_token_id
-    torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
-    return model.eval(), build_processor(config, tokenizer)
+    return weights.build(config), build_processor(config, tokenizer)

@@ -12,6 +12,7 @@ import torch
 from flashvl.data.features import normalize_tiles
 from flashvl.engine.attention import CACHED, Place
 from flashvl.engine.cache import KVCache
+from flashvl.engine.packed import can_pack, pack_linear_layers
 from flashvl.model import FlashVLForConditionalGeneration, FlashVLProcessor
 
 MAX_TILES = 16
@@ -19,12 +20,18 @@ MAX_TILES = 16
 
 
 class Runner:
-    """Every method runs without gradients; hidden sizes and vocabulary are the LLM's."""
+    """Every method runs without gradients; hidden sizes and vocabulary are the LLM's.
+
+    The model is the runner's from then on: its attention is replaced, and on a CPU in bf16 its
+    linear layers too, so that it can still `generate`, but not be trained or saved.
+    """
 
     def __init__(
         self, model: FlashVLForConditionalGeneration, processor: FlashVLProcessor, cache: KVCache
     ):
         self.model, self.processor, self.cache = model, processor, cache
+        if can_pack(model.device, model.dtype):
+            pack_linear_layers(model)
         self.language_model = model.model.language_model
         self.language_model.set_attn_implementation(CACHED)
 

@@ -18,10 +18,10 @@ CAPTION = """
 import json, resource, sys, time
 import torch
 from PIL import Image
-from flashvl.bench.models import build_random
+from flashvl.bench.models import RandomWeights, build_random
 from flashvl.engine import Engine, Request
 
-engine = Engine(*build_random(sys.argv[1], torch.bfloat16))
+engine = Engine(*build_random(sys.argv[1], RandomWeights(torch.bfloat16)))
 start = time.perf_counter()
 request = Request(
     messages=[{"role": "user", "content": "<image>Describe the image."}],

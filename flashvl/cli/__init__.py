@@ -7,10 +7,12 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
+from flashvl.cli.bench import bench_app
+from flashvl.cli.options import JsonOption, ModelOption, write_json
 from flashvl.entrypoint import report_errors, show_progress, start_ray
 
 app = typer.Typer(
@@ -21,16 +23,7 @@ app = typer.Typer(
 )
 eval_app = typer.Typer(no_args_is_help=True, help="Measure how good a model is.")
 app.add_typer(eval_app, name="eval")
-bench_app = typer.Typer(no_args_is_help=True, help="Measure how fast it is, beside its peers.")
 app.add_typer(bench_app, name="bench")
-
-ModelOption = Annotated[
-    str,
-    typer.Option(help="A shipped model's name (tiny), or a Flash-VL or published FlashVL folder."),
-]
-JsonOption = Annotated[
-    Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here as JSON.")
-]
 
 
 @app.command()
@@ -146,7 +139,7 @@ def scenes(
         from flashvl.eval.scenes import average, evaluate_scenes
 
         if json_file is not None:
-            _write_json(json_file, {})  # an hour's scores must not be lost to a bad path
+            write_json(json_file, {})  # an hour's scores must not be lost to a bad path
         engine = Engine.from_pretrained(model)
         done = 0
 
@@ -162,85 +155,10 @@ def scenes(
                 task: {"items": score.items, "exact_match": score.exact_match}
                 for task, score in scores.items()
             }
-            _write_json(json_file, {"model": model, "tasks": tasks, "average": average(scores)})
+            write_json(json_file, {"model": model, "tasks": tasks, "average": average(scores)})
         for task, score in scores.items():
             print(f"{task:<12}{score.exact_match:6.3f}  of {score.items}")
         print(f"{'average':<12}{average(scores):6.3f}")
-
-
-@bench_app.command("images")
-def bench_images(
-    rounds: Annotated[int, typer.Option(min=1, help="Times that each is measured, in turn.")] = 20,
-    json_file: JsonOption = None,
-) -> None:
-    """From JPEG bytes to the tower's pixels, on one core: ours against transformers' own.
-
-    Example: flashvl bench images
-    """
-    with report_errors():
-        from dataclasses import asdict
-
-        from flashvl.bench.images import HEIGHT, WIDTH, compare_image_processing
-
-        if json_file is not None:
-            _write_json(json_file, {})
-        with show_progress("measuring") as on_progress:
-            contenders = compare_image_processing(rounds, on_progress)
-        if json_file is not None:
-            _write_json(json_file, {"contenders": [asdict(each) for each in contenders]})
-        print(f"JPEGs of {WIDTH}x{HEIGHT} a second, one core, median of {rounds} rounds")
-        for each in contenders:
-            print(f"{each.name:<40}{each.images_per_s:8.1f}{each.relative:8.2f}x")
-
-
-@bench_app.command("latency")
-def bench_latency(
-    model: ModelOption = "tiny",
-    preset: Annotated[
-        str | None, typer.Option(help="Instead of a model: a preset, with --random-weights.")
-    ] = None,
-    random_weights: Annotated[
-        bool, typer.Option("--random-weights", help="Timing does not depend on the weights.")
-    ] = False,
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens of the answer.")] = 128,
-    rounds: Annotated[int, typer.Option(min=1, help="Times that each is measured, in turn.")] = 5,
-    json_file: JsonOption = None,
-) -> None:
-    """One request alone: time to its first token and from token to token, beside `generate`.
-
-    Example: flashvl bench latency --preset static --random-weights
-    """
-    with report_errors():
-        from flashvl.bench.latency import as_json, measure_latency
-        from flashvl.bench.models import build_random
-        from flashvl.errors import ConfigError
-        from flashvl.model.loading import inference_dtype, load_model, load_processor
-
-        if (preset is not None) != random_weights:
-            raise ConfigError("--preset and --random-weights go together; give both or neither")
-        if json_file is not None:
-            _write_json(json_file, {})
-        dtype = inference_dtype()
-        if preset is not None:
-            parts = build_random(preset, dtype)
-        else:
-            parts = load_model(model, dtype), load_processor(model)
-        with show_progress("measuring") as on_progress:
-            machine, latencies = measure_latency(
-                *parts, num_tokens=tokens, rounds=rounds, on_progress=on_progress
-            )
-        if json_file is not None:
-            _write_json(json_file, as_json(machine, latencies))
-        print(
-            f"{machine.device}, {machine.threads} threads, {machine.dtype}:"
-            f" {machine.gemm_tflops:.2f} TFLOP/s, {machine.read_gb_per_s:.1f} GB/s"
-        )
-        print(f"{'':<12}{'TTFT ms':>12}{'TPOT ms':>12}{'tokens/s':>12}{'of roofline':>12}")
-        for each in latencies:
-            print(
-                f"{each.name:<12}{each.ttft_ms:>12.1f}{each.tpot_ms:>12.2f}"
-                f"{each.tokens_per_s:>12.1f}{each.roofline_fraction:>12.0%}"
-            )
 
 
 @app.command()
@@ -330,11 +248,11 @@ def tiles(
         from flashvl.model.presets import build_config
 
         if json_file is not None:
-            _write_json(json_file, {})
+            write_json(json_file, {})
         config = build_config(tiling)
         numbers = write_tiles(image, output, config.tiling_rule, config.image_seq_length)
         if json_file is not None:
-            _write_json(json_file, numbers)
+            write_json(json_file, numbers)
         print(f"{output}: {numbers['num_tiles']} tiles, {numbers['num_image_tokens']} image tokens")
 
 
@@ -360,17 +278,6 @@ def _allow_downloads() -> None:
     """Before `report_errors`, which turns both off unless they are set."""
     os.environ.setdefault("HF_HUB_OFFLINE", "0")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0")
-
-
-def _write_json(path: Path, value: Any) -> None:
-    from flashvl.errors import ConfigError
-
-    try:
-        path.write_text(json.dumps(value, indent=2) + "\n")
-    except OSError as error:
-        raise ConfigError(
-            f"--json {path} cannot be written: {error.strerror}; name another file"
-        ) from None
 
 
 def main() -> None:

@@ -1,0 +1,174 @@
+"""Who is timed: ways from a JPEG and a question to an answer of a given number of tokens.
+
+A contender prepares its input, from the JPEG's bytes to tensors, and answers it; the two are timed
+apart, so that one run tells of the model alone and of the whole way.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers.generation.streamers import BaseStreamer
+
+from flashvl.bench.models import Twins
+from flashvl.data.features import Tiles, decode_tiles, encode_prompt, normalize_tiles
+from flashvl.data.schema import IMAGE_MARKER
+from flashvl.data.synthetic import PhotoScene, Sample, encode_jpeg
+from flashvl.engine import Engine, Request
+from flashvl.engine.cache import bytes_per_token
+
+QUESTION = "Describe the image."
+WIDTH, HEIGHT, QUALITY = 1024, 768, 90
+
+
+def make_photo(seed: int) -> bytes:
+    """A JPEG of `WIDTH` x `HEIGHT`, with noise as a photograph has it."""
+    picture = Sample(PhotoScene(seed), (), seed, WIDTH).image().resize((WIDTH, HEIGHT))
+    return encode_jpeg(picture, QUALITY)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """What an answer takes at least, whoever computes it."""
+
+    prompt_tokens: int
+    prefill_flops: float
+    """Of matrix products, convolutions and attention, image and prompt together."""
+    weight_bytes: int
+    """That each new token must read: the LLM's matrices."""
+    cache_bytes_per_token: int
+
+    def step_bytes(self, num_tokens: int) -> float:
+        """That a step reads, on average over an answer of `num_tokens`."""
+        cached = self.prompt_tokens + num_tokens / 2
+        return self.weight_bytes + cached * self.cache_bytes_per_token
+
+
+class Contender(Protocol):
+    """One way, with its model in memory."""
+
+    name: str
+
+    def prepare(self, jpeg: bytes) -> Any:
+        """JPEG -> what `answer` takes."""
+
+    def answer(self, prepared: Any, num_tokens: int) -> list[float]:
+        """Answer with `num_tokens` tokens; returns when each was there, by `perf_counter`."""
+
+    def count_work(self, jpeg: bytes) -> Work:
+        """What an answer about that image takes."""
+
+
+@dataclass(kw_only=True, slots=True)
+class GenerateContender:
+    """A model of transformers by its plain `generate`."""
+
+    name: str
+    model: Any
+    make_inputs: Callable[[bytes], dict[str, torch.Tensor]]
+    """JPEG -> keyword arguments of `generate`."""
+
+    def prepare(self, jpeg: bytes) -> dict[str, torch.Tensor]:
+        return {
+            key: value.to(
+                self.model.device, self.model.dtype if value.is_floating_point() else None
+            )
+            for key, value in self.make_inputs(jpeg).items()
+        }
+
+    def answer(self, prepared: dict[str, torch.Tensor], num_tokens: int) -> list[float]:
+        return generate(self.model, prepared, num_tokens)
+
+    def count_work(self, jpeg: bytes) -> Work:
+        prepared = self.prepare(jpeg)
+        with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+            generate(self.model, prepared, 1)
+        layers = [m for m in self.model.get_decoder().modules() if isinstance(m, nn.Linear)]
+        return Work(
+            prompt_tokens=prepared["input_ids"].shape[1],
+            prefill_flops=counter.get_total_flops(),
+            weight_bytes=sum(layer.weight.nbytes for layer in [*layers, self.model.lm_head]),
+            cache_bytes_per_token=bytes_per_token(self.model.config.text_config, self.model.dtype),
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class EngineContender:
+    """`flashvl`: the engine."""
+
+    engine: Engine
+    twin: GenerateContender
+    """The same model without the engine; the work is counted on it."""
+    name: str = "flashvl"
+
+    def prepare(self, jpeg: bytes) -> Tiles:
+        return decode_tiles([jpeg], self.engine.processor)
+
+    def answer(self, prepared: Tiles, num_tokens: int) -> list[float]:
+        self.engine.image_features.clear()
+        stream = self.engine.stream(make_request(prepared, num_tokens))
+        return [time.perf_counter() for _ in stream]
+
+    def count_work(self, jpeg: bytes) -> Work:
+        return self.twin.count_work(jpeg)
+
+
+def build_flashvl(twins: Twins) -> tuple[EngineContender, GenerateContender]:
+    """The engine, and plain `generate` with the same weights."""
+    processor = twins.processor
+
+    def make_inputs(jpeg: bytes) -> dict[str, torch.Tensor]:
+        tiles = decode_tiles([jpeg], processor)
+        prompt = encode_prompt(make_request(tiles, 1).messages, tiles.counts, processor)
+        return {
+            "input_ids": torch.tensor([prompt]),
+            "pixel_values": normalize_tiles(torch.from_numpy(tiles.pixels), processor),
+        }
+
+    plain = GenerateContender(name="generate", model=twins.twin, make_inputs=make_inputs)
+    return EngineContender(engine=Engine(twins.model, processor), twin=plain), plain
+
+
+def make_request(tiles: Tiles, num_tokens: int) -> Request:
+    """The question about one image, to be answered with exactly `num_tokens`."""
+    messages = [{"role": "user", "content": f"{IMAGE_MARKER}\n{QUESTION}"}]
+    return Request(messages=messages, images=tiles, max_new_tokens=num_tokens, ignore_eos=True)
+
+
+def generate(model: Any, inputs: dict[str, torch.Tensor], num_tokens: int) -> list[float]:
+    """Greedy `generate` of exactly `num_tokens` for each row; returns when each step was done."""
+    clock = _Clock()
+    # Without an end token no answer ends early, and none pays for keeping it from doing so.
+    model.generation_config.eos_token_id = None
+    with torch.inference_mode():
+        model.generate(
+            **inputs, max_new_tokens=num_tokens, do_sample=False, pad_token_id=0, streamer=clock
+        )
+    return clock.times[1:]
+
+
+class _Clock(BaseStreamer):
+    """Notes when `generate` has a token; its first call is the prompt's."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def _attention_flops(query: torch.Size, key: torch.Size, *_: Any, **__: Any) -> int:
+    """Two products, of (queries, keys, head_dim) in each head."""
+    batch, heads, num_queries, head_dim = query
+    return 4 * batch * heads * num_queries * key[2] * head_dim
+
+
+# torch counts this one on GPUs alone.
+_CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}

@@ -1,0 +1,229 @@
+"""How many tokens a second come out while several requests are answered at once.
+
+    flashvl bench throughput --preset static --random-weights
+
+Clients ask `width` requests at once, each the next as soon as it has its answer. The engine answers
+them as they come; plain `generate` in batches of that width, where all wait for the longest answer,
+and beside it one request alone. All begin with images that are tensors.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from flashvl.bench.contenders import (
+    EngineContender,
+    GenerateContender,
+    Work,
+    generate,
+    make_photo,
+    make_request,
+)
+from flashvl.bench.machine import Machine
+from flashvl.data.features import Tiles
+
+MEAN_TOKENS, MAX_TOKENS = 64, 256
+
+
+def ragged_lengths(count: int, seed: int = 0) -> list[int]:
+    """Lengths of `count` answers: geometric, mean 64, at most 256."""
+    drawn = np.random.default_rng(seed).geometric(1 / MEAN_TOKENS, count)
+    return np.minimum(drawn, MAX_TOKENS).tolist()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Throughput:
+    """Of one way at one width; medians over rounds, in them over requests."""
+
+    name: str
+    width: int
+    """Requests answered at once."""
+    ttft_ms: float
+    """From the moment that a request is asked."""
+    tpot_ms: float
+    tokens_per_s: float
+    """Asked for, over the time until all requests are answered."""
+    decode_tokens_per_s: float
+    """In steps in which all `width` requests get a token and none is prefilled."""
+    requests_per_s: float
+    roofline_fraction: float
+    """The time that the machine's limits allow, as a share of the time that it took."""
+    times_batches: float
+    """`tokens_per_s` as a multiple of that of `generate` in batches; median of rounds."""
+    times_alone: float
+    """And of that of `generate` with one request at a time."""
+    decode_times_alone: float
+    """`decode_tokens_per_s`, likewise."""
+
+
+@dataclass(kw_only=True, slots=True)
+class _Run:
+    """Of all requests, in one way: when each was asked, got its first token and its last."""
+
+    lengths: Sequence[int]
+    asked: list[float]
+    first: list[float]
+    last: list[float]
+    full_steps_s: list[float]
+    """Of each step in which the whole width decoded."""
+    width: int
+
+    @property
+    def tokens_per_s(self) -> float:
+        return sum(self.lengths) / (max(self.last) - min(self.asked))
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        if not self.full_steps_s:
+            return float("nan")
+        return self.width * len(self.full_steps_s) / sum(self.full_steps_s)
+
+    @property
+    def ttft_s(self) -> float:
+        return statistics.median(b - a for a, b in zip(self.asked, self.first, strict=True))
+
+    @property
+    def tpot_s(self) -> float:
+        spans = zip(self.first, self.last, self.lengths, strict=True)
+        return statistics.median((b - a) / max(n - 1, 1) for a, b, n in spans)
+
+
+def measure_throughput(
+    engine: EngineContender,
+    plain: GenerateContender,
+    machine: Machine,
+    lengths: Sequence[int],
+    *,
+    width: int,
+    rounds: int = 3,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Throughput]:
+    """Answer requests of `lengths` in each way in turn, `width` at once, after a short warm-up.
+
+    Args:
+        lengths: tokens of each answer; each is about an image of its own.
+    """
+    jpegs = [make_photo(seed) for seed in range(len(lengths))]
+    work = plain.count_work(jpegs[0])
+    tiles = [engine.prepare(jpeg) for jpeg in jpegs]
+    inputs = [plain.prepare(jpeg) for jpeg in jpegs]
+    mean = [round(statistics.mean(lengths))]
+    ways: dict[str, Callable[[], _Run]] = {
+        "flashvl": lambda: _run_engine(engine, tiles, lengths, width),
+        "generate, batches": lambda: _run_batches(plain, inputs, lengths, width),
+        "generate, alone": lambda: _run_batches(plain, inputs[:1], mean, 1),
+    }
+    _run_engine(engine, tiles[:1], [2], 1)
+    runs: dict[str, list[_Run]] = {name: [] for name in ways}
+    for number in range(rounds):
+        for position, (name, run) in enumerate(ways.items()):
+            runs[name].append(run())
+            on_progress(number * len(ways) + position + 1, rounds * len(ways))
+    return [
+        _summarize(name, own, runs["generate, batches"], runs["generate, alone"], work, machine)
+        for name, own in runs.items()
+    ]
+
+
+def _run_engine(
+    contender: EngineContender, tiles: Sequence[Tiles], lengths: Sequence[int], width: int
+) -> _Run:
+    engine = contender.engine
+    engine.image_features.clear()
+    count = len(lengths)
+    run = _Run(
+        lengths=lengths,
+        asked=[0.0] * count,
+        first=[0.0] * count,
+        last=[0.0] * count,
+        full_steps_s=[],
+        width=width,
+    )
+    numbers: dict[int, int] = {}
+    """The engine's number of a request -> its place in `lengths`."""
+    num_asked = 0
+    while num_asked < count or numbers:
+        while num_asked < count and len(numbers) < width:
+            request = make_request(tiles[num_asked], lengths[num_asked])
+            run.asked[num_asked] = time.perf_counter()
+            numbers[engine.add(request, is_streamed=True)] = num_asked
+            num_asked += 1
+        scheduler = engine.scheduler
+        is_prefilling = bool(scheduler.waiting or scheduler.prefilling)
+        num_decoding = len(scheduler.decoding)
+        before = time.perf_counter()
+        engine.step()
+        now = time.perf_counter()
+        if num_decoding == width and not is_prefilling:
+            run.full_steps_s.append(now - before)
+        for number, place in list(numbers.items()):
+            for delta in engine.take(number):
+                run.first[place] = run.first[place] or now
+                if delta.completion is not None:
+                    run.last[place] = now
+                    del numbers[number]
+    return run
+
+
+def _run_batches(
+    contender: GenerateContender,
+    inputs: Sequence[dict[str, torch.Tensor]],
+    lengths: Sequence[int],
+    width: int,
+) -> _Run:
+    run = _Run(lengths=lengths, asked=[], first=[], last=[], full_steps_s=[], width=width)
+    for start in range(0, len(lengths), width):
+        rows, wanted = inputs[start : start + width], lengths[start : start + width]
+        batch = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+        run.asked += [time.perf_counter()] * len(rows)
+        times = generate(contender.model, batch, max(wanted))
+        run.first += [times[0]] * len(rows)
+        run.last += [times[length - 1] for length in wanted]
+        if len(rows) == width:
+            run.full_steps_s += np.diff(times).tolist()
+    return run
+
+
+def _summarize(
+    name: str,
+    runs: list[_Run],
+    batches: list[_Run],
+    alone: list[_Run],
+    work: Work,
+    machine: Machine,
+) -> Throughput:
+    def median(of: Callable[[_Run], float]) -> float:
+        return statistics.median(map(of, runs))
+
+    def times(of: Callable[[_Run], float], others: list[_Run]) -> float:
+        return statistics.median(of(a) / of(b) for a, b in zip(runs, others, strict=True))
+
+    tokens_per_s = median(lambda run: run.tokens_per_s)
+    lengths, width = runs[0].lengths, runs[0].width
+    best_s = _best_s(work, machine, lengths, width)
+    return Throughput(
+        name=name,
+        width=width,
+        ttft_ms=median(lambda run: run.ttft_s) * 1e3,
+        tpot_ms=median(lambda run: run.tpot_s) * 1e3,
+        tokens_per_s=tokens_per_s,
+        decode_tokens_per_s=median(lambda run: run.decode_tokens_per_s),
+        requests_per_s=tokens_per_s / statistics.mean(lengths),
+        roofline_fraction=best_s * tokens_per_s / sum(lengths),
+        times_batches=times(lambda run: run.tokens_per_s, batches),
+        times_alone=times(lambda run: run.tokens_per_s, alone),
+        decode_times_alone=times(lambda run: run.decode_tokens_per_s, alone),
+    )
+
+
+def _best_s(work: Work, machine: Machine, lengths: Sequence[int], width: int) -> float:
+    """Every prefill at the rate of matrix products; every step full, at the rate of reading."""
+    num_steps = sum(length - 1 for length in lengths) / width
+    cached = work.step_bytes(round(statistics.mean(lengths))) - work.weight_bytes
+    read_bytes = num_steps * (work.weight_bytes + width * cached)
+    prefill_s = len(lengths) * work.prefill_flops / (machine.gemm_tflops * 1e12)
+    return prefill_s + read_bytes / (machine.read_gb_per_s * 1e9)

@@ -1,0 +1,258 @@
+"""`flashvl bench`: how fast it is, beside its peers and the machine's own limits."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flashvl.cli.options import JsonOption, ModelOption, write_json
+from flashvl.entrypoint import report_errors, show_progress
+
+if TYPE_CHECKING:
+    from flashvl.bench.contenders import Contender
+    from flashvl.bench.latency import Latency
+    from flashvl.bench.machine import Machine
+
+bench_app = typer.Typer(no_args_is_help=True, help="Measure how fast it is, beside its peers.")
+
+PresetOption = Annotated[
+    str | None, typer.Option(help="Instead of a model: a preset, with --random-weights.")
+]
+RandomOption = Annotated[
+    bool, typer.Option("--random-weights", help="Timing does not depend on the weights.")
+]
+TokensOption = Annotated[int, typer.Option(min=2, help="Tokens of the answer.")]
+RoundsOption = Annotated[int, typer.Option(min=1, help="Times that each is measured, in turn.")]
+PlotOption = Annotated[
+    Path | None, typer.Option("--plot", metavar="FILE", help="Draw the figures here as PNG.")
+]
+
+
+@bench_app.command()
+def images(rounds: RoundsOption = 20, json_file: JsonOption = None) -> None:
+    """From JPEG bytes to the tower's pixels, on one core: ours against transformers' own.
+
+    Example: flashvl bench images
+    """
+    with report_errors():
+        from flashvl.bench.contenders import HEIGHT, WIDTH
+        from flashvl.bench.images import compare_image_processing
+
+        if json_file is not None:
+            write_json(json_file, {})
+        with show_progress("measuring") as on_progress:
+            contenders = compare_image_processing(rounds, on_progress)
+        if json_file is not None:
+            write_json(json_file, {"contenders": [asdict(each) for each in contenders]})
+        print(f"JPEGs of {WIDTH}x{HEIGHT} a second, one core, median of {rounds} rounds")
+        for each in contenders:
+            print(f"{each.name:<40}{each.images_per_s:8.1f}{each.relative:8.2f}x")
+
+
+@bench_app.command()
+def latency(
+    model: ModelOption = "tiny",
+    preset: PresetOption = None,
+    random_weights: RandomOption = False,
+    tokens: TokensOption = 128,
+    rounds: RoundsOption = 5,
+    json_file: JsonOption = None,
+    plot: PlotOption = None,
+) -> None:
+    """One request alone: time to its first token and from token to token, beside `generate`.
+
+    Example: flashvl bench latency --preset static --random-weights
+    """
+    with report_errors():
+        from flashvl.bench.contenders import build_flashvl
+        from flashvl.bench.latency import measure_latency
+        from flashvl.bench.machine import measure_machine
+        from flashvl.bench.models import load_twins
+
+        _check_writable(json_file, plot)
+        twins = load_twins(model, preset, random_weights)
+        machine = measure_machine(twins.model.dtype, twins.model.device)
+        contenders = build_flashvl(twins)
+        with show_progress("measuring") as on_progress:
+            latencies = measure_latency(
+                contenders, machine, num_tokens=tokens, rounds=rounds, on_progress=on_progress
+            )
+        _report_latencies(machine, latencies, json_file, plot)
+
+
+@bench_app.command()
+def peers(
+    preset: Annotated[str, typer.Option(help="Of Flash-VL.")] = "static",
+    tokens: TokensOption = 128,
+    rounds: RoundsOption = 3,
+    json_file: JsonOption = None,
+    plot: PlotOption = None,
+) -> None:
+    """One request alone: Flash-VL beside the models that the paper compares, at their true sizes.
+
+    Random weights, one JPEG of 1024x768; every peer with its own image processor. On two cores it
+    takes an hour.
+
+    Example: flashvl bench peers --plot peers.png
+    """
+    with report_errors():
+        from flashvl.bench.contenders import build_flashvl
+        from flashvl.bench.latency import measure_latency
+        from flashvl.bench.machine import measure_machine
+        from flashvl.bench.models import RandomWeights, build_twins
+        from flashvl.bench.peers import build_peers, paper_scores
+
+        _check_writable(json_file, plot)
+        weights = RandomWeights.for_this_machine()
+        twins = build_twins(preset, weights)
+        machine = measure_machine(twins.model.dtype, twins.model.device)
+        contenders: list[Contender] = [*build_flashvl(twins), *build_peers(weights)]
+        with show_progress("measuring") as on_progress:
+            latencies = measure_latency(
+                contenders, machine, num_tokens=tokens, rounds=rounds, on_progress=on_progress
+            )
+        _report_latencies(machine, latencies, json_file, plot, paper_scores(preset))
+
+
+@bench_app.command()
+def throughput(
+    model: ModelOption = "tiny",
+    preset: PresetOption = None,
+    random_weights: RandomOption = False,
+    width: Annotated[
+        list[int] | None, typer.Option(min=1, help="Requests at once; may be given several times.")
+    ] = None,
+    requests: Annotated[
+        int | None, typer.Option(min=1, help="In all, at each width; by default four times it.")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=2, help="Of every answer; by default ragged, mean 64.")
+    ] = None,
+    rounds: RoundsOption = 3,
+    json_file: JsonOption = None,
+) -> None:
+    """Several requests at once: the engine beside batches of plain `generate`.
+
+    Example: flashvl bench throughput --width 1 --width 8 --width 64
+    Example: flashvl bench throughput --preset static --random-weights --width 16 --requests 16
+    --tokens 128 --rounds 1
+    """
+    with report_errors():
+        from flashvl.bench.contenders import build_flashvl
+        from flashvl.bench.machine import measure_machine
+        from flashvl.bench.models import load_twins
+        from flashvl.bench.throughput import measure_throughput, ragged_lengths
+
+        _check_writable(json_file)
+        twins = load_twins(model, preset, random_weights)
+        machine = measure_machine(twins.model.dtype, twins.model.device)
+        contenders = build_flashvl(twins)
+        found = []
+        for number in width or (1, 4, 16, 64):
+            count = requests or 4 * number
+            lengths = ragged_lengths(count) if tokens is None else [tokens] * count
+            with show_progress(f"{number} at once") as on_progress:
+                found += measure_throughput(
+                    *contenders,
+                    machine,
+                    lengths,
+                    width=number,
+                    rounds=rounds,
+                    on_progress=on_progress,
+                )
+        if json_file is not None:
+            contenders_json = [asdict(each) for each in found]
+            write_json(json_file, {"machine": asdict(machine), "contenders": contenders_json})
+        _print_machine(machine)
+        _print_table(
+            ["width", "", "tokens/s", "decoding", "TTFT ms", "TPOT ms", "roofline", "batches"],
+            [
+                [
+                    str(each.width),
+                    each.name,
+                    f"{each.tokens_per_s:.1f}",
+                    f"{each.decode_tokens_per_s:.1f}",
+                    f"{each.ttft_ms:.0f}",
+                    f"{each.tpot_ms:.1f}",
+                    f"{each.roofline_fraction:.0%}",
+                    f"{each.times_batches:.2f}x",
+                ]
+                for each in found
+            ],
+        )
+
+
+def _check_writable(json_file: Path | None, plot: Path | None = None) -> None:
+    """Before a long run, not behind it."""
+    from flashvl.errors import ConfigError
+
+    if json_file is not None:
+        write_json(json_file, {})
+    if plot is not None and (plot.suffix != ".png" or not plot.parent.is_dir()):
+        raise ConfigError(f"--plot {plot} must be a .png file in a folder that exists")
+
+
+def _report_latencies(
+    machine: "Machine",
+    latencies: Sequence["Latency"],
+    json_file: Path | None,
+    plot: Path | None,
+    scores: Mapping[str, float] = {},
+) -> None:
+    if json_file is not None:
+        figures = [asdict(each) for each in latencies]
+        write_json(json_file, {"machine": asdict(machine), "contenders": figures})
+    if plot is not None:
+        from flashvl.bench.figures import plot_latencies
+
+        plot_latencies(latencies, machine, plot, scores)
+    _print_machine(machine)
+    _print_table(
+        [
+            "",
+            "prompt",
+            "TTFT ms",
+            "TPOT ms",
+            "tokens/s",
+            "TTFT from JPEG",
+            "tokens/s from JPEG",
+            "prefill",
+            "decode",
+            "roofline",
+        ],
+        [
+            [
+                each.name,
+                str(each.prompt_tokens),
+                f"{each.ttft_ms:.1f}",
+                f"{each.tpot_ms:.2f}",
+                f"{each.tokens_per_s:.2f}",
+                f"{each.ttft_from_jpeg_ms:.1f}",
+                f"{each.tokens_per_s_from_jpeg:.2f}",
+                f"{each.prefill_fraction:.0%}",
+                f"{each.decode_fraction:.0%}",
+                f"{each.roofline_fraction:.0%}",
+            ]
+            for each in latencies
+        ],
+    )
+
+
+def _print_machine(machine: "Machine") -> None:
+    print(
+        f"{machine.device}, {machine.threads} threads, {machine.dtype}:"
+        f" {machine.gemm_tflops:.2f} TFLOP/s, {machine.read_gb_per_s:.1f} GB/s"
+    )
+
+
+def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Columns as wide as they need, those with a name to the right; nothing is cut in a log."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for row in (header, *rows):
+        cells = [
+            cell.rjust(width) if name else cell.ljust(width)
+            for cell, name, width in zip(row, header, widths, strict=True)
+        ]
+        print("  ".join(cells).rstrip())

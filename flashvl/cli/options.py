@@ -1,0 +1,31 @@
+"""Options that several commands share."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+ModelOption = Annotated[
+    str,
+    typer.Option(help="A shipped model's name (tiny), or a Flash-VL or published FlashVL folder."),
+]
+JsonOption = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here as JSON.")
+]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write what `--json` asks for; called with `{}` before a long run, it finds a bad path early.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    from flashvl.errors import ConfigError
+
+    try:
+        path.write_text(json.dumps(value, indent=2) + "\n")
+    except OSError as error:
+        raise ConfigError(
+            f"--json {path} cannot be written: {error.strerror}; name another file"
+        ) from None
