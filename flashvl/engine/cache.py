@@ -3,42 +3,84 @@
 It knows rows and lengths, not whose they are; the scheduler says.
 """
 
+from collections.abc import Sequence
+
 import torch
 from transformers import PreTrainedConfig
 
+ROW_STEP = 64
+"""Rows are so many tokens long, or a multiple."""
+
 
 class KVCache:
-    """(layers, rows, key-value heads, row_length, head_dim) of keys, and as much of values.
+    """Room for `num_tokens`, allocated once and cut into rows of equal length.
 
-    Allocated once. The rows in use are the first ones, so that a batch is a slice, never a copy.
+    How long the rows are, and so how many, follows those who need them: see `resize_rows`. The rows
+    in use are the first ones, so that a batch is a slice, never a copy.
     """
+
+    keys: torch.Tensor
+    """(layers, rows, key-value heads, row_length, head_dim); so are `values`."""
+    values: torch.Tensor
 
     def __init__(
         self,
         config: PreTrainedConfig,
         *,
-        num_rows: int,
-        row_length: int,
+        num_tokens: int,
+        max_rows: int,
         dtype: torch.dtype,
         device: torch.device,
     ):
-        """`config`: the LLM's."""
-        self.num_rows, self.row_length = num_rows, row_length
-        shape = (
-            config.num_hidden_layers,
-            num_rows,
-            config.num_key_value_heads,
-            row_length,
-            head_dim(config),
-        )
+        """`config`: the LLM's. `num_tokens` is rounded up to whole steps of a row."""
+        self.num_tokens, self.max_rows = _round_up(num_tokens), max_rows
+        self._row_shape = (config.num_key_value_heads, head_dim(config))
+        layer_size = self.num_tokens * config.num_key_value_heads * head_dim(config)
         # Zeros, not whatever is there: masked scores of a NaN would still be NaN.
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self._memory = torch.zeros(
+            2, config.num_hidden_layers, layer_size, dtype=dtype, device=device
+        )
+        self._cut(self.num_tokens)
+
+    @property
+    def num_rows(self) -> int:
+        return self.keys.shape[1]
+
+    @property
+    def row_length(self) -> int:
+        return self.keys.shape[3]
+
+    def rows_of(self, length: int) -> int:
+        """How many rows of at least `length` tokens there can be."""
+        return min(self.max_rows, self.num_tokens // _round_up(length))
+
+    def resize_rows(self, length: int, used: Sequence[int]) -> None:
+        """Make the rows `length` tokens long, or a little more; there are `rows_of` it then.
+
+        Args:
+            used: tokens at the beginning of each of the first rows that are to stay.
+        """
+        before, old_length = (self.keys, self.values), self.row_length
+        self._cut(_round_up(length))
+        # In an order in which no row is written over one that is still to be moved.
+        rows = range(len(used)) if self.row_length < old_length else reversed(range(len(used)))
+        for row in rows:
+            for old, new in zip(before, (self.keys, self.values), strict=True):
+                new[:, row, :, : used[row]] = old[:, row, :, : used[row]].clone()
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of one row to another."""
         for store in (self.keys, self.values):
             store[:, target, :, :length] = store[:, source, :, :length]
+
+    def _cut(self, row_length: int) -> None:
+        num_rows, (heads, dim) = self.rows_of(row_length), self._row_shape
+        used = self._memory[..., : num_rows * heads * row_length * dim]
+        self.keys, self.values = used.unflatten(-1, (num_rows, heads, row_length, dim))
+
+
+def _round_up(length: int) -> int:
+    return -(-length // ROW_STEP) * ROW_STEP
 
 
 def bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:

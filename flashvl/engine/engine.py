@@ -51,7 +51,8 @@ class Engine:
     ):
         """
         Args:
-            max_num_seqs: requests answered at once, at most; fewer where memory is short.
+            max_num_seqs: requests answered at once, at most; fewer where the cache, whose tokens
+                are bounded by the memory, has no room for as many of their lengths.
             max_model_len: tokens of a prompt and its answer, at most; and the model's own limit.
             max_prefill_tokens: in one step, so that long prompts do not keep others waiting.
         """
@@ -61,12 +62,14 @@ class Engine:
         self.end_token_id: int = processor.tokenizer.eos_token_id
         config = model.config.text_config
         self.max_model_len = min(max_model_len, config.max_position_embeddings)
-        row_bytes = self.max_model_len * bytes_per_token(config, model.dtype)
-        rows_that_fit = int(CACHE_SHARE * _free_bytes(self.device) / row_bytes)
+        cache_bytes = CACHE_SHARE * _free_bytes(self.device)
+        tokens_that_fit = int(cache_bytes / bytes_per_token(config, model.dtype))
         cache = KVCache(
             config,
-            num_rows=max(min(max_num_seqs, rows_that_fit), 1),
-            row_length=self.max_model_len,
+            num_tokens=max(
+                min(max_num_seqs * self.max_model_len, tokens_that_fit), self.max_model_len
+            ),
+            max_rows=max_num_seqs,
             dtype=model.dtype,
             device=self.device,
         )

@@ -32,19 +32,36 @@ class Scheduler:
     def admit(self) -> list[Sequence]:
         """Give rows to the next group, if none is being prefilled; returns those that got one.
 
-        The first that waits, and others with prompts of its length: as many as there are rows for,
-        and of no more than `max_prefill_tokens` together.
+        The first that waits, and others with prompts of its length that fit such a row: as many as
+        there are rows for, and of no more than `max_prefill_tokens` together.
         """
-        free = self.cache.num_rows - len(self.decoding) - len(self.prefilling)
-        if self.prefilling or not self.waiting or not free:
+        if self.prefilling or not self.waiting:
             return []
-        length = len(self.waiting[0].prompt)
+        first = self.waiting[0]
+        length = len(first.prompt)
+        free = self._free_rows(first.max_length)
         size = min(free, max(self.max_prefill_tokens // length, 1))
-        group = [sequence for sequence in self.waiting if len(sequence.prompt) == length][:size]
+        group = [
+            sequence
+            for sequence in self.waiting
+            if len(sequence.prompt) == length and sequence.max_length <= self.cache.row_length
+        ][:size]
         chosen = set(group)
         self.waiting = deque(sequence for sequence in self.waiting if sequence not in chosen)
         self.prefilling = group
         return group
+
+    def _free_rows(self, length: int) -> int:
+        """Rows for sequences of up to `length`; where they are too short or too few, cut anew.
+
+        So many sequences share the cache as have room in it at the length of the longest.
+        """
+        cache, in_use = self.cache, len(self.decoding)
+        needed = max([length, *(sequence.max_length for sequence in self.decoding)])
+        is_good = cache.row_length >= needed and cache.num_rows > in_use > 0
+        if not is_good and cache.rows_of(needed) > in_use:
+            cache.resize_rows(needed, [sequence.num_cached for sequence in self.decoding])
+        return cache.num_rows - in_use if cache.row_length >= needed else 0
 
     def start_decoding(self) -> None:
         """The prefilling sequences are prefilled: they decode from now on, in their rows."""
