@@ -168,7 +168,7 @@ TEXTS = {
         "start": "all weights of the shipped `tiny`;\nthen its adapter alone, then the whole model",
     },
     "tiny-iss": {
-        "shape": "`tiny` with Implicit Semantic\nStitching, an overview and up to four tiles of 36"
+        "shape": "`tiny` with Implicit Semantic\nStitching, an overview and up to four tiles of 16"
         " visual tokens each, no pixel shuffle",
         "start": "tower and LLM of the shipped `tiny`\nand a new adapter; then the adapter alone,"
         " then the whole model",

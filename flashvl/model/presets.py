@@ -104,18 +104,20 @@ def llama3_2_1b() -> LlamaConfig:
 def _flash_vl(
     tower: Callable[[], PreTrainedConfig],
     llm: Callable[[], PreTrainedConfig] = qwen2_1_5b,
-    tiling: TilingMode = "static",
+    mode: TilingMode = "static",
     **options: Any,
 ) -> Callable[[], FlashVLConfig]:
     def build() -> FlashVLConfig:
         vision_config = tower()
-        fields = tiling_fields(tiling, vision_config) | options
+        fields = tiling_fields(mode, vision_config) | options
         return FlashVLConfig(vision_config=vision_config, text_config=llm(), **fields)
 
     return build
 
 
-def _tiny(tiling: TilingMode = "static") -> Callable[[], FlashVLConfig]:
+def _tiny(
+    mode: TilingMode = "static", tiling: dict[str, Any] | None = None
+) -> Callable[[], FlashVLConfig]:
     """The architecture at 1/400 of its size, for the procedural world on a CPU."""
 
     def tower() -> SiglipVisionConfig:
@@ -147,19 +149,25 @@ def _tiny(tiling: TilingMode = "static") -> Callable[[], FlashVLConfig]:
             pad_token_id=0,
         )
 
-    return _flash_vl(tower, llm, tiling, image_token_id=3, projector_hidden_size=512)
+    options: dict[str, Any] = {} if tiling is None else {"tiling": tiling}
+    return _flash_vl(tower, llm, mode, image_token_id=3, projector_hidden_size=512, **options)
+
+
+# The tiles of a square picture join where the world's cells do: each is 24 pixels wide in them, two
+# patches, as the tower has learnt it. So they overlap by more than the paper's eighth.
+_TINY_OVERLAP = {"margin": 24, "grid_size": 48}
 
 
 PRESETS: dict[str, Callable[[], FlashVLConfig]] = {
     # The released models (Table 2).
     "static": _flash_vl(siglip2_so400m_512),
-    "dynamic": _flash_vl(aimv2_huge_448, tiling="dynamic"),
-    "iss": _flash_vl(aimv2_huge_448, tiling="iss"),
+    "dynamic": _flash_vl(aimv2_huge_448, mode="dynamic"),
+    "iss": _flash_vl(aimv2_huge_448, mode="iss"),
     # Table 3: towers.
     "static-aimv2": _flash_vl(aimv2_huge_448),
     "static-siglip2-large": _flash_vl(siglip2_large_384),
     # Table 6: tilings.
-    "overlap": _flash_vl(aimv2_huge_448, tiling="overlap"),
+    "overlap": _flash_vl(aimv2_huge_448, mode="overlap"),
     # Table 8: adapters.
     "static-two-linear": _flash_vl(
         siglip2_so400m_512, projector_num_layers=2, projector_hidden_size=1536
@@ -168,12 +176,12 @@ PRESETS: dict[str, Callable[[], FlashVLConfig]] = {
     "static-qwen2": _flash_vl(siglip2_so400m_512),
     "static-llama": _flash_vl(siglip2_so400m_512, llama3_2_1b, image_token_id=128002),
     # Table 10: tilings of SigLIP2.
-    "dynamic-siglip2": _flash_vl(siglip2_so400m_512, tiling="dynamic"),
+    "dynamic-siglip2": _flash_vl(siglip2_so400m_512, mode="dynamic"),
     # The procedural world's.
     "tiny": _tiny(),
     "tiny-dynamic": _tiny("dynamic"),
-    "tiny-overlap": _tiny("overlap"),
-    "tiny-iss": _tiny("iss"),
+    "tiny-overlap": _tiny("overlap", {"mode": "overlap", **_TINY_OVERLAP}),
+    "tiny-iss": _tiny("iss", {"mode": "iss", **_TINY_OVERLAP}),
 }
 
 

@@ -51,7 +51,7 @@ def test_items_are_held_out_and_of_their_task() -> None:
 
 @pytest.mark.parametrize(
     ("model", "least_average", "least"),
-    [("tiny", 0.85, 0.6), ("tiny-dynamic", 0.75, 0.5), ("tiny-iss", 0.35, 0.0)],
+    [("tiny", 0.85, 0.6), ("tiny-dynamic", 0.75, 0.5), ("tiny-iss", 0.7, 0.25)],
 )
 def test_the_shipped_models_know_their_world(
     model: str, least_average: float, least: float
