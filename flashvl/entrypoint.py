@@ -16,9 +16,6 @@ from flashvl.errors import ConfigError, FlashVLError
 MIN_CPUS = 3
 """Logical CPUs of a local Ray: a worker takes the two of a laptop, and data must still flow."""
 ENVIRONMENT = {
-    # OpenMP threads that spin while another process has their core lose more than half of their
-    # time on a laptop; asleep they lose a tenth.
-    "OMP_WAIT_POLICY": "PASSIVE",
     "HF_HUB_OFFLINE": "1",  # every model is a local folder
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # loading takes no time that one would watch
     "TOKENIZERS_PARALLELISM": "false",  # Ray is what runs in parallel
@@ -63,6 +60,10 @@ def start_ray(
     if not address:
         # Ray's C++ side puts things on the terminal that only its developers need.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+        # OpenMP threads that spin while another process has their core slow a step down sevenfold;
+        # asleep, twofold. Commands that have the machine to themselves lose 40% by sleeping, so
+        # only what runs beside Ray's other processes does.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 

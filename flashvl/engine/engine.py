@@ -1,7 +1,7 @@
 """Generation: requests in, completions out. Knows no Ray, no HTTP, no Parquet.
 
 Continuous batching: between two decoding steps new requests are admitted, and finished or cancelled
-ones leave. One step: a piece of a prefill, if one waits, then one token for all that decode.
+ones leave. Steps take turns: a piece of a prefill, if one waits, and one token for all that decode.
 """
 
 import itertools
@@ -76,6 +76,8 @@ class Engine:
         self.runner = Runner(self.model, processor, cache)
         self.scheduler = Scheduler(cache, max_prefill_tokens)
         self.image_features = ImageFeatures(self.runner.encode_tiles, IMAGE_CACHE_BYTES)
+        self._has_prefilled = False
+        """The last step did; then it is the others' turn."""
         self._ids = itertools.count()
         self._sequences: dict[int, Sequence] = {}
         self._outbox: dict[int, list[Delta]] = {}
@@ -178,13 +180,23 @@ class Engine:
         return self.scheduler.is_idle
 
     def step(self) -> None:
-        """Prefill a piece of what waits, if anything does, and decode one token for the others."""
+        """Prefill a piece of what waits, or decode a token for the others: in turn, if both can be.
+
+        One thing a step, so that whoever has a new token gets it at once.
+        """
+        is_turn_to_decode = self._has_prefilled and bool(self.scheduler.decoding)
+        self._has_prefilled = not is_turn_to_decode and self._prefill_next()
+        if not self._has_prefilled and self.scheduler.decoding:
+            self._decode(self.scheduler.decoding)
+
+    def _prefill_next(self) -> bool:
+        """Admit a group if none is being prefilled, and prefill a piece; False where none waits."""
         if admitted := self.scheduler.admit():
             self._embed(admitted)
         if self.scheduler.prefilling:
             self._prefill(self.scheduler.prefilling)
-        if self.scheduler.decoding:
-            self._decode(self.scheduler.decoding)
+            return True
+        return False
 
     def _embed(self, group: list[Sequence]) -> None:
         """The embeddings of the prompts of `group`, all their images encoded together."""

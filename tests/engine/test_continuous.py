@@ -370,3 +370,24 @@ def test_arrivals_cancellations_and_refusals_leave_nothing_behind(
     assert engine.is_idle
     assert not engine._sequences
     assert not engine._outbox
+
+
+def test_the_first_token_is_handed_out_before_the_second_is_made(subject: Subject) -> None:
+    """And prefills of others, in pieces, keep nobody waiting for more than one of them."""
+    engine = subject.engine(max_prefill_tokens=16)
+    first = engine.add(Request(messages=[{"role": "user", "content": "circle"}], ignore_eos=True))
+    num_tokens = 0
+    while not num_tokens:
+        engine.step()
+        num_tokens = engine.scheduler.decoding and len(engine.scheduler.decoding[0].token_ids)
+    assert num_tokens == 1
+    long = "Describe the image. " * 20
+    engine.add(Request(messages=[{"role": "user", "content": long}], max_new_tokens=2))
+    sequence, *_ = engine.scheduler.decoding
+    num_steps = 0
+    while len(engine.scheduler.decoding) < 2:
+        engine.step()
+        num_steps += 1
+        assert len(sequence.token_ids) >= 1 + num_steps // 2
+    assert num_steps > 10
+    engine.cancel(first)
