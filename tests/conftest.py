@@ -1,6 +1,7 @@
 """What tests of several parts share: one local Ray, and a model that is made on the spot."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,19 +20,24 @@ def ray_cluster() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def tiny_random(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a model of `tiny`'s shape with fewer layers and random weights.
+def random_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Preset -> folder of a model of its shape with fewer layers and random weights.
 
     Its answers are gibberish that depends on the image: with a training's first weights it would
     repeat its last token whatever it sees.
     """
-    return write_random("tiny", tmp_path_factory.mktemp("tiny_random"))
+    return functools.cache(lambda preset: write_random(preset, tmp_path_factory.mktemp(preset)))
 
 
 @pytest.fixture(scope="session")
-def tiny_iss_random(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As `tiny_random`, for `tiny-iss`: one to five tiles an image."""
-    return write_random("tiny-iss", tmp_path_factory.mktemp("tiny_iss_random"))
+def tiny_random(random_folder: Callable[[str], Path]) -> Path:
+    return random_folder("tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_iss_random(random_folder: Callable[[str], Path]) -> Path:
+    """One to five tiles an image."""
+    return random_folder("tiny-iss")
 
 
 def write_random(preset: str, folder: Path) -> Path:

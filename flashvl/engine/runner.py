@@ -12,6 +12,7 @@ import torch
 from flashvl.data.features import normalize_tiles
 from flashvl.engine.attention import CACHED, Place
 from flashvl.engine.cache import KVCache
+from flashvl.engine.graphs import DecodingGraphs
 from flashvl.engine.packed import can_pack, pack_linear_layers
 from flashvl.model import FlashVLForConditionalGeneration, FlashVLProcessor
 
@@ -34,6 +35,8 @@ class Runner:
             pack_linear_layers(model)
         self.language_model = model.model.language_model
         self.language_model.set_attn_implementation(CACHED)
+        is_on_gpu = model.device.type == "cuda"
+        self.graphs = DecodingGraphs(self._decode, cache) if is_on_gpu else None
 
     @torch.inference_mode()
     def encode_tiles(self, tiles: npt.NDArray[np.uint8]) -> torch.Tensor:
@@ -84,15 +87,20 @@ class Runner:
         Returns:
             (rows, vocabulary): logits behind it.
         """
+        if self.graphs is not None:
+            return self.graphs(token_ids, lengths)
         ids = torch.tensor(token_ids, device=self.model.device)
         positions = torch.tensor(lengths, device=self.model.device)
-        length = max(lengths) + 1
+        return self._decode(ids, positions, max(lengths) + 1)
+
+    def _decode(self, ids: torch.Tensor, positions: torch.Tensor, length: int) -> torch.Tensor:
+        """(rows,) tokens and (rows,) places for them -> (rows, vocabulary); see `graphs.Step`."""
         mask = torch.arange(length, device=positions.device) <= positions[:, None]
         place = Place(
             cache=self.cache,
-            rows=slice(0, len(lengths)),
+            rows=slice(0, len(ids)),
             start=0,
-            cells=(torch.arange(len(lengths), device=positions.device), positions),
+            cells=(torch.arange(len(ids), device=positions.device), positions),
             length=length,
             mask=mask[:, None, None],
         )

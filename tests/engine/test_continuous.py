@@ -1,6 +1,7 @@
 """Continuous batching against `generate`, request by request, and its bookkeeping under stress."""
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from flashvl.errors import DataError
 from flashvl.model import FlashVLForConditionalGeneration, FlashVLProcessor
 from flashvl.model.loading import load_model, load_processor
 
+MAX_LENGTH = 4096
+"""Tokens that the engines of this file take; RoPE has no weights that would have to be learnt."""
 WORDS = "Describe the image. a large red circle".split()
 
 
@@ -40,6 +43,7 @@ class Subject:
     def engine(self, **options: Any) -> Engine:
         model = load_model(self.folder)
         model.load_state_dict(self.model.state_dict())
+        model.config.text_config.max_position_embeddings = MAX_LENGTH
         return Engine(model, self.processor, **options)
 
     def by_generate(self, request: Request) -> tuple[list[int], int]:
@@ -71,9 +75,9 @@ class Subject:
         return tokens[: tokens.index(end)] if end in tokens else tokens, length
 
 
-@pytest.fixture(scope="module", params=["tiny_random", "tiny_iss_random"])
-def subject(request: pytest.FixtureRequest) -> Subject:
-    return Subject(request.getfixturevalue(request.param))
+@pytest.fixture(scope="module", params=["tiny", "tiny-dynamic", "tiny-overlap", "tiny-iss"])
+def subject(request: pytest.FixtureRequest, random_folder: Callable[[str], Path]) -> Subject:
+    return Subject(random_folder(request.param))
 
 
 def picture(seed: int, width: int, height: int) -> Image.Image:
@@ -86,7 +90,7 @@ def mixed_requests(count: int, seed: int = 0) -> list[Request]:
     rng = random.Random(seed)
     made = []
     for index in range(count):
-        sizes = rng.choice([(), (), (90,), (130,), (190,), (90, 190)])
+        sizes = rng.choice([(), (), (40,), (90,), (130,), (190,), (90, 190)])
         images = [picture(index, size, size) for size in sizes]
         words = " ".join(rng.choices(WORDS, k=rng.choice([1, 3, 10, 60])))
         max_new_tokens = rng.choice([1, 2, 5, 12])
@@ -129,6 +133,19 @@ def test_whoever_shares_the_batch_and_however_they_arrive(subject: Subject) -> N
     assert engine.is_idle
     for index, request in enumerate(requests):
         assert_is_by_generate(subject, request, completions[index])
+
+
+def test_prompts_of_one_to_two_thousand_tokens(subject: Subject) -> None:
+    """The longest is prefilled in pieces, and its row is as long as needed."""
+    engine = subject.engine(max_prefill_tokens=300)
+    requests = [
+        Request(messages=[{"role": "user", "content": " ".join(WORDS * count)}], max_new_tokens=3)
+        for count in (0, 1, 20, 90, 200, 1)
+    ]
+    completions = engine.generate(requests)
+    assert max(completion.prompt_tokens for completion in completions) > 2000
+    for request, completion in zip(requests, completions, strict=True):
+        assert_is_by_generate(subject, request, completion)
 
 
 def test_sampling_is_the_requests_own(subject: Subject) -> None:
