@@ -23,17 +23,18 @@ from flashvl.model.loading import load_processor
 
 FAILURE = [DEAD_LETTERS.field("stage"), DEAD_LETTERS.field("reason")]
 """Null in rows that are well."""
-TILED = pa.schema([CAPTIONS.field("id"), ("tiles", pa.large_binary()), *FAILURE])
+KEYS = [CAPTIONS.field("id"), CAPTIONS.field("row")]
+TILED = pa.schema([*KEYS, ("tiles", pa.large_binary()), *FAILURE])
 """`tiles`: uint8 (tiles, 3, height, width) in C order, a fraction of what float pixels take."""
 CAPTIONED = pa.schema([*CAPTIONS, *FAILURE])
 
 
 def tile_images(rows: pa.Table, *, model: str, limits: ImageLimits) -> pa.Table:
-    """Columns `id` and `image` or `path` -> `TILED`. The encoded bytes end here."""
+    """Columns `row`, `id` and `image` or `path` -> `TILED`. The encoded bytes end here."""
     processor = _processor(model)
+    columns = zip(rows["row"].to_pylist(), _ids(rows), _images(rows, limits), strict=True)
     tiled = [
-        _tile_row(row_id, image, processor, limits)
-        for row_id, image in zip(_ids(rows), _images(rows, limits), strict=True)
+        {"row": row} | _tile_row(row_id, image, processor, limits) for row, row_id, image in columns
     ]
     return pa.Table.from_pylist(tiled, schema=TILED)
 
@@ -111,7 +112,7 @@ class Captioner:
         dead = rows.filter(pc.invert(is_well)).drop_columns(["tiles"])
         captioned = self._caption(self.engine, rows.filter(is_well))
         return pa.concat_tables(
-            [captioned, dead.cast(pa.schema([CAPTIONED.field("id"), *FAILURE]))],
+            [captioned, dead.cast(pa.schema([*KEYS, *FAILURE]))],
             promote_options="default",
         )
 
@@ -128,12 +129,15 @@ class Captioner:
         captions = [
             {
                 "id": row_id,
+                "row": row,
                 "caption": completion.text,
                 "prompt_tokens": completion.prompt_tokens,
                 "completion_tokens": len(completion.token_ids),
                 "finish_reason": completion.finish_reason,
             }
-            for row_id, completion in zip(_ids(rows), completions, strict=True)
+            for row, row_id, completion in zip(
+                rows["row"].to_pylist(), _ids(rows), completions, strict=True
+            )
         ]
         return pa.Table.from_pylist(captions, schema=CAPTIONED)
 

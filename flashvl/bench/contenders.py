@@ -129,7 +129,7 @@ def build_flashvl(twins: Twins) -> tuple[EngineContender, GenerateContender]:
             "pixel_values": normalize_tiles(torch.from_numpy(tiles.pixels), processor),
         }
 
-    plain = GenerateContender(name="generate", model=twins.twin, make_inputs=make_inputs)
+    plain = GenerateContender(name="flashvl (generate)", model=twins.twin, make_inputs=make_inputs)
     return EngineContender(engine=Engine(twins.model, processor), twin=plain), plain
 
 

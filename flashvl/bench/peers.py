@@ -172,7 +172,7 @@ PAPER_AVERAGES = {"static": 62.4, "dynamic": 64.0, "iss": 64.8}
 def paper_scores(preset: str) -> dict[str, float]:
     """The paper's averages by contender's name, Flash-VL being of `preset`."""
     scores = {name: peer.paper_average for name, peer in PEERS.items()}
-    scores |= dict.fromkeys(("flashvl", "generate"), PAPER_AVERAGES.get(preset))
+    scores |= dict.fromkeys(("flashvl", "flashvl (generate)"), PAPER_AVERAGES.get(preset))
     return {name: score for name, score in scores.items() if score is not None}
 
 

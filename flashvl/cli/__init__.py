@@ -29,14 +29,19 @@ app.add_typer(bench_app, name="bench")
 @app.command()
 def caption(
     input: Annotated[str, typer.Argument(help="Parquet file, folder or glob; or images' folder.")],
-    output: Annotated[Path, typer.Option(help="New or empty folder for the result.")],
+    output: Annotated[Path, typer.Option(help="Folder for the result, new or a job's to go on.")],
     model: ModelOption = "tiny",
     prompt: Annotated[str, typer.Option(help="Asked about every image.")] = "Describe the image.",
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of a caption at most.")] = 64,
     batch_size: Annotated[int, typer.Option(help="Images that an engine takes at once.")] = 32,
     num_engines: Annotated[int, typer.Option(help="Engines, each on a GPU where there is.")] = 1,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Throw away what OUTPUT holds of an earlier job.")
+    ] = False,
 ) -> None:
     """Caption the images of a Parquet table (columns id, image) or of a folder.
+
+    The same command again goes on where a job was stopped or killed.
 
     Captions are in OUTPUT/captions, rows that could not be captioned in OUTPUT/dead_letters with
     the reason, and the closing audit in OUTPUT/_summary.json.
@@ -44,7 +49,12 @@ def caption(
     Example: flashvl caption photos/ --output captions/
     """
     with report_errors():
-        from flashvl.batch.job import CaptionJob, check_caption_job, run_caption_job
+        from flashvl.batch.job import (
+            CaptionJob,
+            check_caption_job,
+            finished_summary,
+            run_caption_job,
+        )
         from flashvl.config import validate
 
         options = {
@@ -55,12 +65,15 @@ def caption(
             "max_new_tokens": max_new_tokens,
             "batch_size": batch_size,
             "num_engines": num_engines,
+            "restart": restart,
         }
         job = validate(CaptionJob, options, source="caption")
         check_caption_job(job)
-        start_ray()
-        with show_progress("captioning") as on_progress:
-            summary = run_caption_job(job, on_progress)
+        summary = finished_summary(job)
+        if summary is None:
+            start_ray()
+            with show_progress("captioning") as on_progress:
+                summary = run_caption_job(job, on_progress)
         print(
             f"{job.output}: {summary.input} images, {summary.written} captions,"
             f" {summary.dead} dead letters, {summary.seconds:.1f} s,"

@@ -30,11 +30,15 @@ CAPTIONS = pa.schema(
         ("prompt_tokens", pa.int32()),
         ("completion_tokens", pa.int32()),
         ("finish_reason", pa.string()),
+        ("row", pa.int64()),
     ]
 )
-"""Output of captioning: one row for each image that has a caption."""
+"""Output of captioning: one row for each image that has a caption. `row` is its place in the input,
+from 0, which is one of a kind where an id need not be."""
 
-DEAD_LETTERS = pa.schema([("id", pa.string()), ("stage", pa.string()), ("reason", pa.string())])
+DEAD_LETTERS = pa.schema(
+    [("id", pa.string()), ("stage", pa.string()), ("reason", pa.string()), ("row", pa.int64())]
+)
 """Output of captioning: one row for each input row that could not be captioned, and why."""
 
 

@@ -1,6 +1,5 @@
 """The demo, start to end: make the table, caption it, compare with the truth, write the report."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flashvl.batch.job import CaptionJob, Progress, Summary, run_caption_job
+from flashvl.batch.manifest import has_begun
 from flashvl.batch.outputs import check_output
 from flashvl.demo.report import write_report
 from flashvl.demo.results import DeadLetter, Result, read_dead_letters, read_results
@@ -46,16 +46,17 @@ def run_demo(output: Path, model: str = "tiny", on_progress: Progress | None = N
     )
     try:
         output.mkdir(parents=True, exist_ok=True)
-        if table.exists():
-            _remove_captions(captions)
-        check_output(captions)  # before there is a table that says they are a demo's
+        check_output(captions)
+        # Before there is a table that says they are a demo's.
+        if has_begun(captions) and not table.exists():
+            raise ConfigError(f"{captions} holds captions that no demo made; name another folder")
         write_demo_table(table)
     except OSError as error:
         raise ConfigError(
             f"output {output} cannot be written ({error.strerror}); name another folder"
         ) from None
 
-    job = CaptionJob(input=str(table), output=captions, model=model)
+    job = CaptionJob(input=str(table), output=captions, model=model, restart=True)
     summary = run_caption_job(job, on_progress)
     demo = Demo(
         table=table,
@@ -66,20 +67,6 @@ def run_demo(output: Path, model: str = "tiny", on_progress: Progress | None = N
     )
     write_report(report, summary, demo.results, demo.dead_letters)
     return demo
-
-
-def _remove_captions(folder: Path) -> None:
-    """Remove what an earlier demo's job wrote; the next job refuses a folder with more in it."""
-    for file in _job_files(folder):
-        file.unlink()
-    for part in (folder / "captions", folder / "dead_letters", folder):
-        if part.is_dir() and not any(part.iterdir()):
-            part.rmdir()
-
-
-def _job_files(folder: Path) -> Iterator[Path]:
-    for pattern in ("_summary.json", "*/part-*.parquet", "*/.part-*.parquet"):
-        yield from folder.glob(pattern)
 
 
 def render_demo(demo: Demo) -> RenderableType:

@@ -49,6 +49,10 @@ def table(ids: list[Any], images: list[bytes | None], image_type: pa.DataType) -
     return pa.table({"id": pa.array(ids), "image": pa.array(rows, image_type)})
 
 
+def by_row(row: dict[str, Any]) -> int:
+    return row["row"]
+
+
 def read(folder: Path) -> tuple[pa.Table, pa.Table, dict[str, Any]]:
     """Captions, dead letters and summary of a finished job, each of its schema."""
     captions, dead = (pq.read_table(folder / name) for name in ("captions", "dead_letters"))
@@ -119,12 +123,13 @@ def test_captions_what_it_can_of_two_files_and_accounts_for_the_rest(
     stages = {row["id"]: row["stage"] for row in dead.to_pylist()}
     assert stages == {"3": "decode", "11": "decode", "17": "decode", "39": "decode", None: "read"}
     wanted = [
-        {"id": str(row_id), **one_by_one(engine, image)}
-        for row_id, image in zip(ids, images, strict=True)
+        {"id": str(row_id), "row": row, **one_by_one(engine, image)}
+        for row, (row_id, image) in enumerate(zip(ids, images, strict=True))
         if row_id is not None and row_id not in bad and image is not None
     ]
     assert len({row["caption"] for row in wanted}) > len(wanted) / 2  # else they prove little
-    assert sorted(captions.to_pylist(), key=str) == sorted(wanted, key=str)
+    assert sorted(captions.to_pylist(), key=by_row) == wanted
+    assert set(dead["row"].to_pylist()) == {3, 11, 17, 20, 39}
     done = [done for done, _ in progress]
     assert done == sorted(done) and progress[-1] == (40, 40) and len(progress) > 2
 
@@ -156,7 +161,9 @@ def test_captions_a_folder_of_images(
     captions, dead, _ = read(tmp_path / "out")
     images["gone.png"] = picture(5)
     wanted = {name: one_by_one(engine, data, "What is it?") for name, data in images.items()}
-    assert {row.pop("id"): row for row in captions.to_pylist()} == wanted
+    rows = captions.to_pylist()
+    assert [source.files[row.pop("row")].name for row in rows] == [Path(r["id"]).name for r in rows]
+    assert {row.pop("id"): row for row in rows} == wanted
     stages = {row["id"]: row["stage"] for row in dead.to_pylist()}
     assert stages == {"letter.jpg": "decode", "large.bmp": "read"}
 
@@ -285,7 +292,13 @@ def test_every_row_comes_out_once_whatever_the_mixture(
     ids = [None if kind == "null id" else str(number) for number, kind in enumerate(kinds)]
     contents = {"null image": None, "no image": b"no image"}
     images = [contents.get(kind, picture(number)) for number, kind in enumerate(kinds)]
-    rows = pa.table({"id": pa.array(ids, pa.string()), "image": pa.array(images, pa.binary())})
+    rows = pa.table(
+        {
+            "row": pa.array(range(len(ids)), pa.int64()),
+            "id": pa.array(ids, pa.string()),
+            "image": pa.array(images, pa.binary()),
+        }
+    )
 
     output = OutputFolder(tmp_path_factory.mktemp("out") / "captions")
     for batch in rows.to_batches(max_chunksize=batch_size):
@@ -309,7 +322,7 @@ def test_every_row_comes_out_once_whatever_the_mixture(
 def test_a_file_that_is_gone_when_its_turn_comes_is_a_dead_letter(
     tiny_random: Path, tmp_path: Path
 ) -> None:
-    rows = pa.table({"id": ["a.png"], "path": [os.fsencode(tmp_path / "a.png")]})
+    rows = pa.table({"row": [0], "id": ["a.png"], "path": [os.fsencode(tmp_path / "a.png")]})
     (row,) = tile_images(rows, model=str(tiny_random), limits=ImageLimits()).to_pylist()
     assert row["stage"] == "read" and "No such file" in row["reason"] and row["tiles"] is None
 
@@ -426,6 +439,6 @@ def test_a_glob_names_files_in_any_depth(tmp_path: Path, one_row: Path) -> None:
     (tmp_path / "deep" / "deeper").mkdir(parents=True)
     shutil.copy(one_row, tmp_path / "deep" / "deeper" / "two.parquet")
     source = find_source(str(tmp_path / "**" / "*.parquet"))
-    assert isinstance(source, ParquetFiles) and source.num_rows == 2
+    assert isinstance(source, ParquetFiles) and source.row_groups == [[1], [1]]
     assert {file.name for file in source.files} == {"one.parquet", "two.parquet"}
     assert ".parquet" not in IMAGE_SUFFIXES

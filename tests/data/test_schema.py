@@ -69,8 +69,9 @@ def test_rows_survive_parquet(tmp_path: Path) -> None:
             "prompt_tokens": 260,
             "completion_tokens": 3,
             "finish_reason": "stop",
+            "row": 2**40,
         },
-        "DEAD_LETTERS": {"id": "8", "stage": "decode", "reason": "image is empty"},
+        "DEAD_LETTERS": {"id": "8", "stage": "decode", "reason": "image is empty", "row": 3},
     }
     for name, row in rows.items():
         path = tmp_path / f"{name}.parquet"
