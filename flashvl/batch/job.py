@@ -26,10 +26,11 @@ from flashvl.batch.inputs import Done, Source, find_source
 from flashvl.batch.manifest import (
     Fingerprint,
     check_same,
+    claim,
     has_begun,
     hash_folder,
     held,
-    write_manifest,
+    unclaim,
 )
 from flashvl.batch.outputs import SUMMARY, OutputFolder, check_output, remove_rows
 from flashvl.batch.stages import Captioner, tile_images
@@ -118,9 +119,8 @@ def run_caption_job(job: CaptionJob, on_progress: Progress | None = None) -> Sum
     with held(job.output):
         if job.restart:
             remove_rows(job.output)
-        else:
-            check_same(job.output, fingerprint)
-        write_manifest(job.output, fingerprint)
+            unclaim(job.output)
+        claim(job.output, fingerprint)
         output = OutputFolder(job.output)
         is_done = output.done(source.num_rows)
         num_found = num_done = int(is_done.sum())

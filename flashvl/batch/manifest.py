@@ -7,6 +7,7 @@ import fcntl
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -108,7 +109,21 @@ def held(folder: Path) -> Iterator[None]:
         yield
 
 
-def write_manifest(folder: Path, fingerprint: Fingerprint) -> None:
-    """Say what the captions of `folder` will be made of; it is locked and without any yet."""
-    # In place, for the lock is on this very file; what is cut off by a kill is no JSON.
-    (folder / MANIFEST).write_text(json.dumps(fingerprint, indent=2) + "\n")
+def claim(folder: Path, fingerprint: Fingerprint) -> None:
+    """Say what the captions of `folder`, which is held, are made of, or see that it is the same.
+
+    Raises:
+        ConfigError: as `check_same`.
+    """
+    path = folder / MANIFEST
+    if path.stat().st_size:
+        check_same(folder, fingerprint)
+        return
+    # In place, for the lock is on this very file. A kill in the middle leaves no JSON, which is
+    # refused, and no rows yet.
+    path.write_text(json.dumps(fingerprint, indent=2) + "\n")
+
+
+def unclaim(folder: Path) -> None:
+    """Forget what the captions were made of, when they are removed."""
+    os.truncate(folder / MANIFEST, 0)

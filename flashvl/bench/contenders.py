@@ -33,7 +33,7 @@ def make_photo(seed: int) -> bytes:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Work:
-    """What an answer takes at least, whoever computes it."""
+    """What an answer takes, whoever computes it; attention is counted without its causal saving."""
 
     prompt_tokens: int
     prefill_flops: float

@@ -72,9 +72,9 @@ def measure_latency(
     rounds: int = 5,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Latency]:
-    """Time `contenders` in turn; the first two rounds, the second short, warm up and do not count.
+    """Time `contenders` in turn; the first round warms up and does not count.
 
-    Memory is touched for the first time in them, which takes many times as long as later.
+    Memory is touched for the first time in it, and a GPU's steps are recorded.
     """
     jpeg = make_photo(0)
     works = [contender.count_work(jpeg) for contender in contenders]
@@ -82,7 +82,7 @@ def measure_latency(
     total = (rounds + 1) * len(contenders)
     for number in range(rounds + 1):
         for position, contender in enumerate(contenders):
-            took = _time_answer(contender, jpeg, num_tokens if number else 8)
+            took = _time_answer(contender, jpeg, num_tokens)
             if number:
                 measured[position].append(took)
             on_progress(number * len(contenders) + position + 1, total)

@@ -67,6 +67,7 @@ class RandomWeights:
                 module._parameters[name] = views[id(weight)]
 
     def _take(self, start: int, count: int) -> torch.Tensor:
+        assert start + count <= MAX_WEIGHTS, f"a model has more than {MAX_WEIGHTS} weights"
         while self._num_drawn < start + count:
             rest = self._memory[self._num_drawn : self._num_drawn + BLOCK]
             rest.copy_(self._block[: len(rest)])

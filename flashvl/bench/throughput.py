@@ -48,7 +48,7 @@ class Throughput:
     tokens_per_s: float
     """Asked for, over the time until all requests are answered."""
     decode_tokens_per_s: float
-    """In steps in which all `width` requests get a token and none is prefilled."""
+    """In steps in which all `width` requests get a token and none is prefilled; 0 without any."""
     requests_per_s: float
     roofline_fraction: float
     """The time that the machine's limits allow, as a share of the time that it took."""
@@ -79,7 +79,7 @@ class _Run:
     @property
     def decode_tokens_per_s(self) -> float:
         if not self.full_steps_s:
-            return float("nan")
+            return 0.0
         return self.width * len(self.full_steps_s) / sum(self.full_steps_s)
 
     @property
@@ -89,7 +89,7 @@ class _Run:
     @property
     def tpot_s(self) -> float:
         spans = zip(self.first, self.last, self.lengths, strict=True)
-        return statistics.median((b - a) / max(n - 1, 1) for a, b, n in spans)
+        return statistics.median([(b - a) / (n - 1) for a, b, n in spans if n > 1] or [0.0])
 
 
 def measure_throughput(
@@ -117,7 +117,9 @@ def measure_throughput(
         "generate, batches": lambda: _run_batches(plain, inputs, lengths, width),
         "generate, alone": lambda: _run_batches(plain, inputs[:1], mean, 1),
     }
-    _run_engine(engine, tiles[:1], [2], 1)
+    few = [2] * len(tiles[:width])
+    _run_engine(engine, tiles[:width], few, width)
+    _run_batches(plain, inputs[:width], few, width)
     runs: dict[str, list[_Run]] = {name: [] for name in ways}
     for number in range(rounds):
         for position, (name, run) in enumerate(ways.items()):
@@ -184,7 +186,7 @@ def _run_batches(
         run.first += [times[0]] * len(rows)
         run.last += [times[length - 1] for length in wanted]
         if len(rows) == width:
-            run.full_steps_s += np.diff(times).tolist()
+            run.full_steps_s += np.diff(times[: min(wanted)]).tolist()
     return run
 
 
@@ -200,7 +202,8 @@ def _summarize(
         return statistics.median(map(of, runs))
 
     def times(of: Callable[[_Run], float], others: list[_Run]) -> float:
-        return statistics.median(of(a) / of(b) for a, b in zip(runs, others, strict=True))
+        ratios = (of(a) / of(b) if of(b) else 0.0 for a, b in zip(runs, others, strict=True))
+        return statistics.median(ratios)
 
     tokens_per_s = median(lambda run: run.tokens_per_s)
     lengths, width = runs[0].lengths, runs[0].width

@@ -92,8 +92,9 @@ def peers(
 ) -> None:
     """One request alone: Flash-VL beside the models that the paper compares, at their true sizes.
 
-    Random weights, one JPEG of 1024x768; every peer with its own image processor. On two cores it
-    takes an hour.
+    Random weights, one JPEG of 1024x768. The peers run by plain `generate`, with their own image
+    processors of Pillow; compare them with `flashvl (generate)` to see the models, with `flashvl`
+    to see what the engine adds. A round takes about seven minutes on two cores.
 
     Example: flashvl bench peers --plot peers.png
     """
@@ -122,7 +123,8 @@ def throughput(
     preset: PresetOption = None,
     random_weights: RandomOption = False,
     width: Annotated[
-        list[int] | None, typer.Option(min=1, help="Requests at once; may be given several times.")
+        list[int] | None,
+        typer.Option(min=1, max=64, help="Requests at once; may be given several times."),
     ] = None,
     requests: Annotated[
         int | None, typer.Option(min=1, help="In all, at each width; by default four times it.")

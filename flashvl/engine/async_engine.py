@@ -1,6 +1,7 @@
 """The engine for asyncio: one thread of its own steps it, any number of coroutines ask it."""
 
 import asyncio
+import contextlib
 import dataclasses
 import queue
 import threading
@@ -66,7 +67,9 @@ class AsyncEngine:
         deltas: asyncio.Queue[Delta | BaseException] = asyncio.Queue()
 
         def deliver(item: Delta | BaseException) -> None:
-            loop.call_soon_threadsafe(deltas.put_nowait, item)
+            # A loop that is closed has nobody who waits; its cancellation is on the way.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(deltas.put_nowait, item)
 
         call = _Call(request, deliver)
         self._call(lambda: self._add(call))

@@ -30,7 +30,7 @@ class Place:
     cells: tuple[torch.Tensor, torch.Tensor] | None = None
     """Decoding: (rows,) the rows' numbers and (rows,) the position of each one's token."""
     length: int = 0
-    """Decoding: the longest row's, its new token included."""
+    """Decoding: at least the longest row's, its new token included."""
     mask: torch.Tensor | None = None
     """Decoding: (rows, 1, 1, length), True where a row has a token. Prefill behind `start`:
     (1, 1, tokens, start + tokens), True up to each token's own position. None: causal."""

@@ -36,8 +36,8 @@ IMAGE_CACHE_BYTES = 256 * 2**20
 class Engine:
     """Answers requests with one model, on a GPU where there is one; for one thread.
 
-    Requests get numbers from `add`; `step` moves all of them on by a token; `take` hands out what
-    is new of one. `generate` and `stream` do this for you.
+    Requests get numbers from `add`; `step` prefills a piece, or moves those that decode on by a
+    token; `take` hands out what is new of one. `generate` and `stream` do this for you.
     """
 
     def __init__(

@@ -4,14 +4,18 @@ A graph has fixed shapes. So a batch is filled up to a power of two with idle ro
 reaches up to the next multiple of `LENGTH_STEP`; what that costs is less than what launching does.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from flashvl.engine.cache import KVCache
 
 LENGTH_STEP = 256
+MAX_GRAPHS = 64
+"""Those that were not replayed for longest are forgotten."""
 
 Step = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
 """(ids of the rows' new tokens, their positions, length to attend to) -> (rows, vocabulary)."""
@@ -33,7 +37,11 @@ class DecodingGraphs:
     def __init__(self, step: Step, cache: KVCache):
         """`step` must not wait for the GPU, nor look at the numbers in its tensors."""
         self.step, self.cache = step, cache
-        self._recorded: dict[tuple[int, int, int], Recorded] = {}
+        self._recorded: OrderedDict[tuple[int, int, int], Recorded] = OrderedDict()
+        self._pool: Any = None
+        """Memory that all recordings share, as only one is replayed at a time."""
+        self._stream: torch.cuda.Stream | None = None
+        """Libraries keep a workspace for each; so it is one for all recordings."""
 
     @torch.inference_mode()
     def __call__(self, token_ids: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
@@ -46,6 +54,9 @@ class DecodingGraphs:
         if shape not in self._recorded:
             self._recorded[shape] = self._record(num_rows, length)
         recorded = self._recorded[shape]
+        self._recorded.move_to_end(shape)
+        if len(self._recorded) > MAX_GRAPHS:
+            self._recorded.popitem(last=False)
         num_idle = num_rows - count
         recorded.ids.copy_(torch.tensor([*token_ids, *[0] * num_idle]))
         recorded.positions.copy_(torch.tensor([*lengths, *[self._idle_cell] * num_idle]))
@@ -68,12 +79,14 @@ class DecodingGraphs:
 
     def _capture(self, run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
         """`run` once more on each call of the first, its result in the second."""
-        stream = torch.cuda.Stream()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        self._stream = self._stream or torch.cuda.Stream()
+        stream = self._stream
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # libraries set themselves up outside of the recording
             run()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
             logits = run()
         return graph.replay, logits

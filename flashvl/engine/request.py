@@ -45,10 +45,19 @@ class Request:
         for name, holds, rule in (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
             ("min_new_tokens", self.min_new_tokens >= 0, "at least 0"),
-            ("temperature", self.temperature >= 0, "at least 0"),
+            # Below it the logits' quotients overflow.
+            (
+                "temperature",
+                self.temperature == 0 or 1e-3 <= self.temperature <= 1e3,
+                "0, or between 0.001 and 1000",
+            ),
             ("top_k", self.top_k >= 0, "at least 0"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+            (
+                "repetition_penalty",
+                1e-3 <= self.repetition_penalty <= 1e3,
+                "between 0.001 and 1000",
+            ),
             ("logprobs", self.logprobs is None or self.logprobs >= 0, "at least 0, or None"),
             ("stop", all(self.stop), "without empty strings"),
         ):

@@ -52,6 +52,7 @@ class Sampler:
             probabilities = ordered.softmax(-1)
             # What stands before a token, not the token itself: the first is always admitted.
             is_out = probabilities.cumsum(-1) - probabilities >= request.top_p
+            is_out[0] = False  # where top_p is 0 in fp32
             logits = logits.masked_fill(is_out.scatter(0, order, is_out), -torch.inf)
         return logits
 
@@ -59,6 +60,6 @@ class Sampler:
 def token_logprobs(logits: torch.Tensor, token: int, count: int) -> TokenLogprobs:
     """Log-probabilities of `token` and of the `count` likeliest, by the (vocabulary,) logits."""
     logprobs = logits.float().log_softmax(-1)
-    values, tokens = logprobs.topk(count)
+    values, tokens = logprobs.topk(min(count, len(logprobs)))
     top = dict(zip(tokens.tolist(), values.tolist(), strict=True))
     return TokenLogprobs(logprob=float(logprobs[token]), top=top)

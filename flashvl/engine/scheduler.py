@@ -3,6 +3,7 @@
 It knows lengths and rows, no tensors.
 """
 
+import itertools
 from collections import deque
 
 from flashvl.engine.cache import KVCache
@@ -40,12 +41,15 @@ class Scheduler:
         first = self.waiting[0]
         length = len(first.prompt)
         free = self._free_rows(first.max_length)
+        if not free:
+            return []
         size = min(free, max(self.max_prefill_tokens // length, 1))
-        group = [
+        alike = (
             sequence
             for sequence in self.waiting
             if len(sequence.prompt) == length and sequence.max_length <= self.cache.row_length
-        ][:size]
+        )
+        group = list(itertools.islice(alike, size))
         chosen = set(group)
         self.waiting = deque(sequence for sequence in self.waiting if sequence not in chosen)
         self.prefilling = group
@@ -58,7 +62,8 @@ class Scheduler:
         """
         cache, in_use = self.cache, len(self.decoding)
         needed = max([length, *(sequence.max_length for sequence in self.decoding)])
-        is_good = cache.row_length >= needed and cache.num_rows > in_use > 0
+        is_few_or_loose = cache.num_rows <= in_use if in_use else cache.row_length > 2 * needed
+        is_good = cache.row_length >= needed and not is_few_or_loose
         if not is_good and cache.rows_of(needed) > in_use:
             cache.resize_rows(needed, [sequence.num_cached for sequence in self.decoding])
         return cache.num_rows - in_use if cache.row_length >= needed else 0

@@ -24,7 +24,9 @@ from flashvl.batch import job as job_module
 from flashvl.batch.inputs import ParquetFiles, find_source
 from flashvl.batch.job import CaptionJob, run_caption_job
 from flashvl.batch.manifest import MANIFEST, held
+from flashvl.batch.outputs import OutputFolder
 from flashvl.cli import app
+from flashvl.data.schema import CAPTIONS
 from flashvl.errors import ConfigError, FlashVLError
 
 NUM_ROWS = 60
@@ -265,3 +267,13 @@ def test_the_command_goes_on_and_tells_that_all_is_done(ray_cluster: None, job: 
     result = CliRunner().invoke(app, [*command, "--max-new-tokens", "5"])
     assert result.exit_code == 2
     assert "max_new_tokens was 4 and is 5" in result.stderr
+
+
+def test_no_row_waits_long_for_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flashvl.batch.outputs.SECONDS_PER_FILE", 0.0)
+    output = OutputFolder(tmp_path / "out")
+    for row in range(3):
+        columns = {name: [None] for name in (*CAPTIONS.names, "stage", "reason")}
+        output.write(pa.table(columns | {"row": [row]}))
+        assert output.done(3).sum() == row + 1
+    assert len(list((tmp_path / "out" / "dead_letters").iterdir())) == 0

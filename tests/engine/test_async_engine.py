@@ -110,3 +110,19 @@ def test_a_closed_engine_answers_nobody(tiny_random: Path) -> None:
     asynchronous.close()
     with pytest.raises(RuntimeError, match="closed"):
         asyncio.run(asynchronous.generate(ask(1)))
+
+
+def test_a_caller_whose_event_loop_has_closed_harms_nobody(
+    asynchronous: AsyncEngine, engine: Engine
+) -> None:
+    """`asyncio.run` ends at the time-out, while the engine is in the middle of a step."""
+
+    async def give_up() -> None:
+        request = ask(0, max_new_tokens=400, ignore_eos=True)
+        await asyncio.wait_for(asynchronous.generate(request), 0.05)
+
+    for _ in range(8):
+        with pytest.raises(TimeoutError):
+            asyncio.run(give_up())
+    expected = engine.generate([ask(1)])[0]
+    assert asyncio.run(asynchronous.generate(ask(1))) == expected

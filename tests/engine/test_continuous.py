@@ -408,3 +408,31 @@ def test_the_first_token_is_handed_out_before_the_second_is_made(subject: Subjec
         assert len(sequence.token_ids) >= 1 + num_steps // 2
     assert num_steps > 10
     engine.cancel(first)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 1e-3},
+        {"temperature": 1e3, "min_new_tokens": 2},
+        {"temperature": 1.0, "top_p": 1e-50},
+        {"logprobs": 10_000},
+        {"repetition_penalty": 1e3},
+    ],
+    ids=str,
+)
+def test_extreme_parameters_that_are_accepted_are_answered(
+    subject: Subject, options: dict[str, Any]
+) -> None:
+    engine = subject.engine()
+    messages = [{"role": "user", "content": "Describe"}]
+    (completion,) = engine.generate([Request(messages=messages, max_new_tokens=3, **options)])
+    assert len(completion.token_ids) <= 3
+
+
+@pytest.mark.parametrize("value", [1e-40, float("inf"), float("nan"), -1.0])
+def test_parameters_that_would_overflow_are_refused(value: float) -> None:
+    with pytest.raises(DataError, match="temperature"):
+        Request(messages=[], temperature=value)
+    with pytest.raises(DataError, match="repetition_penalty"):
+        Request(messages=[], repetition_penalty=value)
