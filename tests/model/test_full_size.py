@@ -11,8 +11,9 @@ import pytest
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
-MAX_GIB = 12
-"""4.3 GiB of weights, the library, and what one forward pass holds."""
+MAX_GIB = 16
+"""4.3 GiB of random numbers, 4.7 of the same packed for the engine, a cache of a quarter of what is
+free then, the library, and what one forward pass holds."""
 
 CAPTION = """
 import json, resource, sys, time
