@@ -18,7 +18,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
 
-from flashvl.batch.manifest import hash_stats
 from flashvl.data.schema import check_image_table
 from flashvl.errors import ConfigError
 
@@ -43,8 +42,8 @@ class Source(Protocol):
     @property
     def num_rows(self) -> int: ...
 
-    def fingerprint(self) -> str:
-        """Changes with the files."""
+    @property
+    def files(self) -> list[Path]: ...
 
     def read(self, is_done: Done) -> ray.data.Dataset:
         """The rows that are not done yet: `row`, `id` and `image`, encoded, or its file's `path`.
@@ -64,9 +63,6 @@ class ParquetFiles:
     @property
     def num_rows(self) -> int:
         return sum(map(sum, self.row_groups))
-
-    def fingerprint(self) -> str:
-        return hash_stats({str(file.absolute()): file for file in self.files})
 
     def read(self, is_done: Done) -> ray.data.Dataset:
         pieces = list(self._pieces(is_done))
@@ -131,9 +127,6 @@ class ImageFolder:
     @property
     def num_rows(self) -> int:
         return len(self.files)
-
-    def fingerprint(self) -> str:
-        return hash_stats({str(file.absolute()): file for file in self.files})
 
     def read(self, is_done: Done) -> ray.data.Dataset:
         rows = np.flatnonzero(~is_done)

@@ -29,6 +29,7 @@ from flashvl.batch.manifest import (
     claim,
     has_begun,
     hash_folder,
+    hash_stats,
     held,
     unclaim,
 )
@@ -178,7 +179,7 @@ def check_caption_job(job: CaptionJob) -> tuple[Source, Fingerprint]:
         "prompt": job.prompt,
         "max_new_tokens": job.max_new_tokens,
         "limits": job.limits.model_dump_json(),
-        "input": source.fingerprint(),
+        "input": hash_stats(source.files),
         "num_rows": source.num_rows,
     }
     if has_begun(job.output) and not job.restart:

@@ -8,7 +8,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -39,13 +39,15 @@ def _hash_files(files: tuple[tuple[Path, int, int], ...]) -> str:
     return whole.hexdigest()
 
 
-def hash_stats(files: Mapping[str, Path]) -> str:
-    """Of names, sizes and times of change, as nobody reads 50 million images to start."""
+def hash_stats(files: Iterable[Path]) -> str:
+    """Of paths, sizes and times of change, as nobody reads 50 million images to start."""
     whole = hashlib.blake2b(digest_size=16)
-    for name, path in files.items():
+    for path in files:
         stat = path.stat()
         whole.update(
-            f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode(errors="surrogateescape")
+            f"{path.absolute()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode(
+                errors="surrogateescape"
+            )
         )
     return whole.hexdigest()
 

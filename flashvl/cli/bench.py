@@ -12,7 +12,6 @@ from flashvl.entrypoint import report_errors, show_progress
 
 if TYPE_CHECKING:
     from flashvl.bench.contenders import Contender
-    from flashvl.bench.latency import Latency
     from flashvl.bench.machine import Machine
 
 bench_app = typer.Typer(no_args_is_help=True, help="Measure how fast it is, beside its peers.")
@@ -67,7 +66,6 @@ def latency(
     """
     with report_errors():
         from flashvl.bench.contenders import build_flashvl
-        from flashvl.bench.latency import measure_latency
         from flashvl.bench.machine import measure_machine
         from flashvl.bench.models import load_twins
 
@@ -75,11 +73,7 @@ def latency(
         twins = load_twins(model, preset, random_weights)
         machine = measure_machine(twins.model.dtype, twins.model.device)
         contenders = build_flashvl(twins)
-        with show_progress("measuring") as on_progress:
-            latencies = measure_latency(
-                contenders, machine, num_tokens=tokens, rounds=rounds, on_progress=on_progress
-            )
-        _report_latencies(machine, latencies, json_file, plot)
+        _compare_latencies(contenders, machine, tokens, rounds, json_file, plot)
 
 
 @bench_app.command()
@@ -100,7 +94,6 @@ def peers(
     """
     with report_errors():
         from flashvl.bench.contenders import build_flashvl
-        from flashvl.bench.latency import measure_latency
         from flashvl.bench.machine import measure_machine
         from flashvl.bench.models import RandomWeights, build_twins
         from flashvl.bench.peers import build_peers, paper_scores
@@ -110,11 +103,9 @@ def peers(
         twins = build_twins(preset, weights)
         machine = measure_machine(twins.model.dtype, twins.model.device)
         contenders: list[Contender] = [*build_flashvl(twins), *build_peers(weights)]
-        with show_progress("measuring") as on_progress:
-            latencies = measure_latency(
-                contenders, machine, num_tokens=tokens, rounds=rounds, on_progress=on_progress
-            )
-        _report_latencies(machine, latencies, json_file, plot, paper_scores(preset))
+        _compare_latencies(
+            contenders, machine, tokens, rounds, json_file, plot, paper_scores(preset)
+        )
 
 
 @bench_app.command()
@@ -196,13 +187,22 @@ def _check_writable(json_file: Path | None, plot: Path | None = None) -> None:
         raise ConfigError(f"--plot {plot} must be a .png file in a folder that exists")
 
 
-def _report_latencies(
+def _compare_latencies(
+    contenders: Sequence["Contender"],
     machine: "Machine",
-    latencies: Sequence["Latency"],
+    tokens: int,
+    rounds: int,
     json_file: Path | None,
     plot: Path | None,
     scores: Mapping[str, float] = {},
 ) -> None:
+    """Measure, write what is asked for and print the table."""
+    from flashvl.bench.latency import measure_latency
+
+    with show_progress("measuring") as on_progress:
+        latencies = measure_latency(
+            contenders, machine, num_tokens=tokens, rounds=rounds, on_progress=on_progress
+        )
     if json_file is not None:
         figures = [asdict(each) for each in latencies]
         write_json(json_file, {"machine": asdict(machine), "contenders": figures})

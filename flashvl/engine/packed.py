@@ -1,7 +1,7 @@
 """Linear layers in bf16 on a CPU, their weights laid out in memory as oneDNN's kernels read them.
 
 `F.linear` hands oneDNN a plain matrix, which every call must read against its grain. Packed once,
-the same kernels read it in order: a decoding step takes about three quarters of the time.
+the same kernels read it in order: a decoding step takes half to three quarters of the time.
 """
 
 import torch

@@ -116,7 +116,7 @@ def _flash_vl(
 
 
 def _tiny(
-    mode: TilingMode = "static", tiling: dict[str, Any] | None = None
+    mode: TilingMode = "static", overlap: dict[str, int] | None = None
 ) -> Callable[[], FlashVLConfig]:
     """The architecture at 1/400 of its size, for the procedural world on a CPU."""
 
@@ -149,7 +149,7 @@ def _tiny(
             pad_token_id=0,
         )
 
-    options: dict[str, Any] = {} if tiling is None else {"tiling": tiling}
+    options: dict[str, Any] = {} if overlap is None else {"tiling": {"mode": mode, **overlap}}
     return _flash_vl(tower, llm, mode, image_token_id=3, projector_hidden_size=512, **options)
 
 
@@ -180,8 +180,8 @@ PRESETS: dict[str, Callable[[], FlashVLConfig]] = {
     # The procedural world's.
     "tiny": _tiny(),
     "tiny-dynamic": _tiny("dynamic"),
-    "tiny-overlap": _tiny("overlap", {"mode": "overlap", **_TINY_OVERLAP}),
-    "tiny-iss": _tiny("iss", {"mode": "iss", **_TINY_OVERLAP}),
+    "tiny-overlap": _tiny("overlap", _TINY_OVERLAP),
+    "tiny-iss": _tiny("iss", _TINY_OVERLAP),
 }
 
 
