@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Protocol
 
 from flashvl.errors import ConfigError, FlashVLError
@@ -28,7 +29,7 @@ PROGRESS_LINE_S = 10.0
 class ShowProgress(Protocol):
     """Shows how far a long run is."""
 
-    def __call__(self, done: int, total: int, loss: float | None = None) -> None: ...
+    def __call__(self, done: int, total: int, note: str = "") -> None: ...
 
 
 @contextmanager
@@ -106,7 +107,7 @@ def _no_stderr() -> Iterator[None]:
 
 @contextmanager
 def show_progress(what: str) -> Iterator[ShowProgress]:
-    """A function of (done, total) and perhaps the loss that draws a bar on stderr, or lines.
+    """A function of (done, total) and perhaps a note that draws a bar on stderr, or lines.
 
     Lines now and then are for where there is no terminal.
     """
@@ -124,26 +125,35 @@ def show_progress(what: str) -> Iterator[ShowProgress]:
         yield _print_lines(what)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
-        task = progress.add_task(what, total=None)
+    note_column = TextColumn("{task.fields[note]}")
+    with Progress(
+        *columns, TimeRemainingColumn(), note_column, console=console, transient=True
+    ) as progress:
+        task = progress.add_task(what, total=None, note="")
 
-        def on_progress(done: int, total: int, loss: float | None = None) -> None:
-            progress.update(task, completed=done, total=total, description=_label(what, loss))
+        def on_progress(done: int, total: int, note: str = "") -> None:
+            progress.update(task, completed=done, total=total, note=note)
 
         yield on_progress
 
 
-def _label(what: str, loss: float | None) -> str:
-    return what if loss is None else f"{what} (loss {loss:.4f})"
-
-
 def _print_lines(what: str) -> ShowProgress:
-    next_s = time.monotonic() + PROGRESS_LINE_S
+    began_s = time.monotonic()
+    next_s = began_s + PROGRESS_LINE_S
+    first: int | None = None
+    """Done when this run began, or soon after."""
 
-    def on_progress(done: int, total: int, loss: float | None = None) -> None:
-        nonlocal next_s
-        if time.monotonic() >= next_s:
-            next_s = time.monotonic() + PROGRESS_LINE_S
-            sys.stderr.write(f"{_label(what, loss)}: {done} of {total}\n")
+    def on_progress(done: int, total: int, note: str = "") -> None:
+        nonlocal next_s, first
+        now_s = time.monotonic()
+        first = done if first is None else first
+        if now_s >= next_s:
+            next_s = now_s + PROGRESS_LINE_S
+            left = ""
+            if done > first:
+                seconds = (now_s - began_s) * (total - done) / (done - first)
+                left = f", {timedelta(seconds=round(seconds))} left"
+            note = f", {note}" if note else ""
+            sys.stderr.write(f"{what}: {done} of {total}{note}{left}\n")
 
     return on_progress

@@ -5,20 +5,25 @@ so that the closing audit compares two independent counts.
 """
 
 import glob
+import hashlib
 import os
-from collections.abc import Iterator
+import posixpath
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import ray.data
+from fsspec import AbstractFileSystem
 
-from flashvl.data.schema import check_image_table
+from flashvl.batch.files import Location, locate, open_input, walk
+from flashvl.data.schema import ImageColumns, find_image_columns
 from flashvl.errors import ConfigError
 
 IMAGE_SUFFIXES = frozenset(
@@ -28,12 +33,17 @@ IMAGE_SUFFIXES = frozenset(
 
 MAX_READ_TASKS = 512
 """Row groups are read by so many tasks at most, several in one where there are more."""
-ROWS_PER_READ = 256
+ROWS_PER_READ = 64
+"""Rows that a task holds at once, at most; fewer where they are large."""
+BYTES_PER_READ = 32 * 2**20
 
 Done = npt.NDArray[np.bool_]
 """(rows of the input,): True where the output holds the row."""
 
 REMEDY = "name a Parquet file, a folder or glob of *.parquet, or a folder of images"
+
+KEYS = [pa.field("id", pa.string()), pa.field("row", pa.int64())]
+"""Which row it is, for people and for certain."""
 
 
 class Source(Protocol):
@@ -43,26 +53,67 @@ class Source(Protocol):
     def num_rows(self) -> int: ...
 
     @property
-    def files(self) -> list[Path]: ...
+    def kept(self) -> pa.Schema:
+        """The columns that go through to the output."""
+
+    def describe(self) -> str:
+        """What is read, for people."""
+
+    def hash(self) -> str:
+        """Of all files' paths, sizes and times of change: nobody reads 50 million images first."""
 
     def read(self, is_done: Done) -> ray.data.Dataset:
-        """The rows that are not done yet: `row`, `id` and `image`, encoded, or its file's `path`.
+        """The rows that are not done yet.
 
-        `row` is the row's place in the input, from 0.
+        `id`; `row`, the place in the input, from 0; `image`, encoded, or the `path` of its file;
+        perhaps `prompt`; and, if any, `kept`, a struct of what goes through to the output.
         """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ParquetFiles:
-    """Image tables, one or many."""
+class ParquetFile:
+    """One file of an image table."""
 
-    files: list[Path]
-    row_groups: list[list[int]]
-    """Rows of each row group of each file."""
+    path: str
+    name: str
+    """From the table's folder: what an id begins with where the table has none."""
+    size: int
+    mtime: str
+    row_groups: list[int]
+    """Rows of each."""
+    schema: pa.Schema
+    partition: dict[str, str | None]
+    """Columns that the folders' names tell, as in `date=2026-01-31/`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParquetFiles:
+    """An image table, in one file or many."""
+
+    store: AbstractFileSystem
+    files: list[ParquetFile]
+    columns: ImageColumns
 
     @property
     def num_rows(self) -> int:
-        return sum(map(sum, self.row_groups))
+        return sum(sum(file.row_groups) for file in self.files)
+
+    @property
+    def kept(self) -> pa.Schema:
+        return pa.schema([self.files[0].schema.field(name) for name in self.columns.kept])
+
+    def describe(self) -> str:
+        columns = self.columns
+        parts = [f"image from column {columns.image}"]
+        parts.append(f"id from {f'column {columns.id}' if columns.id else 'file, group and row'}")
+        if columns.prompt:
+            parts.append(f"prompt from column {columns.prompt}")
+        if columns.kept:
+            parts.append(f"kept {', '.join(columns.kept)}")
+        return f"{len(self.files)} Parquet files: {', '.join(parts)}"
+
+    def hash(self) -> str:
+        return _hash((file.path, file.size, file.mtime) for file in self.files)
 
     def read(self, is_done: Done) -> ray.data.Dataset:
         pieces = list(self._pieces(is_done))
@@ -71,20 +122,27 @@ class ParquetFiles:
         blocks = [pieces[start : start + size] for start in range(0, len(pieces), size)]
         return ray.data.from_arrow(
             [pa.Table.from_pylist(block, schema=_PIECE) for block in blocks]
-        ).map_batches(_read_pieces, batch_size=None, batch_format="pyarrow")
+        ).map_batches(
+            _read_pieces,
+            fn_kwargs={"store": self.store, "columns": self.columns, "kept": self.kept},
+            batch_size=None,
+            batch_format="pyarrow",
+        )
 
     def _pieces(self, is_done: Done) -> Iterator[dict[str, Any]]:
         """The row groups in which a row is not done yet."""
         first_row = 0
-        for file, counts in zip(self.files, self.row_groups, strict=True):
-            for number, count in enumerate(counts):
+        for file in self.files:
+            for number, count in enumerate(file.row_groups):
                 skipped = is_done[first_row : first_row + count]
                 if not skipped.all():
                     yield {
-                        "path": os.fsencode(file.absolute()),
+                        "path": os.fsencode(file.path),
+                        "name": file.name,
                         "row_group": number,
                         "first_row": first_row,
                         "is_done": np.packbits(skipped).tobytes(),
+                        "partition": list(file.partition.items()),
                     }
                 first_row += count
 
@@ -92,57 +150,153 @@ class ParquetFiles:
 _PIECE = pa.schema(
     [
         ("path", pa.binary()),
+        ("name", pa.string()),
         ("row_group", pa.int64()),
         ("first_row", pa.int64()),
         ("is_done", pa.binary()),
+        ("partition", pa.map_(pa.string(), pa.string())),
     ]
 )
 
 
-def _read_pieces(pieces: pa.Table) -> Iterator[pa.Table]:
+def _read_pieces(
+    pieces: pa.Table, *, store: AbstractFileSystem, columns: ImageColumns, kept: pa.Schema
+) -> Iterator[pa.Table]:
     """The rows of some row groups that are not done, a few at a time."""
     for piece in pieces.to_pylist():
         is_done = np.unpackbits(np.frombuffer(piece["is_done"], np.uint8)).astype(bool)
+        partition = dict(piece["partition"])
+        path = os.fsdecode(piece["path"])
         start = 0
-        with pq.ParquetFile(os.fsdecode(piece["path"])) as file:
-            for batch in file.iter_batches(
-                batch_size=ROWS_PER_READ,
+        with open_input(store, path) as opened, pq.ParquetFile(opened) as file:
+            batches = file.iter_batches(
+                batch_size=_rows_at_once(file, piece["row_group"]),
                 row_groups=[piece["row_group"]],
-                columns=["id", "image"],
-            ):
+                columns=[name for name in columns.names if name not in partition],
+            )
+            for batch in batches:
                 places = np.arange(start, start + batch.num_rows)
                 start += batch.num_rows
-                rows = pa.Table.from_batches([batch]).select(["id", "image"])
-                rows = rows.append_column("row", pa.array(piece["first_row"] + places, pa.int64()))
+                table = pa.Table.from_batches([batch])
+                for name, value in partition.items():
+                    if name in columns.names and name not in table.column_names:
+                        table = table.append_column(
+                            name, pa.array([value] * batch.num_rows, pa.string())
+                        )
+                rows = _as_rows(table, columns, kept, path)
+                ids = _make_ids(table, columns.id, f"{piece['name']}:{piece['row_group']}", places)
+                rows = rows.add_column(0, "id", ids).add_column(
+                    1, "row", pa.array(piece["first_row"] + places, pa.int64())
+                )
                 yield rows.filter(pa.array(~is_done[places]))
+
+
+def _rows_at_once(file: pq.ParquetFile, row_group: int) -> int:
+    footer = file.metadata.row_group(row_group)
+    bytes_per_row = footer.total_byte_size / max(footer.num_rows, 1)
+    return max(min(ROWS_PER_READ, int(BYTES_PER_READ / max(bytes_per_row, 1))), 1)
+
+
+def _make_ids(
+    table: pa.Table, column: str | None, group: str, places: npt.NDArray[np.int64]
+) -> pa.ChunkedArray | pa.Array:
+    """The column's, as text; made of file, row group and row where there is none."""
+    if column is not None:
+        return table[column].cast(pa.string())
+    return pa.array([f"{group}:{place}" for place in places.tolist()], pa.string())
+
+
+def _as_rows(table: pa.Table, columns: ImageColumns, kept: pa.Schema, file: str) -> pa.Table:
+    """`image`, `path` and what else there is of `Source.read`, but for `id` and `row`."""
+    images, paths = _split_images(table[columns.image])
+    folder = posixpath.dirname(file)
+    found = {
+        "image": images,
+        "path": pa.array(
+            [None if path is None else _resolve(path, folder) for path in paths], pa.binary()
+        ),
+    }
+    if columns.prompt is not None:
+        found["prompt"] = table[columns.prompt].cast(pa.string())
+    if len(kept):
+        parts = [table[field.name].cast(field.type).combine_chunks() for field in kept]
+        found["kept"] = pa.StructArray.from_arrays(parts, fields=list(kept))
+    return pa.table(found)
+
+
+def _split_images(images: pa.ChunkedArray) -> tuple[pa.ChunkedArray, list[str | None]]:
+    """The encoded bytes, null where there are none; and the paths of those that lie elsewhere."""
+    none: list[str | None] = [None] * len(images)
+    if pa.types.is_dictionary(images.type):
+        images = images.cast(images.type.value_type)
+    if pa.types.is_struct(images.type):
+        data = pc.struct_field(images, "bytes")
+        if images.type.get_field_index("path") >= 0:
+            paths = pc.struct_field(images, "path").cast(pa.string())
+            none = pc.if_else(pc.is_null(data), paths, None).to_pylist()
+        return data.cast(pa.large_binary()), none
+    if _is_path(images.type):
+        return pa.chunked_array([pa.nulls(len(images), pa.large_binary())]), images.to_pylist()
+    return images.cast(pa.large_binary()), none
+
+
+def _is_path(column_type: pa.DataType) -> bool:
+    return not any(
+        test(column_type)
+        for test in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
+    )
+
+
+def _resolve(path: str, folder: str) -> bytes:
+    """A path or URI in a table of `folder` -> itself, or a path in the table's own store."""
+    return os.fsencode(path if "://" in path else posixpath.join(folder, path))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageFolder:
     """Image files below a folder; the id is the path from there."""
 
-    folder: Path
-    files: list[Path]
+    folder: Location
+    files: list[str]
+    file_hash: str
 
     @property
     def num_rows(self) -> int:
         return len(self.files)
 
+    @property
+    def kept(self) -> pa.Schema:
+        return pa.schema([])
+
+    def describe(self) -> str:
+        return f"image files below {self.folder}: id is the path from there"
+
+    def hash(self) -> str:
+        return self.file_hash
+
     def read(self, is_done: Done) -> ray.data.Dataset:
         rows = np.flatnonzero(~is_done)
         # A file's name may be no valid text: the path keeps its bytes, the id is made readable.
-        names = [os.fsencode(self.files[row].relative_to(self.folder)) for row in rows]
+        names = [os.fsencode(posixpath.relpath(self.files[row], self.folder.path)) for row in rows]
         table = pa.table(
             {
-                "row": pa.array(rows, pa.int64()),
                 "id": pa.array([name.decode(errors="replace") for name in names], pa.string()),
-                "path": [os.fsencode(self.files[row].absolute()) for row in rows],
+                "row": pa.array(rows, pa.int64()),
+                "image": pa.nulls(len(rows), pa.large_binary()),
+                "path": [os.fsencode(self.files[row]) for row in rows],
             }
         )
         return ray.data.from_arrow(table)
 
 
-def find_source(text: str) -> Source:
+def find_source(
+    text: str,
+    *,
+    image_column: str | None = None,
+    id_column: str | None = None,
+    prompt_column: str | None = None,
+    keep: Sequence[str] = (),
+) -> Source:
     """The rows that `text` names: a Parquet file, a folder or glob of them, or a folder of images.
 
     A folder with a `*.parquet` anywhere below it is a folder of Parquet; else its image files are
@@ -151,70 +305,127 @@ def find_source(text: str) -> Source:
     Raises:
         ConfigError: there is nothing, or not an image table.
     """
-    path = Path(text)
-    if path.is_dir():
-        files = list(_walk(path, hidden=(".", "_"), suffixes=frozenset((".parquet",))))
-        if not files:
-            return _find_images(path, text)
-    elif path.exists():
-        files = [path]
+    location = locate(text)
+    store = location.store
+    if location.is_folder():
+        tables = [
+            (path, info)
+            for path, info in walk(location, hidden=(".", "_"))
+            if path.lower().endswith(".parquet")
+        ]
+        if not tables:
+            if image_column or id_column or prompt_column or keep:
+                raise ConfigError(
+                    f"input {text!r} is a folder of images, which has no columns; leave out"
+                    " --image-column, --id-column, --prompt-column and --keep"
+                )
+            return _find_images(location, text)
+    elif location.is_file():
+        tables = [(location.path, store.info(location.path))]
     else:
-        files = sorted(Path(match) for match in glob.glob(text, recursive=True))
-        files = [file for file in files if file.is_file()]
-        if not files:
+        matches = store.glob(location.path) if glob.has_magic(text) else []
+        tables = [(path, store.info(path)) for path in sorted(matches) if store.isfile(path)]
+        if not tables:
             raise ConfigError(f"input {text!r} does not exist, nor does it match a file; {REMEDY}")
-    for file in files:
-        if file.suffix.lower() != ".parquet":
-            raise ConfigError(f"input {text!r}: {file} does not end in .parquet; {REMEDY}")
-    return ParquetFiles(files=files, row_groups=_read_footers(files))
+    for path, _ in tables:
+        if not path.lower().endswith(".parquet"):
+            raise ConfigError(f"input {text!r}: {path} does not end in .parquet; {REMEDY}")
+    files = _read_footers(store, tables)
+    columns = find_image_columns(
+        files[0].schema,
+        source=files[0].path,
+        image=image_column,
+        id=id_column,
+        prompt=prompt_column,
+        kept=keep,
+    )
+    _check_alike(files, columns)
+    return ParquetFiles(store=store, files=files, columns=columns)
 
 
-def _find_images(folder: Path, text: str) -> ImageFolder:
-    files = list(_walk(folder, hidden=(".",), suffixes=IMAGE_SUFFIXES))
+def _find_images(folder: Location, text: str) -> ImageFolder:
+    files = {
+        path: info
+        for path, info in walk(folder, hidden=(".",))
+        if posixpath.splitext(path)[1].lower() in IMAGE_SUFFIXES
+    }
     if not files:
         known = ", ".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))
         raise ConfigError(
             f"input {text!r} holds no *.parquet and no image file ({known}); {REMEDY}"
         )
-    return ImageFolder(folder=folder, files=files)
+    stats = ((path, info["size"], str(info["mtime"])) for path, info in files.items())
+    return ImageFolder(folder=folder, files=list(files), file_hash=_hash(stats))
 
 
-def _walk(folder: Path, hidden: tuple[str, ...], suffixes: frozenset[str]) -> Iterator[Path]:
-    """Files below `folder` with one of `suffixes`, in a stable order."""
-    for parent, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith(hidden))
-        for name in sorted(names):
-            path = Path(parent, name)
-            if path.suffix.lower() in suffixes and not name.startswith(hidden) and path.is_file():
-                yield path
+def _hash(stats: Iterable[tuple[str, int, str]]) -> str:
+    whole = hashlib.blake2b(digest_size=16)
+    for path, size, mtime in stats:
+        whole.update(f"{path}\0{size}\0{mtime}\n".encode(errors="surrogateescape"))
+    return whole.hexdigest()
 
 
-def _read_footers(files: list[Path]) -> list[list[int]]:
-    """Rows of each row group of each of `files`, whose schemas are checked."""
+def _read_footers(
+    store: AbstractFileSystem, tables: list[tuple[str, dict[str, Any]]]
+) -> list[ParquetFile]:
+    root = posixpath.commonpath([posixpath.dirname(path) for path, _ in tables])
+
+    def read(table: tuple[str, dict[str, Any]]) -> ParquetFile:
+        path, info = table
+        try:
+            with open_input(store, path) as opened, pq.ParquetFile(opened) as file:
+                footer = file.metadata
+                row_groups = [footer.row_group(n).num_rows for n in range(footer.num_row_groups)]
+                schema = file.schema_arrow
+        except (OSError, pa.ArrowException) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(
+                f"{path} is not a readable Parquet file ({reason}); replace or remove it"
+            ) from None
+        partition = {
+            name: value for name, value in _partition(path).items() if name not in schema.names
+        }
+        for name in partition:
+            schema = schema.append(pa.field(name, pa.string()))
+        return ParquetFile(
+            path=path,
+            name=os.fsencode(posixpath.relpath(path, root)).decode(errors="replace"),
+            size=info["size"],
+            mtime=str(info["mtime"]),
+            row_groups=row_groups,
+            schema=schema,
+            partition=partition,
+        )
+
     with ThreadPoolExecutor(
         max_workers=16
     ) as pool:  # a footer is a few small reads: mostly waiting
-        footers = list(pool.map(_read_footer, files))
-    first = footers[0][1]
-    for file, (_, schema) in zip(files, footers, strict=True):
-        check_image_table(schema, source=str(file))
-        for name in ("id", "image"):
-            if schema.field(name).type != first.field(name).type:
+        return list(pool.map(read, tables))
+
+
+def _partition(path: str) -> dict[str, str | None]:
+    """The columns that the names of a file's folders tell, in Hive's way."""
+    names = [part.partition("=")[0] for part in path.split("/")[:-1] if "=" in part]
+    scheme = ds.HivePartitioning(pa.schema([(name, pa.string()) for name in dict.fromkeys(names)]))
+    return ds.get_partition_keys(scheme.parse(path))
+
+
+def _check_alike(files: list[ParquetFile], columns: ImageColumns) -> None:
+    """All files have the columns that are read, of one type."""
+    first = files[0]
+    for file in files:
+        found = find_image_columns(
+            file.schema,
+            source=file.path,
+            image=columns.image,
+            id=columns.id,
+            prompt=columns.prompt,
+            kept=columns.kept,
+        )
+        for name in found.names:
+            here, there = file.schema.field(name).type, first.schema.field(name).type
+            if here != there:
                 raise ConfigError(
-                    f"{file}: column {name!r} has type {schema.field(name).type}, but "
-                    f"{first.field(name).type} in {files[0]}; write all files with one schema"
+                    f"{file.path}: column {name!r} has type {here}, but {there} in {first.path};"
+                    " write all files with one schema"
                 )
-    return [row_groups for row_groups, _ in footers]
-
-
-def _read_footer(file: Path) -> tuple[list[int], pa.Schema]:
-    try:
-        with pq.ParquetFile(file) as table:
-            footer = table.metadata
-            row_groups = [footer.row_group(n).num_rows for n in range(footer.num_row_groups)]
-            return row_groups, table.schema_arrow
-    except (OSError, pa.ArrowException) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(
-            f"{file} is not a readable Parquet file ({reason}); replace or remove it"
-        ) from None

@@ -2,73 +2,89 @@
 
     read -> decode and tile (CPU tasks) -> caption (a pool of engines) -> Parquet
 
-It does not start Ray: the entry point does. Model, input and output are paths that every node of
-the cluster sees (the output only the driver's).
+It does not start Ray: the entry point does. The model is a path that every node sees.
 """
 
-import functools
 import logging
-import signal
-import threading
+import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Generator
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Annotated
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
-import ray.data
-from pydantic import PositiveInt, field_validator
-from ray.exceptions import RayTaskError
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
+from ray.actor import ActorHandle
 
 from flashvl import __version__
+from flashvl.batch.captioner import Question
+from flashvl.batch.files import Location, locate
+from flashvl.batch.gate import Gate
 from flashvl.batch.inputs import Done, Source, find_source
-from flashvl.batch.manifest import (
-    Fingerprint,
-    check_same,
-    claim,
-    has_begun,
-    hash_folder,
-    hash_stats,
-    held,
-    unclaim,
-)
-from flashvl.batch.outputs import SUMMARY, OutputFolder, check_output, remove_rows
-from flashvl.batch.stages import Captioner, tile_images
+from flashvl.batch.manifest import Fingerprint, check_same, claim, has_begun, hash_folder, held
+from flashvl.batch.outputs import SUMMARY, OutputFolder, Parts, check_output, remove_rows
+from flashvl.batch.pipeline import captioned, engines_per_node
+from flashvl.batch.progress import Meter, OnProgress
+from flashvl.batch.report import write_report
+from flashvl.batch.stopping import stopped_by_sigterm
 from flashvl.config import StrictModel
+from flashvl.data.features import encode_prompt
 from flashvl.data.images import ImageLimits
 from flashvl.data.schema import IMAGE_MARKER
+from flashvl.engine.engine import MAX_LENGTH
 from flashvl.errors import ConfigError, FlashVLError
-from flashvl.model.loading import SHIPPED, load_processor, resolve_checkpoint
+from flashvl.model import FlashVLConfig
+from flashvl.model.loading import load_processor, resolve_checkpoint
 
 logger = logging.getLogger(__name__)
 
-ROWS_PER_TASK = 256
-"""Rows that one CPU task decodes and tiles: seconds of work, and what a lost worker costs."""
-
-Progress = Callable[[int, int], None]
-"""Called with the rows done and the rows in all."""
+MIN_ROWS_OF_RATE = 1000
+"""The share of dead letters is taken of so many rows at least, so that ten bad photographs of a
+small folder are no reason to stop."""
 
 
 class CaptionJob(StrictModel):
     """What to caption, with what, and where to."""
 
     input: str
-    """Parquet file, folder or glob of Parquet, or a folder of images (id: path in the folder)."""
-    output: Path
+    """Parquet file, folder or glob of Parquet, or a folder of images; a path or a URI."""
+    output: str
     """Folder that is new or empty, or holds a part of the same job; see `flashvl.batch.outputs`."""
     model: str = "tiny"
     """Shipped model's name, or a Flash-VL folder."""
     prompt: str = "Describe the image."
-    """Asked about every image."""
+    """Asked about every image, unless there is a `prompt_column`."""
+    prompt_column: str | None = None
+    """Holds a prompt for each row."""
+    image_column: str | None = None
+    """Holds bytes, `struct<bytes, path>` or paths; by default `image`, or the only one of bytes."""
+    id_column: str | None = None
+    """By default `id`; without such a column, ids are made of file, row group and row."""
+    keep: tuple[str, ...] = ()
+    """Columns that go through to the output as they are."""
     max_new_tokens: PositiveInt = 64
     """Longer captions end here, with finish reason `length`."""
-    batch_size: PositiveInt = 32
-    """Images that an engine captions together."""
-    num_engines: PositiveInt = 1
-    """Engines in the pool; each takes a GPU where the cluster has any."""
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """0: greedy."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    seed: NonNegativeInt = 0
+    """Of the sampling; with the row's place, so that no row's caption depends on the others."""
+    max_num_seqs: PositiveInt = 64
+    """Images that an engine captions at once."""
+    replicas: Annotated[str, Field(pattern=r"^[1-9]\d*(:[1-9]\d*)?$")] = "1"
+    """Engines: their number, or the least and the most, between which the pool follows the work."""
+    gpus_per_replica: Annotated[float, Field(gt=0)] = 1.0
+    """Of an engine, where the cluster has GPUs; a part of one lets engines share it."""
     limits: ImageLimits = ImageLimits()
     """Images outside these become dead letters."""
+    limit: PositiveInt | None = None
+    """Caption the first so many rows only, for a trial; without it, the job goes on behind them."""
+    max_error_rate: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """The job stops when more than this share of its rows, or all of them, are dead letters."""
     restart: bool = False
     """Throw away what the output holds of an earlier job; else that is gone on with."""
 
@@ -79,16 +95,37 @@ class CaptionJob(StrictModel):
             raise ValueError(f"must not hold {IMAGE_MARKER}, which is put before it; leave it out")
         return prompt
 
+    @field_validator("replicas")
+    @classmethod
+    def _is_a_range(cls, replicas: str) -> str:
+        least, _, most = replicas.partition(":")
+        if int(most or least) < int(least):
+            raise ValueError("must not begin with the greater number; write LEAST:MOST")
+        return replicas
+
+    @field_validator("output", mode="before")
+    @classmethod
+    def _as_text(cls, output: object) -> object:
+        return os.fspath(output) if isinstance(output, os.PathLike) else output
+
+    @property
+    def pool(self) -> tuple[int, int]:
+        """The least and the most engines."""
+        least, _, most = self.replicas.partition(":")
+        return int(least), int(most or least)
+
 
 class Summary(StrictModel):
     """The closing audit, as in `_summary.json`: `input == written + dead`."""
 
     input: int
-    """Rows in the input, by its Parquet footers or its list of files."""
+    """Rows in the input, by its Parquet footers or its list of files; or `limit`."""
     written: int
     """Rows in the files of captions."""
     dead: int
     """Rows in the files of dead letters."""
+    duplicate_ids: int
+    """Rows whose id an earlier one has, by a hash of 64 bits; `row` tells them apart."""
     seconds: float
     """From the call to the last row on disk; of the run that finished the job."""
     images_per_s: float
@@ -98,11 +135,93 @@ class Summary(StrictModel):
     max_new_tokens: int
 
 
-def run_caption_job(job: CaptionJob, on_progress: Progress | None = None) -> Summary:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """A job whose input, model and output will do."""
+
+    job: CaptionJob
+    source: Source
+    output: Location
+    fingerprint: Fingerprint
+    """What decides the captions."""
+
+    @property
+    def num_rows(self) -> int:
+        """To caption: those of the input, or its first ones."""
+        return min(self.source.num_rows, self.job.limit or self.source.num_rows)
+
+    def describe(self) -> dict[str, str | int]:
+        """What would be done, and what has been."""
+        num_done = 0
+        if has_begun(self.output) and not self.job.restart:
+            folder = self.output
+            parts = (folder / "captions", folder / "dead_letters")
+            num_done = sum(Parts(part, pa.schema([])).count_rows() for part in parts)
+        return {
+            "input": self.job.input,
+            "columns": self.source.describe(),
+            "rows": self.num_rows,
+            "done": num_done,
+            "output": str(self.output),
+            "kept_columns": ", ".join(self.job.keep) or "none",
+            "model": self.job.model,
+            "prompt": str(self.fingerprint["prompt"]),
+            "max_new_tokens": self.job.max_new_tokens,
+            "replicas": self.job.replicas,
+        }
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name:<16}{value}" for name, value in self.describe().items())
+
+    def finished_summary(self) -> Summary | None:
+        """The closing audit of a job that has been done; None where anything is left to do."""
+        file = self.output / SUMMARY
+        if self.job.restart or not file.is_file():
+            return None
+        summary = Summary.model_validate_json(file.read())
+        return summary if summary.input == self.num_rows else None
+
+
+def check_caption_job(job: CaptionJob) -> Plan:
+    """What can be refused without Ray; an entry point that calls it first starts none in vain.
+
+    Raises:
+        ConfigError: input or output will not do; nothing was started or created.
+        CheckpointError: the model will not do.
+    """
+    source = find_source(
+        job.input,
+        image_column=job.image_column,
+        id_column=job.id_column,
+        prompt_column=job.prompt_column,
+        keep=job.keep,
+    )
+    output = locate(job.output)
+    check_output(output)
+    _check_prompt(job)
+    fingerprint: Fingerprint = {
+        "version": __version__,
+        "model": hash_folder(resolve_checkpoint(job.model)),
+        "prompt": job.prompt if job.prompt_column is None else f"column {job.prompt_column}",
+        "max_new_tokens": job.max_new_tokens,
+        "temperature": job.temperature,
+        "top_p": job.top_p,
+        "seed": job.seed,
+        "limits": job.limits.model_dump_json(),
+        "columns": source.describe(),
+        "num_rows": source.num_rows,
+        "input": source.hash(),
+    }
+    if has_begun(output) and not job.restart:
+        check_same(output, fingerprint)
+    return Plan(job=job, source=source, output=output, fingerprint=fingerprint)
+
+
+def run_caption_job(job: CaptionJob, on_progress: OnProgress | None = None) -> Summary:
     """Caption every row of the input; a row that cannot be captioned becomes a dead letter.
 
     Where the output holds a part of the same job already, only the rest is captioned. SIGTERM stops
-    the job as soon as the captions that are done are on disk.
+    the job when the rows that the engines have begun are on disk.
 
     Args:
         on_progress: called on the driver as captions arrive.
@@ -110,172 +229,156 @@ def run_caption_job(job: CaptionJob, on_progress: Progress | None = None) -> Sum
     Raises:
         ConfigError: input or output will not do; nothing was started or created.
         CheckpointError: the model will not do.
-        FlashVLError: the audit failed, so that rows are missing or doubled; or SIGTERM came.
+        FlashVLError: too many rows are dead letters; the disk is full; the audit failed, so that
+            rows are missing or doubled; or SIGTERM came.
     """
     started_s = time.monotonic()
-    source, fingerprint = check_caption_job(job)
-    if (summary := finished_summary(job)) is not None:
+    plan = check_caption_job(job)
+    if (summary := plan.finished_summary()) is not None:
         return summary
-    num_gpus = _check_cluster(job.num_engines)
-    with held(job.output):
+    engines_per_node(job.pool)
+    with held(plan.output):
         if job.restart:
-            remove_rows(job.output)
-            unclaim(job.output)
-        claim(job.output, fingerprint)
-        output = OutputFolder(job.output)
-        is_done = output.done(source.num_rows)
-        num_found = num_done = int(is_done.sum())
-        logger.info("%d rows of %s -> %s", source.num_rows - num_found, job.input, job.output)
-        with _stopped_by_sigterm() as stop:
-            for rows in _captioned(job, source, is_done, num_gpus):
-                output.write(rows)
-                num_done += rows.num_rows
-                if on_progress is not None:
-                    on_progress(num_done, source.num_rows)
-                if stop.is_set():
-                    break
-        written, dead = output.finish_rows()
-        if stop.is_set():
-            raise FlashVLError(
-                f"stopped by SIGTERM with {written + dead} of {source.num_rows} rows on disk;"
-                " run the same command again for the rest"
+            remove_rows(plan.output)
+        claim(plan.output, plan.fingerprint)
+        (plan.output / SUMMARY).remove()  # of the first rows, as a trial captioned them
+        output = OutputFolder(plan.output, plan.source.num_rows, plan.source.kept)
+        num_found = output.num_done
+        if num_found > plan.num_rows:
+            raise ConfigError(
+                f"output {plan.output} holds {num_found} rows, more than limit ({plan.num_rows});"
+                " leave out the limit, or name another output"
             )
+        _caption_rest(plan, output, on_progress)
+        output.finish_rows()
+        if not output.is_done[: plan.num_rows].all() or output.num_done > plan.num_rows:
+            raise FlashVLError(
+                f"audit failed: input ({plan.num_rows}) must equal written"
+                f" ({output.captions.num_rows}) + dead ({output.dead_letters.num_rows});"
+                " did another program change the output? Run again with --restart"
+            )
+        _check_error_rate(plan, output)
         seconds = time.monotonic() - started_s
-        if not output.done(source.num_rows).all():
-            raise FlashVLError(
-                f"audit failed: input ({source.num_rows}) must equal written ({written}) + dead "
-                f"({dead}); did the input change meanwhile? Run again with --restart"
-            )
         summary = Summary(
-            input=source.num_rows,
-            written=written,
-            dead=dead,
+            input=plan.num_rows,
+            written=output.captions.num_rows,
+            dead=output.dead_letters.num_rows,
+            duplicate_ids=output.count_duplicate_ids(),
             seconds=round(seconds, 3),
-            images_per_s=round((source.num_rows - num_found) / seconds, 3),
+            images_per_s=round((plan.num_rows - num_found) / seconds, 3),
             model=job.model,
             prompt=job.prompt,
             max_new_tokens=job.max_new_tokens,
         )
+        write_report(plan.source, job.input, job.limits, output, summary.model_dump())
         output.finish(summary.model_dump_json(indent=2) + "\n")
     return summary
 
 
-def check_caption_job(job: CaptionJob) -> tuple[Source, Fingerprint]:
-    """What can be refused without Ray; an entry point that calls it first starts none in vain.
+def _caption_rest(plan: Plan, output: OutputFolder, on_progress: OnProgress | None) -> None:
+    """Caption the rows that `output` does not hold.
 
-    Returns:
-        The rows to caption, and what decides their captions.
-
-    Raises:
-        ConfigError: input or output will not do; nothing was started or created.
-        CheckpointError: the model will not do.
+    Ray runs what a lost machine took with it again, and now and then loses track; so this counts,
+    and begins anew with the rows that did not come.
     """
-    source = find_source(job.input)
-    check_output(job.output)
-    load_processor(job.model)
-    fingerprint: Fingerprint = {
-        "version": __version__,
-        "model": hash_folder(resolve_checkpoint(job.model)),
-        "prompt": job.prompt,
-        "max_new_tokens": job.max_new_tokens,
-        "limits": job.limits.model_dump_json(),
-        "input": hash_stats(source.files),
-        "num_rows": source.num_rows,
-    }
-    if has_begun(job.output) and not job.restart:
-        check_same(job.output, fingerprint)
-    return source, fingerprint
+    meter = Meter()
+    is_left_out = np.arange(len(output.is_done)) >= plan.num_rows
+    while not (is_done := output.is_done | is_left_out).all():
+        num_before = output.num_done
+        logger.info("%d rows of %s -> %s", (~is_done).sum(), plan.job.input, plan.output)
+        _caption_once(plan, output, is_done, meter, on_progress)
+        if output.num_done == num_before:
+            raise FlashVLError(
+                f"audit failed: {(~is_done).sum()} rows of {plan.job.input} were read and did not"
+                " come back; did the input change meanwhile? Run again with --restart"
+            )
 
 
-def finished_summary(job: CaptionJob) -> Summary | None:
-    """The closing audit of a job that has been done; None where anything is left to do."""
-    path = job.output / SUMMARY
-    if job.restart or not path.is_file():
-        return None
-    return Summary.model_validate_json(path.read_text())
+def _caption_once(
+    plan: Plan, output: OutputFolder, is_done: Done, meter: Meter, on_progress: OnProgress | None
+) -> None:
+    gate = ray.remote(num_cpus=0)(Gate).remote()
+    num_answered = 0
+    with stopped_by_sigterm(gate) as stop, closing(_captioned(plan, is_done, gate)) as tables:
+        for rows in tables:
+            rows = rows.filter(pc.or_(pc.is_valid(rows["caption"]), pc.is_valid(rows["stage"])))
+            num_answered += rows.num_rows
+            meter.add(output.write(rows))
+            _check_error_rate(plan, output)
+            if on_progress is not None:
+                on_progress(meter.read(output.num_done, plan.num_rows, output.num_dead))
+            if stop.is_asked:
+                output.flush()  # who stops a job may not wait for long
+            if stop.is_over(num_answered):
+                break
+        if stop.is_asked and output.num_done < plan.num_rows:
+            output.flush()
+            raise FlashVLError(
+                f"stopped by SIGTERM with {output.num_done} of {plan.num_rows} rows on disk;"
+                " run the same command again for the rest"
+            )
+    ray.kill(gate)
 
 
-@contextmanager
-def _stopped_by_sigterm() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets; a spot machine gets one before it is taken away."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop  # only the main thread may handle signals
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _check_cluster(num_engines: int) -> int:
-    """GPUs an engine takes: one where the cluster has any, else none.
-
-    Raises:
-        ConfigError: engines on CPUs would leave none to read and decode with.
-    """
-    resources = ray.cluster_resources()
-    if resources.get("GPU", 0) >= 1:
-        return 1
-    num_cpus = int(resources.get("CPU", 0))
-    if num_engines >= num_cpus:
-        raise ConfigError(
-            f"num_engines ({num_engines}) must be less than the cluster's CPUs ({num_cpus}), "
-            "as it has no GPU; lower num_engines"
-        )
-    return 0
-
-
-def _captioned(job: CaptionJob, source: Source, is_done: Done, num_gpus: int) -> Iterator[pa.Table]:
-    """Rows of `stages.CAPTIONED` as they are done, each once.
-
-    Raises:
-        Exception: what a step raised, as it was raised there, save `DataError`.
-    """
-    if is_done.all():
-        return  # Ray has no columns for a dataset without blocks
-    rows = _pipeline(job, source, is_done, num_gpus)
-    try:
-        yield from rows.iter_batches(batch_size=None, batch_format="pyarrow")
-    except RayTaskError as error:
-        if isinstance(error.cause, FlashVLError):
-            # Ray puts advice of its own below the message.
-            raise type(error.cause)(str(error.cause).splitlines()[0]) from None
-        raise
-
-
-def _pipeline(job: CaptionJob, source: Source, is_done: Done, num_gpus: int) -> ray.data.Dataset:
-    folder = resolve_checkpoint(job.model)
-    # A shipped model is found by its name in whatever folder a node has the package in.
-    model = folder.name if folder.parent == SHIPPED else str(folder.absolute())
-    rows = (
-        source.read(is_done)
-        # A table may be one row group of any length, which one task would decode alone.
-        .repartition(target_num_rows_per_block=ROWS_PER_TASK)
-        .map_batches(
-            functools.partial(tile_images, model=model, limits=job.limits),
-            batch_size=job.batch_size,
-            batch_format="pyarrow",
-        )
-        # Cuts the task's output, so that a batch is captioned while the next is decoded; and keeps
-        # Ray from fusing the decoding into the engine's actor, as it does where neither has a GPU.
-        .repartition(target_num_rows_per_block=job.batch_size)
-        .map_batches(
-            Captioner,
-            fn_constructor_kwargs={
-                "model": model,
-                "prompt": job.prompt,
-                "max_new_tokens": job.max_new_tokens,
-                "num_engines": job.num_engines,
-            },
-            batch_size=job.batch_size,
-            batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(size=job.num_engines),
-            num_gpus=num_gpus,
-        )
+def _captioned(plan: Plan, is_done: Done, gate: ActorHandle) -> Generator[pa.Table, None, None]:
+    job = plan.job
+    return captioned(
+        plan.source,
+        is_done,
+        model=job.model,
+        question=Question(
+            prompt=job.prompt,
+            max_new_tokens=job.max_new_tokens,
+            temperature=job.temperature,
+            top_p=job.top_p,
+            seed=job.seed,
+        ),
+        limits=job.limits,
+        store=locate(job.input),
+        pool=job.pool,
+        gpus_per_replica=job.gpus_per_replica,
+        max_num_seqs=job.max_num_seqs,
+        gate=gate,
     )
-    rows.context.enable_progress_bars = False
-    rows.context.print_on_execution_start = False
-    rows.context.raise_original_map_exception = True
-    return rows
+
+
+def _check_error_rate(plan: Plan, output: OutputFolder) -> None:
+    """
+    Raises:
+        FlashVLError: more than `max_error_rate` of the rows so far, or all, are dead letters.
+    """
+    rate, num_done = plan.job.max_error_rate, output.num_done
+    is_all = output.num_dead == plan.num_rows > 0 and rate < 1
+    if is_all or output.num_dead > rate * max(num_done, MIN_ROWS_OF_RATE):
+        output.flush()
+        raise FlashVLError(
+            f"{output.num_dead} of {num_done} rows are dead letters, more than max_error_rate"
+            f" ({rate:g}) allows: {_example(output)}; mend the input or the options and give"
+            " --restart, or go on with a greater --max-error-rate"
+        )
+
+
+def _example(output: OutputFolder) -> str:
+    for stages, reasons in output.dead_letters.columns("stage", "reason"):
+        if len(reasons):
+            return f"{stages[-1]}: {reasons[-1]}"
+    return "see dead_letters"
+
+
+def _check_prompt(job: CaptionJob) -> None:
+    """
+    Raises:
+        ConfigError: no row could be asked it.
+        CheckpointError: the model has no usable processor.
+    """
+    processor = load_processor(job.model)
+    config = FlashVLConfig.from_pretrained(resolve_checkpoint(job.model))
+    longest = min(MAX_LENGTH, config.text_config.max_position_embeddings)
+    prompt = job.prompt if job.prompt_column is None else ""
+    messages = [{"role": "user", "content": f"{IMAGE_MARKER}\n{prompt}"}]
+    num_tokens = len(encode_prompt(messages, [1], processor))
+    if num_tokens + job.max_new_tokens > longest:
+        raise ConfigError(
+            f"prompt of {num_tokens} tokens and max_new_tokens={job.max_new_tokens} exceed"
+            f" the model's {longest}; shorten the one or lower the other"
+        )

@@ -1,22 +1,26 @@
 """What decides a job's captions, kept beside them: a job goes on only as it began.
 
-_manifest.json    written first; locked while a job runs
+_manifest.json    written first, before any row
+_lock             held while a job runs
 """
 
 import fcntl
 import functools
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import ray
+
+from flashvl.batch.files import Location
 from flashvl.errors import ConfigError
 
 MANIFEST = "_manifest.json"
+LOCK = "_lock"
 
-Fingerprint = dict[str, str | int]
+Fingerprint = dict[str, str | int | float]
 """By name: settings as they are, contents as their hash."""
 
 
@@ -39,35 +43,19 @@ def _hash_files(files: tuple[tuple[Path, int, int], ...]) -> str:
     return whole.hexdigest()
 
 
-def hash_stats(files: Iterable[Path]) -> str:
-    """Of paths, sizes and times of change, as nobody reads 50 million images to start."""
-    whole = hashlib.blake2b(digest_size=16)
-    for path in files:
-        stat = path.stat()
-        whole.update(
-            f"{path.absolute()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode(
-                errors="surrogateescape"
-            )
-        )
-    return whole.hexdigest()
-
-
-def has_begun(folder: Path) -> bool:
+def has_begun(folder: Location) -> bool:
     """`folder` holds a job's output, finished or not."""
     return (folder / MANIFEST).is_file()
 
 
-def check_same(folder: Path, fingerprint: Fingerprint) -> None:
+def check_same(folder: Location, fingerprint: Fingerprint) -> None:
     """Refuse to go on with another job than the one that `folder` holds.
 
     Raises:
         ConfigError: naming what differs, with both values.
     """
-    text = (folder / MANIFEST).read_text()
-    if not text:
-        return  # a job was killed before it said what it was, and so before it wrote a row
     try:
-        stored = json.loads(text)
+        stored = json.loads((folder / MANIFEST).read())
     except ValueError:
         raise ConfigError(
             f"{folder / MANIFEST} is not readable; give --restart to throw {folder} away"
@@ -85,47 +73,68 @@ def check_same(folder: Path, fingerprint: Fingerprint) -> None:
         )
 
 
-@contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Make `folder` and keep other jobs from it.
+def claim(folder: Location, fingerprint: Fingerprint) -> None:
+    """Say what the captions of `folder`, which is held, are made of, or see that it is the same.
 
-    The lock is the kernel's and ends with the process, however that ends.
+    Raises:
+        ConfigError: as `check_same`.
+    """
+    if has_begun(folder):
+        check_same(folder, fingerprint)
+    else:
+        (folder / MANIFEST).write((json.dumps(fingerprint, indent=2) + "\n").encode())
+
+
+@contextmanager
+def held(folder: Location) -> Iterator[None]:
+    """Make `folder` and keep other jobs from it, until this process ends, however it does.
+
+    On a local disk the lock is the kernel's; elsewhere it is an actor's name, so that it keeps out
+    the jobs of this Ray cluster only.
 
     Raises:
         ConfigError: another process runs a job on it, or it cannot be written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / MANIFEST).open("a")
-    except OSError as error:
-        raise ConfigError(
-            f"output {folder} cannot be written ({error.strerror}); name another folder"
-        ) from None
-    with file:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            folder.make_folder()
+            stack.enter_context(_locked(folder) if folder.is_local else _named(folder))
+        except OSError as error:
+            raise ConfigError(
+                f"output {folder} cannot be written ({error.strerror or error}); name another"
+                " folder"
+            ) from None
+        except _HeldError:
             raise ConfigError(
                 f"another job is running on output {folder}; wait for it, or name another folder"
             ) from None
         yield
 
 
-def claim(folder: Path, fingerprint: Fingerprint) -> None:
-    """Say what the captions of `folder`, which is held, are made of, or see that it is the same.
-
-    Raises:
-        ConfigError: as `check_same`.
-    """
-    path = folder / MANIFEST
-    if path.stat().st_size:
-        check_same(folder, fingerprint)
-        return
-    # In place, for the lock is on this very file. A kill in the middle leaves no JSON, which is
-    # refused, and no rows yet.
-    path.write_text(json.dumps(fingerprint, indent=2) + "\n")
+class _HeldError(Exception):
+    pass
 
 
-def unclaim(folder: Path) -> None:
-    """Forget what the captions were made of, when they are removed."""
-    os.truncate(folder / MANIFEST, 0)
+@contextmanager
+def _locked(folder: Location) -> Iterator[None]:
+    with open((folder / LOCK).path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _HeldError from None
+        yield
+
+
+@contextmanager
+def _named(folder: Location) -> Iterator[None]:
+    try:
+        actor = ray.remote(num_cpus=0, max_restarts=-1)(_Holder)
+        holder = actor.options(name=f"{folder}", namespace="flashvl.outputs").remote()
+    except ValueError:  # the name is taken
+        raise _HeldError from None
+    yield
+    ray.kill(holder)
+
+
+class _Holder:
+    """Holds a name in the cluster as long as its driver lives."""

@@ -1,160 +1,290 @@
 """What a captioning job leaves behind in its output folder.
 
     _manifest.json                written first: see `flashvl.batch.manifest`
-    captions/part-*.parquet       schema CAPTIONS
-    dead_letters/part-*.parquet   schema DEAD_LETTERS
+    captions/part-*.parquet       schema CAPTIONS, and the columns that are kept
+    dead_letters/part-*.parquet   schema DEAD_LETTERS, and the columns that are kept
+    report.html                   see `flashvl.batch.report`
     _summary.json                 written last: a folder without it is not finished
 
-One process writes, so a task that Ray runs twice cannot double a row. Each file is renamed into
-place when it is whole, so that whatever reads the folder sees whole rows only, and a job that was
-killed goes on behind what it holds.
+One process writes, and each row once, whatever Ray runs twice. A file is there when it is whole, so
+that whatever reads the folder sees whole rows only, and a job that was killed goes on behind what
+it holds.
 """
 
-import os
+import json
 import time
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from flashvl.batch.manifest import has_begun
+from flashvl.batch.files import UNFINISHED, Location, open_input
+from flashvl.batch.inputs import Done
+from flashvl.batch.manifest import LOCK, MANIFEST, has_begun
 from flashvl.data.schema import CAPTIONS, DEAD_LETTERS
 from flashvl.errors import ConfigError, FlashVLError
 
-ROWS_PER_FILE = 4096
-"""Some hundreds of kilobytes of captions."""
+BYTES_PER_FILE = 64 * 2**20
+"""Of a file's rows in memory; as Parquet they are fewer."""
 SECONDS_PER_FILE = 60.0
 """No row waits longer for its file: so much work a killed job loses, and what is in flight."""
 SUMMARY = "_summary.json"
+REPORT = "report.html"
 
 
 class OutputFolder:
-    """An output folder that is being filled."""
+    """An output folder that is being filled with the rows of an input."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Location, num_rows: int, kept: pa.Schema):
         """Make the folder and what is in it; what a killed job left unfinished is removed.
+
+        Args:
+            num_rows: of the input.
+            kept: columns that go through from it.
 
         Raises:
             ConfigError: it cannot be made or written to.
+            FlashVLError: a row is in it twice, or is none of the input's.
         """
         self.folder = folder
-        self._captions = _Parts(folder / "captions", CAPTIONS)
-        self._dead_letters = _Parts(folder / "dead_letters", DEAD_LETTERS)
+        self.captions = Parts(folder / "captions", pa.schema([*CAPTIONS, *kept]))
+        self.dead_letters = Parts(folder / "dead_letters", pa.schema([*DEAD_LETTERS, *kept]))
         try:
-            for parts in (self._captions, self._dead_letters):
+            folder.remove_unfinished()
+            for parts in (self.captions, self.dead_letters):
                 parts.open()
         except OSError as error:
             raise ConfigError(
-                f"output {folder} cannot be written ({error.strerror}); name another folder"
+                f"output {folder} cannot be written ({error.strerror or error}); name another"
+                " folder"
             ) from None
+        self.is_done: Done = np.zeros(num_rows, bool)
+        self.audit()
+        self.num_dead = self.dead_letters.num_rows
 
-    def done(self, num_rows: int) -> npt.NDArray[np.bool_]:
-        """(num_rows,): True for each row of the input that is in a file.
+    @property
+    def num_done(self) -> int:
+        return int(self.is_done.sum())
+
+    def audit(self) -> None:
+        """Count anew what is in the files, into `is_done`.
 
         Raises:
             FlashVLError: a row is in the files twice, or is none of the input's.
         """
-        rows = np.concatenate([self._captions.rows(), self._dead_letters.rows()])
-        is_done = np.zeros(num_rows, bool)
-        if len(rows) and not 0 <= rows.min() <= rows.max() < num_rows:
-            raise FlashVLError(
-                f"audit failed: {self.folder} holds row {rows.max()}, the input {num_rows} rows;"
-                " give --restart to begin anew"
-            )
-        is_done[rows] = True
-        if is_done.sum() != len(rows):
-            raise FlashVLError(
-                f"audit failed: {self.folder} holds {len(rows)} rows, but {is_done.sum()} different"
-                " ones; give --restart to begin anew"
-            )
-        return is_done
+        num_rows = len(self.is_done)
+        self.is_done[:] = False
+        for parts in (self.captions, self.dead_letters):
+            for rows in parts.column("row"):
+                if len(rows) and not 0 <= rows.min() <= rows.max() < num_rows:
+                    raise FlashVLError(
+                        f"audit failed: {parts.folder} holds row {rows.max()}, the input"
+                        f" {num_rows} rows; give --restart to begin anew"
+                    )
+                if self.is_done[rows].any() or len(np.unique(rows)) < len(rows):
+                    twice = rows[self.is_done[rows]] if self.is_done[rows].any() else rows
+                    raise FlashVLError(
+                        f"audit failed: {parts.folder} holds row {twice[0]} twice;"
+                        " give --restart to begin anew"
+                    )
+                self.is_done[rows] = True
 
-    def write(self, rows: pa.Table) -> None:
-        """Take rows of `stages.CAPTIONED`; they are on disk at the latest after `finish_rows`."""
+    def count_duplicate_ids(self) -> int:
+        """Rows whose id an earlier one has, by a hash of 64 bits: 8 bytes a row."""
+        hashes = [
+            pd.util.hash_array(ids[pd.notna(ids)], categorize=False)
+            for parts in (self.captions, self.dead_letters)
+            for ids in parts.column("id")
+        ]
+        return sum(map(len, hashes)) - len(np.unique(np.concatenate(hashes)))
+
+    def write(self, rows: pa.Table) -> pa.Table:
+        """Take rows of `stages.CAPTIONED`; returns those that are not there already.
+
+        They are on disk at the latest after `flush`.
+
+        Raises:
+            FlashVLError: the disk is full, or the folder cannot be written any more.
+        """
+        places = rows["row"].to_numpy()
+        _, firsts = np.unique(places, return_index=True)
+        rows = rows.take(np.sort(firsts[~self.is_done[places[firsts]]]))
+        self.is_done[places] = True
+        if "kept" in rows.column_names:
+            flat = rows["kept"].combine_chunks().flatten()
+            for field, column in zip(rows["kept"].type, flat, strict=True):
+                rows = rows.append_column(field, column)
         is_well = pc.is_null(rows["stage"])
-        self._captions.add(rows.filter(is_well))
-        self._dead_letters.add(rows.filter(pc.invert(is_well)))
+        dead = rows.filter(pc.invert(is_well))
+        self.num_dead += dead.num_rows
+        with self._told_when_full():
+            self.captions.add(rows.filter(is_well))
+            self.dead_letters.add(dead)
+        return rows
 
-    def finish_rows(self) -> tuple[int, int]:
-        """Write what is left; the rows in the files of captions and of dead letters."""
-        return self._captions.finish(), self._dead_letters.finish()
+    def flush(self) -> None:
+        """Write what waits for its file.
+
+        Raises:
+            FlashVLError: as `write`.
+        """
+        with self._told_when_full():
+            for parts in (self.captions, self.dead_letters):
+                parts.flush()
+
+    def finish_rows(self) -> None:
+        """Write the last rows, and count all again: every row of the input is there, once.
+
+        Raises:
+            FlashVLError: it is not so.
+        """
+        self.flush()
+        with self._told_when_full():
+            for parts in (self.captions, self.dead_letters):
+                parts.finish()
+        self.audit()
 
     def finish(self, summary: str) -> None:
         """Write the summary, which says that the folder is whole."""
-        unfinished = self.folder / f".{SUMMARY}"
-        unfinished.write_text(summary, encoding="utf-8")
-        os.replace(unfinished, self.folder / SUMMARY)
+        with self._told_when_full():
+            (self.folder / SUMMARY).write(summary.encode())
+
+    @contextmanager
+    def _told_when_full(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            on_disk = self.captions.num_rows + self.dead_letters.num_rows
+            raise FlashVLError(
+                f"output {self.folder} cannot be written any more ({error.strerror or error}); it"
+                f" holds {on_disk} rows: make room, and run the same command again for the rest"
+            ) from error
 
 
-class _Parts:
+class Parts:
     """One table in numbered files."""
 
-    def __init__(self, folder: Path, schema: pa.Schema):
+    def __init__(self, folder: Location, schema: pa.Schema):
         self.folder = folder
+        self.num_rows = 0
+        """In the files."""
         self._schema = schema
-        self._pending = schema.empty_table()
-        self._num_files = 0
-        self._written_s = time.monotonic()
+        self._pending: list[pa.Table] = []
+        self._num_pending_bytes = 0
+        self._pending_since_s = 0.0
+        self._next_number = 0
+        self._written_s = time.time()
 
     def open(self) -> None:
         """Make the folder, or go on behind the files in it."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for unfinished in self.folder.glob(".part-*.parquet"):
-            unfinished.unlink()
-        numbers = [int(file.stem.removeprefix("part-")) for file in self._files()]
-        self._num_files = max(numbers, default=-1) + 1
+        self.folder.make_folder()
+        self.folder.remove_unfinished()
+        numbers = [int(name.removeprefix("part-").split(".")[0]) for name in self.names()]
+        self._next_number = max(numbers, default=-1) + 1
+        self.num_rows = self.count_rows()
 
-    def rows(self) -> npt.NDArray[np.int64]:
-        """`row` of all rows in the files."""
-        parts = [pq.read_table(file, columns=["row"])["row"].to_numpy() for file in self._files()]
-        return np.concatenate([np.empty(0, np.int64), *parts])
+    def count_rows(self) -> int:
+        """In the files, by their footers."""
+        return sum(footer.num_rows for footer in self.footers())
 
-    def _files(self) -> list[Path]:
-        return sorted(self.folder.glob("part-*.parquet"))
+    def names(self) -> list[str]:
+        """Of the files, in their order."""
+        return [name for name in self.folder.names() if name.startswith("part-")]
+
+    def footers(self) -> Iterator[pq.FileMetaData]:
+        """Of the files in turn; `written_between` reads them."""
+        for name in self.names():
+            with open_input(self.folder.store, (self.folder / name).path) as file:
+                yield pq.read_metadata(file)
+
+    def read(self, file_name: str, *names: str) -> list[npt.NDArray[Any]]:
+        """Some columns of a file."""
+        with open_input(self.folder.store, (self.folder / file_name).path) as file:
+            table = pq.read_table(file, columns=list(names))
+        return [table[name].to_numpy() for name in names]
+
+    def columns(self, *names: str) -> Iterator[list[npt.NDArray[Any]]]:
+        """Some columns, file by file."""
+        for file_name in self.names():
+            yield self.read(file_name, *names)
+
+    def column(self, name: str) -> Iterator[npt.NDArray[Any]]:
+        """A column, file by file."""
+        for (column,) in self.columns(name):
+            yield column
 
     def add(self, rows: pa.Table) -> None:
-        rows = rows.select(self._schema.names).cast(self._schema)
-        self._pending = pa.concat_tables([self._pending, rows])
-        is_due = time.monotonic() - self._written_s > SECONDS_PER_FILE
-        if self._pending.num_rows >= ROWS_PER_FILE or (self._pending.num_rows and is_due):
-            self._write_file()
+        """Let rows wait for their file; it is written when it is large or late."""
+        if rows.num_rows:
+            if not self._pending:
+                self._pending_since_s = time.time()
+            rows = rows.select(self._schema.names).cast(self._schema)
+            self._pending.append(rows)
+            self._num_pending_bytes += rows.nbytes
+        is_due = time.time() - self._pending_since_s > SECONDS_PER_FILE
+        if self._num_pending_bytes >= BYTES_PER_FILE or is_due:
+            self.flush()
 
-    def finish(self) -> int:
-        """Write the rest, or an empty file for an empty table; the rows that the files hold."""
-        if self._pending.num_rows or not self._num_files:
-            self._write_file()
-        return sum(pq.read_metadata(file).num_rows for file in self._files())
+    def flush(self) -> None:
+        """Write the rows that wait."""
+        if self._pending:
+            self._write_file(pa.concat_tables(self._pending))
+            self._pending, self._num_pending_bytes = [], 0
 
-    def _write_file(self) -> None:
-        name = f"part-{self._num_files:05d}.parquet"
-        unfinished = self.folder / f".{name}"
-        pq.write_table(self._pending.combine_chunks(), unfinished)
-        os.replace(unfinished, self.folder / name)
-        self._pending = self._schema.empty_table()
-        self._num_files += 1
-        self._written_s = time.monotonic()
+    def finish(self) -> None:
+        """Give an empty table its one empty file."""
+        if not self.names():
+            self._write_file(self._schema.empty_table())
+
+    def _write_file(self, rows: pa.Table) -> None:
+        now_s = time.time()
+        span = json.dumps({"start_s": self._written_s, "end_s": now_s})
+        rows = rows.combine_chunks().replace_schema_metadata({SPAN: span})
+        data = pa.BufferOutputStream()
+        pq.write_table(rows, data)
+        (self.folder / f"part-{self._next_number:05d}.parquet").write(data.getvalue().to_pybytes())
+        self._next_number += 1
+        self.num_rows += rows.num_rows
+        self._written_s = now_s
 
 
-def check_output(folder: Path) -> None:
+SPAN = "flashvl.span"
+"""In a file's metadata: when the file before it was written, and when it was."""
+
+
+def written_between(footer: pq.FileMetaData) -> tuple[float, float]:
+    """When the rows of a file came, in seconds since 1970."""
+    span = json.loads(footer.metadata[SPAN.encode()])
+    return span["start_s"], span["end_s"]
+
+
+def check_output(folder: Location) -> None:
     """Refuse an output folder that holds anything but a job's output; it need not exist.
 
     Raises:
         ConfigError: it is a file, or not empty.
     """
-    if folder.exists() and not folder.is_dir():
+    if folder.is_file():
         raise ConfigError(f"output {folder} is a file; name a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not has_begun(folder):
+    names = [name for name in folder.names() if name != LOCK and not name.startswith(UNFINISHED)]
+    if names and not has_begun(folder):
         raise ConfigError(
             f"output {folder} is not empty, and a job never overwrites; "
             "name another folder or remove it"
         )
 
 
-def remove_rows(folder: Path) -> None:
-    """Remove the rows of an earlier job; first what says that they are all there."""
-    for pattern in (SUMMARY, "*/part-*.parquet", "*/.part-*.parquet"):
-        for file in folder.glob(pattern):
-            file.unlink()
+def remove_rows(folder: Location) -> None:
+    """Remove what an earlier job left; first what says that its rows are all there."""
+    for name in (SUMMARY, REPORT):
+        (folder / name).remove()
+    for table in (folder / "captions", folder / "dead_letters"):
+        for name in table.names():
+            (table / name).remove()
+    (folder / MANIFEST).remove()

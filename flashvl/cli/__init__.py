@@ -28,57 +28,94 @@ app.add_typer(bench_app, name="bench")
 
 @app.command()
 def caption(
-    input: Annotated[str, typer.Argument(help="Parquet file, folder or glob; or images' folder.")],
-    output: Annotated[Path, typer.Option(help="Folder for the result, new or a job's to go on.")],
+    input: Annotated[
+        str, typer.Argument(help="Parquet file, folder or glob; or a folder of images. Or a URI.")
+    ],
+    output: Annotated[str, typer.Option(help="Folder or URI, new or a job's to go on with.")],
     model: ModelOption = "tiny",
     prompt: Annotated[str, typer.Option(help="Asked about every image.")] = "Describe the image.",
+    prompt_column: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Holds a prompt for each row.")
+    ] = None,
+    image_column: Annotated[
+        str | None,
+        typer.Option(metavar="COLUMN", help="Bytes, struct<bytes, path>, or paths. [image]"),
+    ] = None,
+    id_column: Annotated[
+        str | None,
+        typer.Option(metavar="COLUMN", help="[id; else made of file, row group and row]"),
+    ] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(metavar="COLUMN", help="Copy it to the output; may be given again."),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of a caption at most.")] = 64,
-    batch_size: Annotated[int, typer.Option(help="Images that an engine takes at once.")] = 32,
-    num_engines: Annotated[int, typer.Option(help="Engines, each on a GPU where there is.")] = 1,
+    temperature: Annotated[float, typer.Option(help="0: the likeliest token each time.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample among the likeliest of this mass.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    replicas: Annotated[
+        str, typer.Option(metavar="N|MIN:MAX", help="Engines, each on a GPU where there is.")
+    ] = "1",
+    gpus_per_replica: Annotated[float, typer.Option(help="0.5: two engines share a GPU.")] = 1.0,
+    max_num_seqs: Annotated[int, typer.Option(help="Images that an engine answers at once.")] = 64,
+    limit: Annotated[
+        int | None, typer.Option(help="Caption the first so many rows, for a trial.")
+    ] = None,
+    max_error_rate: Annotated[
+        float, typer.Option(help="Stop when more rows than this share are dead letters.")
+    ] = 0.01,
     restart: Annotated[
         bool, typer.Option("--restart", help="Throw away what OUTPUT holds of an earlier job.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Read the schemas, print the plan, start nothing.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False,
 ) -> None:
-    """Caption the images of a Parquet table (columns id, image) or of a folder.
+    """Caption the images of a Parquet table or of a folder, and be able to go on after any crash.
 
-    The same command again goes on where a job was stopped or killed.
+    The same command again goes on where a job was stopped or killed. After a trial with --limit,
+    the same command without it goes on with the rest.
 
     Captions are in OUTPUT/captions, rows that could not be captioned in OUTPUT/dead_letters with
-    the reason, and the closing audit in OUTPUT/_summary.json.
+    the reason, pictures and totals in OUTPUT/report.html, and the closing audit in
+    OUTPUT/_summary.json.
 
     Example: flashvl caption photos/ --output captions/
+    Example: flashvl caption s3://bucket/table/ --output s3://bucket/captions/ --keep url
+    --replicas 1:8
     """
+    options = {
+        name: value for name, value in locals().items() if name not in ("dry_run", "as_json")
+    }
     with report_errors():
-        from flashvl.batch.job import (
-            CaptionJob,
-            check_caption_job,
-            finished_summary,
-            run_caption_job,
-        )
+        from flashvl.batch.job import CaptionJob, check_caption_job, run_caption_job
         from flashvl.config import validate
 
-        options = {
-            "input": input,
-            "output": output,
-            "model": model,
-            "prompt": prompt,
-            "max_new_tokens": max_new_tokens,
-            "batch_size": batch_size,
-            "num_engines": num_engines,
-            "restart": restart,
-        }
-        job = validate(CaptionJob, options, source="caption")
-        check_caption_job(job)
-        summary = finished_summary(job)
+        options |= {"keep": tuple(keep or ())}
+        plan = check_caption_job(validate(CaptionJob, options, source="caption"))
+        if dry_run:
+            print(json.dumps(plan.describe(), indent=2) if as_json else plan)
+            return
+        summary = plan.finished_summary()
         if summary is None:
             start_ray()
             with show_progress("captioning") as on_progress:
-                summary = run_caption_job(job, on_progress)
+                summary = run_caption_job(
+                    plan.job,
+                    lambda now: on_progress(now.num_done, now.num_rows, str(now)),
+                )
+        if as_json:
+            print(summary.model_dump_json(indent=2))
+            return
         print(
-            f"{job.output}: {summary.input} images, {summary.written} captions,"
+            f"{plan.output}: {summary.input} images, {summary.written} captions,"
             f" {summary.dead} dead letters, {summary.seconds:.1f} s,"
             f" {summary.images_per_s:.1f} images/s"
         )
+        if summary.duplicate_ids:
+            print(f"{summary.duplicate_ids} rows have an id that is another's too; row tells which")
+        print(f"Open {plan.output / 'report.html'} to see a sample.")
 
 
 @app.command()
@@ -281,7 +318,10 @@ def demo(
 
         start_ray()
         with show_progress("captioning") as on_progress:
-            made = run_demo(output, on_progress=on_progress)
+            made = run_demo(
+                output,
+                on_progress=lambda now: on_progress(now.num_done, now.num_rows, str(now)),
+            )
         console = Console()
         console.print(render_demo(made))
         console.print(f"Open {made.report} to see each picture beside its caption.")

@@ -3,6 +3,7 @@
 It does not know where the bytes come from, nor what size the model wants.
 """
 
+import base64
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -125,6 +126,15 @@ def read_image(path: Path) -> Image.Image:
             f"image {path} cannot be read ({error.strerror}); name an image file"
         ) from None
     return decode_image(data)
+
+
+def make_thumbnail(image: Image.Image, side: int) -> str:
+    """A small JPEG of the image as a data URI, for a page that needs no other file."""
+    image = image.copy()
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def _reduce_jpeg(image: Image.Image, least_size: Callable[[Size], Size]) -> Size:

@@ -3,6 +3,9 @@
 It knows column names and types, not what is in the rows, nor where a table is kept.
 """
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
 import pyarrow as pa
 
 from flashvl.errors import ConfigError
@@ -11,7 +14,8 @@ IMAGE_MARKER = "<image>"
 """Stands in a message's content where an image goes, as in LLaVA's data."""
 
 IMAGE_TABLE = pa.schema([("id", pa.string()), ("image", pa.binary())])
-"""Input of captioning: one encoded image (JPEG, PNG, ...) a row; more columns are allowed."""
+"""Input of captioning, in its plainest form: one encoded image (JPEG, PNG, ...) a row. See
+`find_image_columns` for the others."""
 
 CONVERSATIONS = pa.schema(
     [
@@ -37,54 +41,134 @@ CAPTIONS = pa.schema(
 from 0, which is one of a kind where an id need not be."""
 
 DEAD_LETTERS = pa.schema(
-    [("id", pa.string()), ("stage", pa.string()), ("reason", pa.string()), ("row", pa.int64())]
+    [
+        ("id", pa.string()),
+        ("stage", pa.string()),
+        ("error", pa.string()),
+        ("reason", pa.string()),
+        ("row", pa.int64()),
+    ]
 )
-"""Output of captioning: one row for each input row that could not be captioned, and why."""
+"""Output of captioning: one row for each input row that could not be captioned: at which `stage`
+(read, decode, caption), the class of the `error`, and in words why."""
 
 
-def check_image_table(schema: pa.Schema, source: str) -> None:
-    """Check that a table can be captioned: the columns of `IMAGE_TABLE`, in any type that will do.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageColumns:
+    """Which columns of an image table are what."""
 
-    An id may be any string or integer; an image any binary, or the `struct<bytes, path>` that
-    Hugging Face datasets write. Order and further columns do not matter.
+    image: str
+    id: str | None
+    """None: the table has none."""
+    prompt: str | None = None
+    """None: all rows are asked the same."""
+    kept: tuple[str, ...] = ()
+    """Go through to the output as they are."""
+
+    @property
+    def names(self) -> list[str]:
+        """All that are to be read, each once."""
+        names = [self.image, self.id, self.prompt, *self.kept]
+        return list(dict.fromkeys(name for name in names if name is not None))
+
+
+def find_image_columns(
+    schema: pa.Schema,
+    source: str,
+    *,
+    image: str | None = None,
+    id: str | None = None,
+    prompt: str | None = None,
+    kept: Sequence[str] = (),
+) -> ImageColumns:
+    """The columns of a table that is to be captioned: those named, else those found.
+
+    The image's is `image`, else the only one that holds images; it may hold encoded bytes, the
+    `struct<bytes, path>` that Hugging Face datasets write, or paths. The id's is `id`, if there is
+    one, a string or an integer. Order and further columns do not matter.
 
     Args:
         source: the table's path, which begins the error's line.
 
     Raises:
-        ConfigError: a column is missing, is there twice, or has another type.
+        ConfigError: a column is missing, is there twice, has another type, or has a name that the
+            output needs.
     """
-    columns = ", ".join(f"{field.name} ({field.type})" for field in schema) or "none"
-    for name, is_accepted, wanted in (
-        ("id", _is_id, "a string or an integer"),
-        ("image", _is_image, "encoded image bytes (binary), not a path, a URL or pixels"),
+    names = schema.names
+    if image is None:
+        images = [field.name for field in schema if _is_binary(field.type) or _is_pair(field.type)]
+        image = images[0] if "image" not in names and len(images) == 1 else "image"
+    if id is None and "id" in names:
+        id = "id"
+    for role, name, is_accepted, wanted in (
+        ("id", id, _is_id, "a string or an integer"),
+        ("image", image, is_image, "encoded bytes, struct<bytes, path>, or a path (string)"),
+        ("prompt", prompt, _is_text, "a string"),
+        *(("keep", name, lambda _: True, "any") for name in kept),
     ):
-        found = schema.get_all_field_indices(name)
-        if len(found) != 1:
-            problem = "has no column" if not found else f"has {len(found)} columns"
+        if name is not None:
+            _check_column(schema, source, role, name, is_accepted, wanted)
+    kept = tuple(name for name in dict.fromkeys(kept) if not name == id == "id")
+    for name in kept:
+        if name in (*CAPTIONS.names, *DEAD_LETTERS.names):
             raise ConfigError(
-                f"{source} {problem} {name!r}; columns: {columns}. "
-                f"Name exactly one column {name!r}; it must be {wanted}."
+                f"{source}: column {name!r} cannot be kept, as the output has its own; rename it"
             )
-        column_type = schema.field(found[0]).type
-        if not is_accepted(column_type):
-            raise ConfigError(
-                f"{source}: column {name!r} has type {column_type}; columns: {columns}. "
-                f"Convert {name!r}: it must be {wanted}."
-            )
+    return ImageColumns(image=image, id=id, prompt=prompt, kept=kept)
+
+
+def _check_column(
+    schema: pa.Schema,
+    source: str,
+    role: str,
+    name: str,
+    is_accepted: Callable[[pa.DataType], bool],
+    wanted: str,
+) -> None:
+    columns = ", ".join(f"{field.name} ({field.type})" for field in schema) or "none"
+    num_found = len(schema.get_all_field_indices(name))
+    if num_found != 1:
+        problem = "has no column" if not num_found else f"has {num_found} columns"
+        raise ConfigError(
+            f"{source} {problem} {name!r}; columns: {columns}. Name the right one with"
+            f" --{role}{'' if role == 'keep' else '-column'}, or make exactly one."
+        )
+    column_type = schema.field(name).type
+    if not is_accepted(column_type):
+        raise ConfigError(
+            f"{source}: column {name!r} has type {column_type}; columns: {columns}."
+            f" Convert {name!r}: it must be {wanted}."
+        )
+
+
+def is_image(column_type: pa.DataType) -> bool:
+    """A column of this type may hold images."""
+    return _is_binary(column_type) or _is_pair(column_type) or _is_text(column_type)
 
 
 def _is_id(column_type: pa.DataType) -> bool:
-    is_string = pa.types.is_string(column_type) or pa.types.is_large_string(column_type)
-    return is_string or pa.types.is_integer(column_type)
+    return _is_text(column_type) or pa.types.is_integer(column_type)
 
 
-def _is_image(column_type: pa.DataType) -> bool:
-    if pa.types.is_struct(column_type):
-        index = column_type.get_field_index("bytes")
-        return index >= 0 and _is_binary(column_type.field(index).type)
-    return _is_binary(column_type)
+def _is_text(column_type: pa.DataType) -> bool:
+    if pa.types.is_dictionary(column_type):
+        return _is_text(column_type.value_type)
+    return any(
+        test(column_type)
+        for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    )
+
+
+def _is_pair(column_type: pa.DataType) -> bool:
+    """As Hugging Face's `Image` feature is stored; of the two, `path` may be missing."""
+    if not pa.types.is_struct(column_type):
+        return False
+    index = column_type.get_field_index("bytes")
+    return index >= 0 and _is_binary(column_type.field(index).type)
 
 
 def _is_binary(column_type: pa.DataType) -> bool:
-    return pa.types.is_binary(column_type) or pa.types.is_large_binary(column_type)
+    return any(
+        test(column_type)
+        for test in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
+    )

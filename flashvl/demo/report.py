@@ -1,15 +1,12 @@
 """The demo's report: one HTML file that needs no other, with every picture in it."""
 
-import base64
-import io
 from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
-from PIL import Image
 
 from flashvl.batch.job import Summary
-from flashvl.data.images import decode_image
+from flashvl.data.images import decode_image, make_thumbnail
 from flashvl.demo.results import DeadLetter, Result
 
 THUMBNAIL_SIDE = 320
@@ -51,8 +48,5 @@ def write_report(
 def _card(result: Result) -> Card:
     image = decode_image(result.image)
     width, height = image.size
-    image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=80)
-    picture = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+    picture = make_thumbnail(image, THUMBNAIL_SIDE)
     return Card(result=result, picture=picture, width=width, height=height)

@@ -7,9 +7,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from flashvl.batch.job import CaptionJob, Progress, Summary, run_caption_job
+from flashvl.batch.files import locate
+from flashvl.batch.job import CaptionJob, Summary, run_caption_job
 from flashvl.batch.manifest import has_begun
 from flashvl.batch.outputs import check_output
+from flashvl.batch.progress import OnProgress
 from flashvl.demo.report import write_report
 from flashvl.demo.results import DeadLetter, Result, read_dead_letters, read_results
 from flashvl.demo.table import write_demo_table
@@ -30,7 +32,7 @@ class Demo:
     dead_letters: list[DeadLetter]
 
 
-def run_demo(output: Path, model: str = "tiny", on_progress: Progress | None = None) -> Demo:
+def run_demo(output: Path, model: str = "tiny", on_progress: OnProgress | None = None) -> Demo:
     """Caption the demo's table with `model`; a local or a connected Ray must be there.
 
     Args:
@@ -46,9 +48,9 @@ def run_demo(output: Path, model: str = "tiny", on_progress: Progress | None = N
     )
     try:
         output.mkdir(parents=True, exist_ok=True)
-        check_output(captions)
+        check_output(locate(captions))
         # Before there is a table that says they are a demo's.
-        if has_begun(captions) and not table.exists():
+        if has_begun(locate(captions)) and not table.exists():
             raise ConfigError(f"{captions} holds captions that no demo made; name another folder")
         write_demo_table(table)
     except OSError as error:
@@ -56,7 +58,7 @@ def run_demo(output: Path, model: str = "tiny", on_progress: Progress | None = N
             f"output {output} cannot be written ({error.strerror}); name another folder"
         ) from None
 
-    job = CaptionJob(input=str(table), output=captions, model=model, restart=True)
+    job = CaptionJob(input=str(table), output=str(captions), model=model, restart=True)
     summary = run_caption_job(job, on_progress)
     demo = Demo(
         table=table,

@@ -5,7 +5,7 @@ import contextlib
 import dataclasses
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
 
 from flashvl.data.features import Tiles, make_tiles
@@ -49,10 +49,11 @@ class AsyncEngine:
         Raises:
             DataError: it cannot be answered.
         """
-        async for delta in self.stream(request):
-            if delta.completion is not None:
-                return delta.completion
-        raise AssertionError("a stream ends with its completion")
+        async with contextlib.aclosing(self._answer(request, is_streamed=False)) as deltas:
+            async for delta in deltas:
+                if delta.completion is not None:
+                    return delta.completion
+        raise AssertionError("an answer ends with its completion")
 
     async def stream(self, request: Request) -> AsyncIterator[Delta]:
         """The answer as it comes; the last delta holds the completion.
@@ -60,6 +61,11 @@ class AsyncEngine:
         Raises:
             DataError: it cannot be answered.
         """
+        async with contextlib.aclosing(self._answer(request, is_streamed=True)) as deltas:
+            async for delta in deltas:
+                yield delta
+
+    async def _answer(self, request: Request, is_streamed: bool) -> AsyncGenerator[Delta, None]:
         if not isinstance(request.images, Tiles):  # cut beside the engine's thread, not in it
             tiles = await asyncio.to_thread(make_tiles, request.images, self.engine.processor)
             request = dataclasses.replace(request, images=tiles)
@@ -71,7 +77,7 @@ class AsyncEngine:
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(deltas.put_nowait, item)
 
-        call = _Call(request, deliver)
+        call = _Call(request, is_streamed, deliver)
         self._call(lambda: self._add(call))
         try:
             while True:
@@ -132,7 +138,7 @@ class AsyncEngine:
             call.deliver(self._failure)
             return
         try:
-            call.number = self.engine.add(call.request, is_streamed=True)
+            call.number = self.engine.add(call.request, call.is_streamed)
         except Exception as error:  # the caller's, whatever it is
             call.deliver(error)
         else:
@@ -147,5 +153,6 @@ class AsyncEngine:
 @dataclasses.dataclass(slots=True)
 class _Call:
     request: Request
+    is_streamed: bool
     deliver: Deliver
     number: int | None = None

@@ -76,6 +76,8 @@ class Engine:
         self.runner = Runner(self.model, processor, cache)
         self.scheduler = Scheduler(cache, max_prefill_tokens)
         self.image_features = ImageFeatures(self.runner.encode_tiles, IMAGE_CACHE_BYTES)
+        self.num_decode_steps = self.num_decoded_tokens = 0
+        """So far; their quotient is how many requests a step answered."""
         self._has_prefilled = False
         """The last step did; then it is the others' turn."""
         self._ids = itertools.count()
@@ -83,9 +85,12 @@ class Engine:
         self._outbox: dict[int, list[Delta]] = {}
 
     @classmethod
-    def from_pretrained(cls, model: str | Path, dtype: torch.dtype | None = None) -> "Engine":
+    def from_pretrained(
+        cls, model: str | Path, dtype: torch.dtype | None = None, *, max_num_seqs: int = 64
+    ) -> "Engine":
         """The engine for a shipped model's name or a folder; `dtype` as the hardware likes it."""
-        return cls(load_model(model, dtype or inference_dtype()), load_processor(model))
+        loaded = load_model(model, dtype or inference_dtype())
+        return cls(loaded, load_processor(model), max_num_seqs=max_num_seqs)
 
     def generate(self, requests: Many[Request]) -> list[Completion]:
         """Answer all `requests`, in their order.
@@ -226,6 +231,8 @@ class Engine:
             [sequence.token_ids[-1] for sequence in sequences],
             [sequence.num_cached for sequence in sequences],
         )
+        self.num_decode_steps += 1
+        self.num_decoded_tokens += len(sequences)
         for sequence in sequences:
             sequence.num_cached += 1
         self._append(list(sequences), logits)

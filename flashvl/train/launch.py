@@ -22,7 +22,7 @@ from flashvl.train.supervised import train_worker
 
 PROGRESS_INTERVAL_S = 1.0
 
-Progress = Callable[[int, int, float], None]
+Progress = Callable[[int, int, str], None]
 """Called with the steps done, the steps in all, and the last loss."""
 
 
@@ -50,7 +50,7 @@ def run(recipe: Recipe, on_progress: Progress | None = None) -> StageResult:
     """Train the stage on the Ray cluster that this process is connected to.
 
     Args:
-        on_progress: called with the steps done, the steps in all, and the loss of the last.
+        on_progress: called with the steps done, the steps in all, and the last one's loss in words.
 
     Raises:
         ConfigError, CheckpointError: before anything is started.
@@ -117,7 +117,7 @@ def _show(progress: Queue, num_steps: int, on_progress: Progress | None) -> Iter
         while not ended.wait(PROGRESS_INTERVAL_S):
             records = progress.get_nowait_batch(progress.qsize())
             if records and on_progress is not None:
-                on_progress(int(records[-1]["step"]), num_steps, records[-1]["loss"])
+                on_progress(int(records[-1]["step"]), num_steps, f"loss {records[-1]['loss']:.4f}")
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()

@@ -1,6 +1,6 @@
 """Captioning jobs: no row is lost or doubled, captions are the engine's, refusals leave nothing."""
 
-import io
+import asyncio
 import json
 import os
 import shutil
@@ -9,36 +9,32 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
+from flashvl.batch.captioner import CAPTIONED, Captioner, Question
+from flashvl.batch.files import locate
+from flashvl.batch.gate import Gate
 from flashvl.batch.inputs import IMAGE_SUFFIXES, ParquetFiles, find_source
 from flashvl.batch.job import CaptionJob, Summary, run_caption_job
 from flashvl.batch.outputs import OutputFolder
-from flashvl.batch.stages import Captioner, tile_images
+from flashvl.batch.progress import Progress
+from flashvl.batch.tiling import tile_images
 from flashvl.config import validate
 from flashvl.data.images import ImageLimits, decode_image
 from flashvl.data.schema import CAPTIONS, DEAD_LETTERS
 from flashvl.engine import Engine, Request
 from flashvl.errors import CheckpointError, ConfigError
+from tests.batch.pictures import picture
 
 MAX_NEW_TOKENS = 6
 HF_IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 LIMITS = ImageLimits(max_image_bytes=20_000)
-
-
-def picture(seed: int, file_format: str = "PNG") -> bytes:
-    """Blobs of colour: no two seeds look alike to a model."""
-    blobs = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(blobs).resize((60 + seed % 30, 50)).save(file, file_format)
-    return file.getvalue()
 
 
 def table(ids: list[Any], images: list[bytes | None], image_type: pa.DataType) -> pa.Table:
@@ -87,7 +83,7 @@ def one_by_one(engine: Engine, image: bytes, prompt: str = "Describe the image."
 
 def job(tiny_random: Path, source: Path | str, output: Path, **options: Any) -> CaptionJob:
     values = {"model": str(tiny_random), "max_new_tokens": MAX_NEW_TOKENS} | options
-    return CaptionJob(input=str(source), output=output, **values)
+    return CaptionJob(input=str(source), output=str(output), **values)
 
 
 # Whole jobs
@@ -111,8 +107,8 @@ def test_captions_what_it_can_of_two_files_and_accounts_for_the_rest(
 
     progress: list[tuple[int, int]] = []
     run_caption_job(
-        job(tiny_random, parts, tmp_path / "out", batch_size=7),
-        on_progress=lambda done, total: progress.append((done, total)),
+        job(tiny_random, parts, tmp_path / "out", max_num_seqs=7),
+        on_progress=lambda now: progress.append((now.num_done, now.num_rows)),
     )
 
     captions, dead, summary = read(tmp_path / "out")
@@ -121,7 +117,7 @@ def test_captions_what_it_can_of_two_files_and_accounts_for_the_rest(
         None if row_id is None else str(row_id) for row_id in ids
     )
     stages = {row["id"]: row["stage"] for row in dead.to_pylist()}
-    assert stages == {"3": "decode", "11": "decode", "17": "decode", "39": "decode", None: "read"}
+    assert stages == {"3": "read", "11": "decode", "17": "decode", "39": "decode", None: "read"}
     wanted = [
         {"id": str(row_id), "row": row, **one_by_one(engine, image)}
         for row, (row_id, image) in enumerate(zip(ids, images, strict=True))
@@ -162,7 +158,9 @@ def test_captions_a_folder_of_images(
     images["gone.png"] = picture(5)
     wanted = {name: one_by_one(engine, data, "What is it?") for name, data in images.items()}
     rows = captions.to_pylist()
-    assert [source.files[row.pop("row")].name for row in rows] == [Path(r["id"]).name for r in rows]
+    assert [Path(source.files[row.pop("row")]).name for row in rows] == [
+        Path(r["id"]).name for r in rows
+    ]
     assert {row.pop("id"): row for row in rows} == wanted
     stages = {row["id"]: row["stage"] for row in dead.to_pylist()}
     assert stages == {"letter.jpg": "decode", "large.bmp": "read"}
@@ -177,14 +175,14 @@ def test_an_engine_that_dies_costs_no_row_and_doubles_none(
     pq.write_table(table(ids, images, pa.binary()), tmp_path / "in.parquet")
     killed: list[int] = []
 
-    def kill_the_engine(done: int, total: int) -> None:
+    def kill_the_engine(now: Progress) -> None:
         if not killed:
             killed.extend(descendants_named("ray::MapWorker(MapBatches(Captioner)"))
             for pid in killed:
                 os.kill(pid, signal.SIGKILL)
 
     run_caption_job(
-        job(tiny_random, tmp_path / "in.parquet", tmp_path / "out", batch_size=4), kill_the_engine
+        job(tiny_random, tmp_path / "in.parquet", tmp_path / "out", max_num_seqs=4), kill_the_engine
     )
 
     assert killed
@@ -263,8 +261,8 @@ def test_refuses_more_engines_than_the_cluster_can_feed(
     ray_cluster: None, tiny_random: Path, tmp_path: Path
 ) -> None:
     pq.write_table(table(["a"], [picture(0)], pa.binary()), tmp_path / "in.parquet")
-    with pytest.raises(ConfigError, match=r"num_engines \(4\) must be less than .* CPUs \(4\)"):
-        run_caption_job(job(tiny_random, tmp_path / "in.parquet", tmp_path / "out", num_engines=4))
+    with pytest.raises(ConfigError, match=r"replicas \(4\) must be less than .* CPUs \(4\)"):
+        run_caption_job(job(tiny_random, tmp_path / "in.parquet", tmp_path / "out", replicas="4"))
     assert not (tmp_path / "out").exists()
 
 
@@ -274,12 +272,19 @@ ROW = st.sampled_from(("good", "null image", "no image", "null id"))
 
 
 @pytest.fixture(scope="module")
-def captioner(tiny_random: Path) -> Captioner:
+def captioner(ray_cluster: None, tiny_random: Path) -> Captioner:
     return Captioner(
-        model=str(tiny_random), prompt="Describe the image.", max_new_tokens=2, num_engines=1
+        model=str(tiny_random),
+        question=Question(
+            prompt="Describe the image.", max_new_tokens=2, temperature=0, top_p=1, seed=0
+        ),
+        max_num_seqs=8,
+        engines_per_node=1,
+        gate=ray.remote(num_cpus=0)(Gate).remote(),
     )
 
 
+@pytest.mark.ray
 @settings(max_examples=15, deadline=None)
 @given(kinds=st.lists(ROW, max_size=12), batch_size=st.integers(1, 5))
 def test_every_row_comes_out_once_whatever_the_mixture(
@@ -294,53 +299,70 @@ def test_every_row_comes_out_once_whatever_the_mixture(
     images = [contents.get(kind, picture(number)) for number, kind in enumerate(kinds)]
     rows = pa.table(
         {
-            "row": pa.array(range(len(ids)), pa.int64()),
             "id": pa.array(ids, pa.string()),
-            "image": pa.array(images, pa.binary()),
+            "row": pa.array(range(len(ids)), pa.int64()),
+            "image": pa.array(images, pa.large_binary()),
+            "path": pa.nulls(len(ids), pa.binary()),
         }
     )
 
-    output = OutputFolder(tmp_path_factory.mktemp("out") / "captions")
+    folder = tmp_path_factory.mktemp("out") / "captions"
+    output = OutputFolder(locate(folder), len(ids), pa.schema([]))
     for batch in rows.to_batches(max_chunksize=batch_size):
-        tiled = tile_images(
-            pa.Table.from_batches([batch]), model=str(tiny_random), limits=ImageLimits()
-        )
-        output.write(captioner(tiled))
-    written, dead = output.finish_rows()
+        tiled = tile(pa.Table.from_batches([batch]), tiny_random)
+        answered = asyncio.run(captioner(tiled))
+        output.write(answered)
+        assert output.write(answered).num_rows == 0  # as when Ray runs a task again
+    output.finish_rows()
 
     wanted = {str(number) for number, kind in enumerate(kinds) if kind == "good"}
-    captions = pq.read_table(output.folder / "captions")
-    letters = pq.read_table(output.folder / "dead_letters")
-    assert (written, dead) == (len(wanted), len(kinds) - len(wanted))
-    assert set(captions["id"].to_pylist()) == wanted and captions.num_rows == written
+    captions = pq.read_table(folder / "captions")
+    assert output.captions.num_rows == len(wanted)
+    assert output.dead_letters.num_rows == len(kinds) - len(wanted)
+    letters = pq.read_table(folder / "dead_letters")
+    assert set(captions["id"].to_pylist()) == wanted and captions.num_rows == len(wanted)
     assert [row["id"] for row in letters.to_pylist()] == [
         row_id for row_id, kind in zip(ids, kinds, strict=True) if kind != "good"
     ]
     assert all(row["reason"] and row["stage"] for row in letters.to_pylist())
 
 
+def tile(rows: pa.Table, model: Path) -> pa.Table:
+    return tile_images(rows, model=str(model), limits=ImageLimits(), store=locate("/").store)
+
+
 def test_a_file_that_is_gone_when_its_turn_comes_is_a_dead_letter(
     tiny_random: Path, tmp_path: Path
 ) -> None:
-    rows = pa.table({"row": [0], "id": ["a.png"], "path": [os.fsencode(tmp_path / "a.png")]})
-    (row,) = tile_images(rows, model=str(tiny_random), limits=ImageLimits()).to_pylist()
+    rows = pa.table(
+        {
+            "id": ["a.png"],
+            "row": [0],
+            "image": pa.nulls(1, pa.large_binary()),
+            "path": [os.fsencode(tmp_path / "a.png")],
+        }
+    )
+    (row,) = tile(rows, tiny_random).to_pylist()
     assert row["stage"] == "read" and "No such file" in row["reason"] and row["tiles"] is None
+    assert row["error"] == "FileNotFoundError"
 
 
 def test_output_is_cut_into_files_that_hold_every_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flashvl.batch.outputs.ROWS_PER_FILE", 10)
-    output = OutputFolder(tmp_path / "out")
+    monkeypatch.setattr("flashvl.batch.outputs.BYTES_PER_FILE", 1000)
+    output = OutputFolder(locate(tmp_path / "out"), 100, pa.schema([]))
     for first in range(0, 100, 4):
-        ids = [str(number) for number in range(first, first + 4)]
-        nulls = [None] * 4
-        columns = {name: nulls for name in (*CAPTIONS.names, "stage", "reason")} | {"id": ids}
-        output.write(pa.table(columns))
-    assert output.finish_rows() == (100, 0)
+        rows = [
+            {"row": row, "id": str(row), "caption": "c" * 50} for row in range(first, first + 4)
+        ]
+        output.write(pa.Table.from_pylist(rows, schema=CAPTIONED))
+    output.finish_rows()
+    assert (output.captions.num_rows, output.dead_letters.num_rows) == (100, 0)
     files = sorted((tmp_path / "out" / "captions").iterdir())
     assert [file.name for file in files[:2]] == ["part-00000.parquet", "part-00001.parquet"]
-    assert [pq.read_metadata(file).num_rows for file in files] == [12] * 8 + [4]
+    sizes = [pq.read_metadata(file).num_rows for file in files]
+    assert sum(sizes) == 100 and len(sizes) > 5 and max(sizes) - min(sizes[:-1]) <= 4
     assert pq.read_table(files)["id"].to_pylist() == [str(number) for number in range(100)]
 
 
@@ -426,7 +448,7 @@ def test_refuses_a_folder_that_is_no_model(tmp_path: Path, one_row: Path) -> Non
     [
         ({"prompt": "<image> what?"}, "must not hold <image>"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
-        ({"bach_size": 1}, "Did you mean 'batch_size'"),
+        ({"max_num_seq": 1}, "Did you mean 'max_num_seqs'"),
     ],
 )
 def test_refuses_bad_options(values: dict[str, Any], said: str) -> None:
@@ -439,6 +461,9 @@ def test_a_glob_names_files_in_any_depth(tmp_path: Path, one_row: Path) -> None:
     (tmp_path / "deep" / "deeper").mkdir(parents=True)
     shutil.copy(one_row, tmp_path / "deep" / "deeper" / "two.parquet")
     source = find_source(str(tmp_path / "**" / "*.parquet"))
-    assert isinstance(source, ParquetFiles) and source.row_groups == [[1], [1]]
-    assert {file.name for file in source.files} == {"one.parquet", "two.parquet"}
+    assert isinstance(source, ParquetFiles) and [file.row_groups for file in source.files] == [
+        [1],
+        [1],
+    ]
+    assert {Path(file.path).name for file in source.files} == {"one.parquet", "two.parquet"}
     assert ".parquet" not in IMAGE_SUFFIXES

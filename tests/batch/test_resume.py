@@ -1,6 +1,5 @@
 """A stopped job goes on: no row lost or doubled, nothing captioned twice, nothing mixed."""
 
-import io
 import json
 import os
 import random
@@ -17,27 +16,22 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from typer.testing import CliRunner
 
 from flashvl.batch import job as job_module
+from flashvl.batch.captioner import CAPTIONED
+from flashvl.batch.files import locate
 from flashvl.batch.inputs import ParquetFiles, find_source
 from flashvl.batch.job import CaptionJob, run_caption_job
 from flashvl.batch.manifest import MANIFEST, held
 from flashvl.batch.outputs import OutputFolder
+from flashvl.batch.progress import Progress
 from flashvl.cli import app
-from flashvl.data.schema import CAPTIONS
 from flashvl.errors import ConfigError, FlashVLError
+from tests.batch.pictures import picture, rows_of
 
 NUM_ROWS = 60
 BAD = {7, 31, 32}
-
-
-def picture(seed: int) -> bytes:
-    blobs = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(blobs).resize((60, 50)).save(file, "PNG")
-    return file.getvalue()
 
 
 def write_input(path: Path, num_rows: int = NUM_ROWS, row_group_size: int = 16) -> Path:
@@ -52,23 +46,11 @@ def job(tiny_random: Path, tmp_path: Path) -> CaptionJob:
     source = write_input(tmp_path / "in.parquet")
     return CaptionJob(
         input=str(source),
-        output=tmp_path / "out",
+        output=str(tmp_path / "out"),
         model=str(tiny_random),
         max_new_tokens=4,
-        batch_size=6,
+        max_num_seqs=8,
     )
-
-
-def rows_of(folder: Path) -> dict[int, dict[str, Any]]:
-    """All rows of an output by their place; each is there once."""
-    found = [
-        row
-        for name in ("captions", "dead_letters")
-        for row in pq.read_table(folder / name).to_pylist()
-    ]
-    by_row = {row["row"]: row for row in found}
-    assert len(by_row) == len(found)
-    return by_row
 
 
 class Interrupted(Exception):
@@ -79,8 +61,8 @@ class Interrupted(Exception):
 def test_an_interrupted_job_goes_on_with_the_rest(
     ray_cluster: None, job: CaptionJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flashvl.batch.outputs.ROWS_PER_FILE", 5)
-    whole = job.model_copy(update={"output": job.output.with_name("whole")})
+    monkeypatch.setattr("flashvl.batch.outputs.BYTES_PER_FILE", 200)
+    whole = job.model_copy(update={"output": job.output + "-whole"})
     run_caption_job(whole)
 
     captioned: list[int] = []
@@ -93,26 +75,26 @@ def test_an_interrupted_job_goes_on_with_the_rest(
 
     monkeypatch.setattr(job_module, "_captioned", watched)
 
-    def interrupt(done: int, total: int) -> None:
-        if done > 20:
+    def interrupt(now: Progress) -> None:
+        if now.num_done > 20:
             raise Interrupted
 
     with pytest.raises(Interrupted):
         run_caption_job(job, interrupt)
-    assert not (job.output / "_summary.json").exists()
-    on_disk = set(rows_of(job.output))
+    assert not (Path(job.output) / "_summary.json").exists()
+    on_disk = set(rows_of(Path(job.output)))
     assert 0 < len(on_disk) < NUM_ROWS
-    (job.output / "captions" / ".part-00099.parquet").write_bytes(b"half a file")
+    (Path(job.output) / "captions" / ".unfinished-part-00099.parquet").write_bytes(b"half a file")
 
     captioned.clear()
     progress: list[int] = []
-    summary = run_caption_job(job, lambda done, total: progress.append(done))
+    summary = run_caption_job(job, lambda now: progress.append(now.num_done))
     assert set(captioned) == set(range(NUM_ROWS)) - on_disk
     assert len(captioned) == NUM_ROWS - len(on_disk)
     assert progress[0] > len(on_disk) and progress[-1] == NUM_ROWS
     assert (summary.input, summary.dead) == (NUM_ROWS, len(BAD))
-    assert rows_of(job.output) == rows_of(whole.output)
-    assert not list(job.output.rglob(".*"))
+    assert rows_of(Path(job.output)) == rows_of(Path(whole.output))
+    assert not list(Path(job.output).rglob(".*"))
 
     captioned.clear()
     assert run_caption_job(job) == summary  # all is done: nothing happens
@@ -123,17 +105,17 @@ def test_an_interrupted_job_goes_on_with_the_rest(
 
 @pytest.mark.ray
 def test_sigterm_keeps_what_is_done(ray_cluster: None, job: CaptionJob) -> None:
-    def terminate(done: int, total: int) -> None:
-        if done > 20:
+    def terminate(now: Progress) -> None:
+        if now.num_done > 20:
             os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(FlashVLError, match=r"stopped by SIGTERM with \d+ of 60 rows on disk"):
         run_caption_job(job, terminate)
     assert signal.getsignal(signal.SIGTERM) == before
-    assert 20 < len(rows_of(job.output)) < NUM_ROWS
+    assert 20 < len(rows_of(Path(job.output))) < NUM_ROWS
     run_caption_job(job)
-    assert len(rows_of(job.output)) == NUM_ROWS
+    assert len(rows_of(Path(job.output))) == NUM_ROWS
 
 
 @pytest.mark.ray
@@ -150,11 +132,11 @@ def test_another_job_is_refused_with_both_values(
     ray_cluster: None, job: CaptionJob, change: dict[str, Any], said: str
 ) -> None:
     run_caption_job(job)
-    before = rows_of(job.output)
+    before = rows_of(Path(job.output))
     with pytest.raises(ConfigError) as error:
         run_caption_job(job.model_copy(update=change))
     assert said in str(error.value) and "--restart" in str(error.value)
-    assert rows_of(job.output) == before
+    assert rows_of(Path(job.output)) == before
 
 
 @pytest.mark.ray
@@ -166,12 +148,15 @@ def test_a_changed_input_or_model_is_refused(
     with pytest.raises(ConfigError, match="num_rows was 60 and is 61"):
         run_caption_job(job)
     summary = run_caption_job(job.model_copy(update={"restart": True}))
-    assert summary.input == 61 and set(rows_of(job.output)) == set(range(61))
+    assert summary.input == 61 and set(rows_of(Path(job.output))) == set(range(61))
 
 
 @pytest.mark.ray
 def test_the_second_of_two_runs_is_refused(ray_cluster: None, job: CaptionJob) -> None:
-    with held(job.output), pytest.raises(ConfigError, match="another job is running on output"):
+    with (
+        held(locate(job.output)),
+        pytest.raises(ConfigError, match="another job is running on output"),
+    ):
         run_caption_job(job)
     assert run_caption_job(job).input == NUM_ROWS
 
@@ -179,16 +164,16 @@ def test_the_second_of_two_runs_is_refused(ray_cluster: None, job: CaptionJob) -
 @pytest.mark.ray
 def test_rows_that_are_there_twice_are_never_a_success(ray_cluster: None, job: CaptionJob) -> None:
     run_caption_job(job)
-    (job.output / "_summary.json").unlink()
-    (part,) = (job.output / "captions").glob("part-*")
+    (Path(job.output) / "_summary.json").unlink()
+    (part,) = (Path(job.output) / "captions").glob("part-*")
     part.with_name("part-00007.parquet").write_bytes(part.read_bytes())
-    with pytest.raises(FlashVLError, match="audit failed: .* holds 117 rows, but 60 different"):
+    with pytest.raises(FlashVLError, match=r"audit failed: .* holds row \d+ twice"):
         run_caption_job(job)
 
 
 def test_an_unreadable_manifest_is_refused(job: CaptionJob) -> None:
-    job.output.mkdir()
-    (job.output / MANIFEST).write_text('{"prompt": "Desc')
+    Path(job.output).mkdir()
+    (Path(job.output) / MANIFEST).write_text('{"prompt": "Desc')
     with pytest.raises(ConfigError, match="not readable; give --restart"):
         run_caption_job(job)
 
@@ -210,7 +195,7 @@ def test_a_source_reads_what_is_not_done_and_no_row_group_in_vain(
     is_done = np.array(data.draw(st.lists(st.booleans(), min_size=total, max_size=total)), bool)
     if is_done.all():
         is_done[0] = False
-    groups = [count for counts in source.row_groups for count in counts]
+    groups = [count for file in source.files for count in file.row_groups]
     parts = np.split(is_done, np.cumsum(groups)[:-1])
     assert len(list(source._pieces(is_done))) == sum(not part.all() for part in parts)
     rows = source.read(is_done).take_all()
@@ -228,11 +213,11 @@ def test_killed_again_and_again_it_ends_as_if_undisturbed(
 ) -> None:
     """The command itself, killed at random moments with SIGKILL and SIGTERM until it succeeds."""
     source = write_input(tmp_path / "in.parquet", num_rows=3000, row_group_size=500)
-    options = ["--model", str(tiny_random), "--max-new-tokens", "4", "--batch-size", "8"]
+    options = ["--model", str(tiny_random), "--max-new-tokens", "4", "--max-num-seqs", "8"]
 
     def command(output: Path) -> list[str]:
         code = (
-            "import flashvl.batch.outputs as o; o.ROWS_PER_FILE = 100;"
+            "import flashvl.batch.outputs as o; o.BYTES_PER_FILE = 5000;"
             "from flashvl.cli import main; main()"
         )
         return [sys.executable, "-c", code, "caption", str(source), "--output", str(output)]
@@ -260,7 +245,7 @@ def test_killed_again_and_again_it_ends_as_if_undisturbed(
 @pytest.mark.ray
 def test_the_command_goes_on_and_tells_that_all_is_done(ray_cluster: None, job: CaptionJob) -> None:
     run_caption_job(job)
-    command = ["caption", job.input, "--output", str(job.output), "--model", job.model]
+    command = ["caption", job.input, "--output", job.output, "--model", job.model]
     result = CliRunner().invoke(app, [*command, "--max-new-tokens", "4"])
     assert result.exit_code == 0, result.output
     assert "60 images, 57 captions, 3 dead letters" in result.stdout
@@ -271,9 +256,8 @@ def test_the_command_goes_on_and_tells_that_all_is_done(ray_cluster: None, job: 
 
 def test_no_row_waits_long_for_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flashvl.batch.outputs.SECONDS_PER_FILE", 0.0)
-    output = OutputFolder(tmp_path / "out")
+    output = OutputFolder(locate(tmp_path / "out"), 3, pa.schema([]))
     for row in range(3):
-        columns = {name: [None] for name in (*CAPTIONS.names, "stage", "reason")}
-        output.write(pa.table(columns | {"row": [row]}))
-        assert output.done(3).sum() == row + 1
+        output.write(pa.Table.from_pylist([{"row": row}], schema=CAPTIONED))
+        assert output.captions.count_rows() == row + 1
     assert len(list((tmp_path / "out" / "dead_letters").iterdir())) == 0

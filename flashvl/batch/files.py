@@ -1,0 +1,141 @@
+"""Where a job's files lie: on local disks, or in whatever store Arrow knows (S3, GCS, Azure, HDFS).
+
+fsspec is the face of both; Arrow's own clients are behind it, so that nothing more is installed.
+"""
+
+import functools
+import os
+import posixpath
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import pyarrow as pa
+import pyarrow.fs
+from fsspec import AbstractFileSystem
+from fsspec.implementations.arrow import ArrowFSWrapper
+from fsspec.implementations.local import LocalFileSystem
+
+from flashvl.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """A file or a folder, there or not yet."""
+
+    store: AbstractFileSystem
+    path: str
+    """Absolute in its store, without a scheme."""
+
+    def __truediv__(self, name: str) -> "Location":
+        return Location(self.store, posixpath.join(self.path, name))
+
+    def __str__(self) -> str:
+        return self.path if self.is_local else f"{self.store.fs.type_name}:{self.path}"
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.store, LocalFileSystem)
+
+    def is_file(self) -> bool:
+        return self.store.isfile(self.path)
+
+    def is_folder(self) -> bool:
+        return self.store.isdir(self.path)
+
+    def read(self) -> bytes:
+        return self.store.cat_file(self.path)
+
+    def write(self, data: bytes) -> None:
+        """Have the file hold `data`: whoever reads it sees all of it or what was there before.
+
+        Raises:
+            OSError: it cannot be written; nothing is left of it.
+        """
+        if not self.is_local:
+            self.store.pipe_file(self.path, data)  # an object is there when it is whole
+            return
+        folder, name = os.path.split(self.path)
+        unfinished = os.path.join(folder, f"{UNFINISHED}{uuid.uuid4().hex[:8]}-{name}")
+        try:
+            with open(unfinished, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())  # a name must not outlive its content when power fails
+            os.replace(unfinished, self.path)
+        except OSError:
+            if os.path.exists(unfinished):
+                os.unlink(unfinished)
+            raise
+
+    def remove(self) -> None:
+        if self.is_file():
+            self.store.rm_file(self.path)
+
+    def make_folder(self) -> None:
+        self.store.makedirs(self.path, exist_ok=True)
+
+    def names(self) -> list[str]:
+        """Of the files and folders in this folder, in their order; none where there is none."""
+        if not self.is_folder():
+            return []
+        return sorted(posixpath.basename(path) for path in self.store.ls(self.path, detail=False))
+
+    def remove_unfinished(self) -> None:
+        """Remove what a write left that was killed; nobody else may write here meanwhile."""
+        for name in self.names():
+            if name.startswith(UNFINISHED):
+                (self / name).remove()
+
+
+UNFINISHED = ".unfinished-"
+
+
+def locate(text: str | os.PathLike[str]) -> Location:
+    """The location that a path or a URI names; a URI's path is taken as it is, without escapes.
+
+    Raises:
+        ConfigError: Arrow knows no such store, or it does not answer.
+    """
+    text = os.fspath(text)
+    scheme, separator, rest = text.partition("://")
+    if not separator or scheme == "file":
+        return Location(LocalFileSystem(), os.path.abspath(rest if separator else text))
+    parts = urlsplit(text, allow_fragments=False)  # a key may hold any character
+    store, root = _open_store(parts._replace(path="").geturl())
+    return Location(store, posixpath.join(root, parts.path.lstrip("/")).rstrip("/"))
+
+
+@functools.lru_cache(maxsize=64)  # where a bucket lies is asked for over the network
+def _open_store(uri: str) -> tuple[AbstractFileSystem, str]:
+    try:
+        filesystem, root = pa.fs.FileSystem.from_uri(uri)
+    except (pa.ArrowInvalid, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"{uri} cannot be opened ({reason}); name a local path or a URI that Arrow knows"
+            " (s3://, gs://, abfs://, hdfs://)"
+        ) from None
+    return ArrowFSWrapper(filesystem), root
+
+
+def walk(folder: Location, hidden: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The files below `folder` and what the store says of them, in a stable order.
+
+    Files and folders whose names begin with one of `hidden` are left out, as everywhere.
+    """
+    found: dict[str, dict[str, Any]] = folder.store.find(folder.path, detail=True)
+    for path in sorted(found):
+        parts = posixpath.relpath(path, folder.path).split("/")
+        is_file = found[path]["type"] == "file" or folder.store.isfile(path)  # of a link: its end
+        if is_file and not any(part.startswith(hidden) for part in parts):
+            yield path, found[path]
+
+
+def open_input(store: AbstractFileSystem, path: str) -> pa.NativeFile:
+    """The file for reading, by Arrow's own means."""
+    if isinstance(store, LocalFileSystem):
+        return pa.OSFile(path, "rb")
+    return store.fs.open_input_file(path)

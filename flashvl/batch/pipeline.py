@@ -1,0 +1,119 @@
+"""The rows of a source, read, cut into tiles and captioned by Ray Data, wherever there is room.
+
+An encoded image goes from the task that reads it to the one that decodes it, its tiles from there
+to an engine, as uint8; nothing decoded goes further.
+"""
+
+import functools
+import math
+from collections.abc import Generator
+
+import pyarrow as pa
+import ray
+import ray.data
+from ray.actor import ActorHandle
+from ray.exceptions import RayTaskError
+
+from flashvl.batch.captioner import Captioner, Question
+from flashvl.batch.files import Location
+from flashvl.batch.inputs import Done, Source
+from flashvl.batch.tiling import tile_images
+from flashvl.data.images import ImageLimits
+from flashvl.errors import ConfigError, FlashVLError
+from flashvl.model.loading import SHIPPED, resolve_checkpoint
+
+ROWS_PER_TASK = 64
+"""Rows that one CPU task decodes and tiles: a second's work, and what a lost worker costs."""
+BLOCKS_PER_ENGINE = 4
+"""A block fills so much of an engine's slots: the smaller, the sooner a free slot is filled."""
+CALLS_PER_ENGINE = 6
+"""Blocks that an engine has at once: those that fill it, and some that wait."""
+
+
+def engines_per_node(pool: tuple[int, int]) -> int:
+    """Engines that share a machine's cores, if they have no GPU.
+
+    Raises:
+        ConfigError: engines on CPUs would leave none to read and decode with.
+    """
+    least, most = pool
+    num_cpus = int(ray.cluster_resources().get("CPU", 0))
+    if not has_gpus() and least >= num_cpus:
+        raise ConfigError(
+            f"replicas ({least}) must be less than the cluster's CPUs ({num_cpus}), as it has no"
+            " GPU; lower it"
+        )
+    num_nodes = sum(node["Alive"] for node in ray.nodes())
+    return math.ceil(most / num_nodes)
+
+
+def has_gpus() -> bool:
+    return bool(ray.cluster_resources().get("GPU", 0))
+
+
+def captioned(
+    source: Source,
+    is_done: Done,
+    *,
+    model: str,
+    question: Question,
+    limits: ImageLimits,
+    store: Location,
+    pool: tuple[int, int],
+    gpus_per_replica: float,
+    max_num_seqs: int,
+    gate: ActorHandle,
+) -> Generator[pa.Table, None, None]:
+    """The rows of `source` that are not done, as they are: tables of `captioner.CAPTIONED`.
+
+    A row may come twice where a machine was lost, or not at all: the caller counts.
+
+    Raises:
+        Exception: what a step raised, as it was raised there, save `DataError`.
+    """
+    folder = resolve_checkpoint(model)
+    # A shipped model is found by its name in whatever folder a node has the package in.
+    model = folder.name if folder.parent == SHIPPED else str(folder.absolute())
+    rows_per_block = max(max_num_seqs // BLOCKS_PER_ENGINE, 1)
+    rows = (
+        source.read(is_done)
+        # A table may be one row group of any length, which one task would decode alone.
+        .repartition(target_num_rows_per_block=ROWS_PER_TASK)
+        .map_batches(
+            functools.partial(tile_images, model=model, limits=limits, store=store.store),
+            batch_size=rows_per_block,
+            batch_format="pyarrow",
+        )
+        # Cuts the task's output, so that a block is captioned while the next is decoded; and keeps
+        # Ray from fusing the decoding into the engine's actor, as it does where neither has a GPU.
+        .repartition(target_num_rows_per_block=rows_per_block)
+        .map_batches(
+            Captioner,
+            fn_constructor_kwargs={
+                "model": model,
+                "question": question,
+                "max_num_seqs": max_num_seqs,
+                "engines_per_node": engines_per_node(pool),
+                "gate": gate,
+            },
+            batch_size=rows_per_block,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(
+                min_size=pool[0],
+                max_size=pool[1],
+                max_concurrent_calls_per_actor=CALLS_PER_ENGINE,
+                max_tasks_in_flight_per_actor=CALLS_PER_ENGINE + 2,
+            ),
+            num_gpus=gpus_per_replica if has_gpus() else 0,
+        )
+    )
+    rows.context.enable_progress_bars = False
+    rows.context.print_on_execution_start = False
+    rows.context.raise_original_map_exception = True
+    try:
+        yield from rows.iter_batches(batch_size=None, batch_format="pyarrow")
+    except RayTaskError as error:
+        if isinstance(error.cause, FlashVLError):
+            # Ray puts advice of its own below the message.
+            raise type(error.cause)(str(error.cause).splitlines()[0]) from None
+        raise

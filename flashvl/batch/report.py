@@ -1,0 +1,191 @@
+"""A finished job's report: one HTML file that needs no other.
+
+Totals, speed over time, lengths, a sample of pictures with their captions, dead letters by reason.
+"""
+
+import functools
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from fsspec import AbstractFileSystem
+
+from flashvl.batch.files import locate
+from flashvl.batch.inputs import Source
+from flashvl.batch.outputs import REPORT, OutputFolder, written_between
+from flashvl.batch.tiling import read_image_row
+from flashvl.data.images import ImageLimits, decode_image, make_thumbnail
+from flashvl.errors import DataError
+
+NUM_SAMPLES = 24
+NUM_SAMPLE_FILES = 6
+"""Of captions, from which the samples are taken; each may cost the reading of a row group."""
+THUMBNAIL_SIDE = 320
+"""Twice what a card shows, for screens of twice the density."""
+NUM_BARS = 40
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """A picture and what was said of it."""
+
+    id: str
+    caption: str
+    picture: str
+    """A data URI."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bar:
+    """Of a bar chart."""
+
+    label: str
+    value: float
+    share: float
+    """Of the tallest."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reason:
+    """Dead letters that died of the same."""
+
+    stage: str
+    error: str
+    count: int
+    example_id: str
+    example: str
+
+
+def write_report(
+    source: Source, input: str, limits: ImageLimits, output: OutputFolder, summary: dict[str, Any]
+) -> None:
+    """Write the report of a job whose rows are all in `output`; Ray must be there."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("flashvl.batch", "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    html = environment.get_template("report.html.jinja").render(
+        summary=summary,
+        output=str(output.folder),
+        speed=_speed(output),
+        lengths=_lengths(output),
+        samples=_samples(source, input, limits, output),
+        reasons=_reasons(output),
+    )
+    (output.folder / REPORT).write(html.encode())
+
+
+def _speed(output: OutputFolder) -> list[Bar]:
+    """Rows a second from the job's begin to its end, in equal pieces of time."""
+    spans = []
+    for parts in (output.captions, output.dead_letters):
+        for footer in parts.footers():
+            if footer.num_rows:
+                spans.append((*written_between(footer), footer.num_rows))
+    if not spans:
+        return []
+    starts, ends, rows = (np.array(column, float) for column in zip(*spans, strict=True))
+    last = max(ends.max(), starts.min() + 1e-3)
+    edges = np.linspace(starts.min(), last, NUM_BARS + 1)
+    overlap = np.clip(
+        np.minimum(ends[:, None], edges[None, 1:]) - np.maximum(starts[:, None], edges[None, :-1]),
+        0,
+        None,
+    )
+    rates = rows / np.maximum(ends - starts, 1e-3)
+    values = (overlap * rates[:, None]).sum(0) / np.maximum(np.diff(edges), 1e-9)
+    return _bars([_clock(edge - edges[0]) for edge in edges[:-1]], values)
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds // 3600)}:{int(seconds // 60 % 60):02d}:{int(seconds % 60):02d}"
+
+
+def _lengths(output: OutputFolder) -> list[Bar]:
+    """Captions by their number of tokens."""
+    counts = np.zeros(1, np.int64)
+    for lengths in output.captions.column("completion_tokens"):
+        found = np.bincount(lengths, minlength=len(counts))
+        found[: len(counts)] += counts
+        counts = found
+    width = -(-len(counts) // NUM_BARS)
+    counts = np.pad(counts, (0, -len(counts) % width)).reshape(-1, width).sum(1)
+    firsts = np.arange(len(counts)) * width
+    labels = [f"{n}" if width == 1 else f"{n} to {n + width - 1}" for n in firsts]
+    return _bars(labels, counts)
+
+
+def _bars(labels: list[str], values: npt.NDArray[Any]) -> list[Bar]:
+    tallest = max(values.max(), 1e-9)
+    return [
+        Bar(label=label, value=float(value), share=float(value / tallest))
+        for label, value in zip(labels, values, strict=True)
+    ]
+
+
+def _reasons(output: OutputFolder) -> list[Reason]:
+    """The most frequent first; one of each for an example."""
+    counts: Counter[tuple[str, str]] = Counter()
+    examples: dict[tuple[str, str], tuple[str, str]] = {}
+    for columns in output.dead_letters.columns("stage", "error", "id", "reason"):
+        for stage, error, row_id, reason in zip(*columns, strict=True):
+            counts[stage, error] += 1
+            examples.setdefault((stage, error), (str(row_id), reason))
+    return [
+        Reason(
+            stage=key[0],
+            error=key[1],
+            count=count,
+            example_id=examples[key][0],
+            example=examples[key][1],
+        )
+        for key, count in counts.most_common()
+    ]
+
+
+def _samples(source: Source, input: str, limits: ImageLimits, output: OutputFolder) -> list[Sample]:
+    """Of captions from some files, evenly; their pictures are read anew, by Ray's tasks."""
+    names = output.captions.names()
+    chosen = {names[n] for n in np.linspace(0, len(names) - 1, NUM_SAMPLE_FILES, dtype=int)}
+    captions: dict[int, tuple[str, str]] = {}
+    for name in sorted(chosen):
+        ids, texts, rows = output.captions.read(name, "id", "caption", "row")
+        per_file = -(-NUM_SAMPLES // len(chosen))
+        for n in np.unique(np.linspace(0, len(rows) - 1, per_file, dtype=int)) if len(rows) else ():
+            captions[int(rows[n])] = ids[n], texts[n]
+    if not captions:
+        return []
+    is_left_out = np.ones(source.num_rows, bool)
+    is_left_out[list(captions)] = False
+    pictures = source.read(is_left_out).map_batches(
+        functools.partial(_draw, limits=limits, store=locate(input).store),
+        batch_size=1,
+        batch_format="pyarrow",
+    )
+    pictures.context.enable_progress_bars = False
+    pictures.context.print_on_execution_start = False
+    samples = []
+    for row in sorted(pictures.take_all(), key=lambda row: row["row"]):
+        row_id, caption = captions[row["row"]]
+        samples.append(Sample(id=row_id, caption=caption, picture=row["picture"]))
+    return samples
+
+
+def _draw(rows: pa.Table, *, limits: ImageLimits, store: AbstractFileSystem) -> pa.Table:
+    drawn = []
+    for row in rows.select(["row", "image", "path"]).to_pylist():
+        try:
+            image = decode_image(read_image_row(row, limits, store), limits)
+        except DataError:
+            continue  # it was there when it was captioned
+        drawn.append({"row": row["row"], "picture": make_thumbnail(image, THUMBNAIL_SIDE)})
+    return pa.Table.from_pylist(
+        drawn, schema=pa.schema([("row", pa.int64()), ("picture", pa.string())])
+    )

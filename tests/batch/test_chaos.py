@@ -1,0 +1,145 @@
+"""A cluster of four nodes that loses processes all the time, and a job run until it is done.
+
+Whatever dies, and wherever, every row is there once, and the captions are those of a quiet day.
+"""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from ray.cluster_utils import Cluster
+
+from tests.batch.pictures import picture, rows_of
+
+NODE = {"num_cpus": 2, "object_store_memory": 80 * 2**20}
+MIN_LIFE_S = 15.0
+"""Of the driver: it starts in ten seconds, and a job that is killed before never gets anywhere."""
+
+
+def write_input(path: Path, num_rows: int) -> Path:
+    """3 rows of 100 are bad."""
+    images = [
+        b"no image" if row % 100 in (7, 31, 32) else picture(row % 150) for row in range(num_rows)
+    ]
+    pq.write_table(pa.table({"image": images}), path, row_group_size=400)
+    return path
+
+
+def command(source: Path, output: Path, model: Path) -> list[str]:
+    """`flashvl caption`, which writes a file every few rows rather than every minute."""
+    code = (
+        "import flashvl.batch.outputs as o; o.BYTES_PER_FILE = 10_000;"
+        "from flashvl.cli import main; main()"
+    )
+    options = ["--model", str(model), "--max-new-tokens", "4", "--max-num-seqs", "16"]
+    options += ["--max-error-rate", "0.05", "--replicas", "1:2"]
+    return [sys.executable, "-c", code, "caption", str(source), "--output", str(output), *options]
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    cluster = Cluster(initialize_head=True, head_node_args=NODE)
+    for _ in range(3):
+        cluster.add_node(**NODE)
+    yield cluster
+    cluster.shutdown()
+
+
+def workers(cluster: Cluster, title: str) -> list[psutil.Process]:
+    """Processes of the cluster's nodes with a title that begins so."""
+    found = []
+    for node in cluster.list_all_nodes():
+        raylet = node.all_processes["raylet"][0].process
+        if raylet.poll() is None:
+            for process in psutil.Process(raylet.pid).children(recursive=True):
+                try:
+                    if " ".join(process.cmdline()).startswith(title):
+                        found.append(process)
+                except psutil.Error:
+                    continue  # it ended meanwhile
+    return found
+
+
+def kill_one(
+    kind: str, cluster: Cluster, driver: subprocess.Popen[bytes], rng: random.Random
+) -> bool:
+    """Kill one process of this kind, if there is any."""
+    if kind == "driver":
+        driver.send_signal(rng.choice([signal.SIGKILL, signal.SIGTERM]))
+        driver.wait(timeout=120)
+        return True
+    if kind == "raylet":
+        node = rng.choice(sorted(cluster.worker_nodes, key=id))
+        os.kill(node.all_processes["raylet"][0].process.pid, signal.SIGKILL)
+        cluster.remove_node(node, allow_graceful=False)
+        cluster.add_node(**NODE)
+        return True
+    title = {"engine": "ray::MapWorker(MapBatches(Captioner", "worker": "ray::"}[kind]
+    found = workers(cluster, title)
+    if found:
+        rng.choice(found).kill()
+    return bool(found)
+
+
+def run_until_done(
+    line: list[str], cluster: Cluster, rng: random.Random, max_kills: int
+) -> Counter[str]:
+    """Run the command again and again until it succeeds; returns what was killed meanwhile."""
+    environment = os.environ | {"RAY_ADDRESS": cluster.address}
+    killed: Counter[str] = Counter()
+    while True:
+        driver = subprocess.Popen(line, env=environment, start_new_session=True)
+        began_s = time.monotonic()
+        while driver.poll() is None:
+            try:
+                driver.wait(timeout=rng.uniform(2, 6))
+            except subprocess.TimeoutExpired:
+                kinds = ["engine", "worker", "raylet"]
+                if time.monotonic() - began_s > MIN_LIFE_S:
+                    kinds.append("driver")
+                if killed.total() < max_kills and began_s + 8 < time.monotonic():
+                    kind = rng.choice(kinds)
+                    killed[kind] += kill_one(kind, cluster, driver, rng)
+        if driver.returncode == 0:
+            return killed
+
+
+def check(tmp_path: Path, model: Path, cluster: Cluster, seed: int, num_rows: int) -> Counter[str]:
+    source = write_input(tmp_path / "in.parquet", num_rows)
+    whole, output = tmp_path / "whole", tmp_path / "out"
+    # Undisturbed, on a Ray of its own.
+    assert subprocess.run(command(source, whole, model)).returncode == 0
+    rng = random.Random(seed)
+    killed = run_until_done(command(source, output, model), cluster, rng, max_kills=60)
+    assert rows_of(output) == rows_of(whole)
+    assert sorted(rows_of(output)) == list(range(num_rows))
+    return killed
+
+
+@pytest.mark.ray
+def test_a_cluster_that_loses_processes_loses_no_row(
+    tiny_random: Path, tmp_path: Path, cluster: Cluster
+) -> None:
+    killed = check(tmp_path, tiny_random, cluster, seed=0, num_rows=600)
+    assert killed.total() >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("seed", range(20))
+def test_a_large_job_on_a_cluster_that_loses_processes(
+    tiny_random: Path, tmp_path: Path, cluster: Cluster, seed: int
+) -> None:
+    killed = check(tmp_path, tiny_random, cluster, seed, num_rows=5000)
+    assert killed.total() >= 3
+    sys.stderr.write(f"seed {seed}: killed {dict(killed)}\n")
