@@ -22,7 +22,7 @@ from flashvl.data.images import ImageLimits
 from flashvl.errors import ConfigError, FlashVLError
 from flashvl.model.loading import SHIPPED, resolve_checkpoint
 
-ROWS_PER_TASK = 64
+ROWS_PER_TASK = 128
 """Rows that one CPU task decodes and tiles: a second's work, and what a lost worker costs."""
 BLOCKS_PER_ENGINE = 4
 """A block fills so much of an engine's slots: the smaller, the sooner a free slot is filled."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flashvl.cli.options import JsonOption, ModelOption, write_json
-from flashvl.entrypoint import report_errors, show_progress
+from flashvl.entrypoint import report_errors, show_progress, start_ray
 
 if TYPE_CHECKING:
     from flashvl.bench.contenders import Contender
@@ -174,6 +174,40 @@ def throughput(
                 ]
                 for each in found
             ],
+        )
+
+
+@bench_app.command()
+def caption(
+    model: ModelOption = "tiny",
+    images: Annotated[int, typer.Option(min=256, help="Different JPEGs in the table.")] = 1024,
+    rounds: RoundsOption = 3,
+    json_file: JsonOption = None,
+) -> None:
+    """Images a second of `flashvl caption`, beside the engine alone and a plain `map_batches`.
+
+    Example: flashvl bench caption
+    """
+    with report_errors():
+        from flashvl.bench.caption import measure_captioning
+
+        _check_writable(json_file)
+        start_ray()
+        with show_progress("measuring") as on_progress:
+            speed = measure_captioning(model, images, rounds, on_progress)
+        if json_file is not None:
+            write_json(json_file, asdict(speed))
+        print(f"images/s, median of {rounds} rounds, {speed.cores} cores")
+        print(f"{speed.engine:8.1f}  engine alone, from tiles")
+        print(f"{speed.decoding:8.1f}  decoding alone, one core")
+        print(
+            f"{speed.limit:8.1f}  both on the same cores:"
+            f" 1 / (1 / {speed.engine:.1f} + 1 / ({speed.cores} x {speed.decoding:.1f}))"
+        )
+        print(f"{speed.job:8.1f}  flashvl caption: {speed.of_limit:.2f} of that")
+        print(
+            f"{speed.naive:8.1f}  map_batches over generate;"
+            f" the job is {speed.times_naive:.2f} times as fast"
         )
 
 
