@@ -58,15 +58,20 @@ def cluster() -> Iterator[Cluster]:
     cluster.shutdown()
 
 
+AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+"""A raylet dies with them; the head's must not, for a cluster ends with it."""
+
+
 def workers(cluster: Cluster, title: str) -> list[psutil.Process]:
-    """Processes of the cluster's nodes with a title that begins so."""
+    """Processes of the cluster's nodes with a title that begins so, but for `AGENTS`."""
     found = []
     for node in cluster.list_all_nodes():
         raylet = node.all_processes["raylet"][0].process
         if raylet.poll() is None:
             for process in psutil.Process(raylet.pid).children(recursive=True):
                 try:
-                    if " ".join(process.cmdline()).startswith(title):
+                    line = " ".join(process.cmdline())
+                    if line.startswith(title) and not line.startswith(AGENTS):
                         found.append(process)
                 except psutil.Error:
                     continue  # it ended meanwhile
@@ -83,7 +88,7 @@ def kill_one(
         return True
     if kind == "raylet":
         node = rng.choice(sorted(cluster.worker_nodes, key=id))
-        with contextlib.suppress(ProcessLookupError):  # it dies with an agent of its own, too
+        with contextlib.suppress(ProcessLookupError):  # it may have died with one of `AGENTS`
             os.kill(node.all_processes["raylet"][0].process.pid, signal.SIGKILL)
         cluster.remove_node(node, allow_graceful=False)
         cluster.add_node(**NODE)
@@ -146,7 +151,7 @@ def test_a_cluster_that_loses_processes_loses_no_row(
 ) -> None:
     source, rows = undisturbed(600)
     line = command(source, tmp_path / "out", tiny_random)
-    killed = run_until_done(line, cluster, random.Random(0), max_kills=60)
+    killed = run_until_done(line, cluster, random.Random(0), max_kills=6)
     assert killed.total() >= 1
     assert rows_of(tmp_path / "out") == rows
 
@@ -163,7 +168,7 @@ def test_a_large_job_on_a_cluster_that_loses_processes(
 ) -> None:
     source, rows = undisturbed(5000)
     line = command(source, tmp_path / "out", tiny_random)
-    killed = run_until_done(line, cluster, random.Random(seed), max_kills=60)
+    killed = run_until_done(line, cluster, random.Random(seed), max_kills=25)
     assert killed.total() >= 3
     assert rows_of(tmp_path / "out") == rows
     sys.stderr.write(f"seed {seed}: killed {dict(killed)}\n")
