@@ -24,9 +24,9 @@ from flashvl.model.loading import SHIPPED, resolve_checkpoint
 
 ROWS_PER_TASK = 128
 """Rows that one CPU task decodes and tiles: a second's work, and what a lost worker costs."""
-BLOCKS_PER_ENGINE = 4
-"""A block fills so much of an engine's slots: the smaller, the sooner a free slot is filled."""
-CALLS_PER_ENGINE = 6
+BLOCKS_PER_ENGINE = 2
+"""Blocks that fill an engine's slots: fewer cost Ray less, more show progress sooner."""
+CALLS_PER_ENGINE = 4
 """Blocks that an engine has at once: those that fill it, and some that wait."""
 
 
