@@ -48,6 +48,12 @@ class Location:
     def read(self) -> bytes:
         return self.store.cat_file(self.path)
 
+    def open(self) -> pa.NativeFile:
+        """The file for reading, by Arrow's own means."""
+        if self.is_local:
+            return pa.OSFile(self.path, "rb")
+        return self.store.fs.open_input_file(self.path)
+
     def write(self, data: bytes) -> None:
         """Have the file hold `data`: whoever reads it sees all of it or what was there before.
 
@@ -132,10 +138,3 @@ def walk(folder: Location, hidden: tuple[str, ...]) -> Iterator[tuple[str, dict[
         is_file = found[path]["type"] == "file" or folder.store.isfile(path)  # of a link: its end
         if is_file and not any(part.startswith(hidden) for part in parts):
             yield path, found[path]
-
-
-def open_input(store: AbstractFileSystem, path: str) -> pa.NativeFile:
-    """The file for reading, by Arrow's own means."""
-    if isinstance(store, LocalFileSystem):
-        return pa.OSFile(path, "rb")
-    return store.fs.open_input_file(path)

@@ -22,8 +22,8 @@ import pyarrow.parquet as pq
 import ray.data
 from fsspec import AbstractFileSystem
 
-from flashvl.batch.files import Location, locate, open_input, walk
-from flashvl.data.schema import ImageColumns, find_image_columns
+from flashvl.batch.files import Location, locate, walk
+from flashvl.data.schema import ImageColumns, find_image_columns, is_binary
 from flashvl.errors import ConfigError
 
 IMAGE_SUFFIXES = frozenset(
@@ -48,6 +48,10 @@ KEYS = [pa.field("id", pa.string()), pa.field("row", pa.int64())]
 
 class Source(Protocol):
     """Rows to caption."""
+
+    @property
+    def store(self) -> AbstractFileSystem:
+        """Where the paths without a scheme are that it reads."""
 
     @property
     def num_rows(self) -> int: ...
@@ -168,7 +172,7 @@ def _read_pieces(
         partition = dict(piece["partition"])
         path = os.fsdecode(piece["path"])
         start = 0
-        with open_input(store, path) as opened, pq.ParquetFile(opened) as file:
+        with Location(store, path).open() as opened, pq.ParquetFile(opened) as file:
             batches = file.iter_batches(
                 batch_size=_rows_at_once(file, piece["row_group"]),
                 row_groups=[piece["row_group"]],
@@ -179,7 +183,7 @@ def _read_pieces(
                 start += batch.num_rows
                 table = pa.Table.from_batches([batch])
                 for name, value in partition.items():
-                    if name in columns.names and name not in table.column_names:
+                    if name in columns.names:
                         table = table.append_column(
                             name, pa.array([value] * batch.num_rows, pa.string())
                         )
@@ -235,16 +239,9 @@ def _split_images(images: pa.ChunkedArray) -> tuple[pa.ChunkedArray, list[str | 
             paths = pc.struct_field(images, "path").cast(pa.string())
             none = pc.if_else(pc.is_null(data), paths, None).to_pylist()
         return data.cast(pa.large_binary()), none
-    if _is_path(images.type):
-        return pa.chunked_array([pa.nulls(len(images), pa.large_binary())]), images.to_pylist()
-    return images.cast(pa.large_binary()), none
-
-
-def _is_path(column_type: pa.DataType) -> bool:
-    return not any(
-        test(column_type)
-        for test in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
-    )
+    if is_binary(images.type):
+        return images.cast(pa.large_binary()), none
+    return pa.chunked_array([pa.nulls(len(images), pa.large_binary())]), images.to_pylist()
 
 
 def _resolve(path: str, folder: str) -> bytes:
@@ -259,6 +256,10 @@ class ImageFolder:
     folder: Location
     files: list[str]
     file_hash: str
+
+    @property
+    def store(self) -> AbstractFileSystem:
+        return self.folder.store
 
     @property
     def num_rows(self) -> int:
@@ -373,7 +374,7 @@ def _read_footers(
     def read(table: tuple[str, dict[str, Any]]) -> ParquetFile:
         path, info = table
         try:
-            with open_input(store, path) as opened, pq.ParquetFile(opened) as file:
+            with Location(store, path).open() as opened, pq.ParquetFile(opened) as file:
                 footer = file.metadata
                 row_groups = [footer.row_group(n).num_rows for n in range(footer.num_row_groups)]
                 schema = file.schema_arrow
@@ -397,9 +398,8 @@ def _read_footers(
             partition=partition,
         )
 
-    with ThreadPoolExecutor(
-        max_workers=16
-    ) as pool:  # a footer is a few small reads: mostly waiting
+    # A footer is a few small reads: mostly waiting.
+    with ThreadPoolExecutor(max_workers=16) as pool:
         return list(pool.map(read, tables))
 
 

@@ -6,35 +6,28 @@ It does not start Ray: the entry point does. The model is a path that every node
 """
 
 import logging
-import os
 import time
-from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Annotated
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
-from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
-from ray.actor import ActorHandle
 
 from flashvl import __version__
-from flashvl.batch.captioner import Question
 from flashvl.batch.files import Location, locate
 from flashvl.batch.gate import Gate
 from flashvl.batch.inputs import Done, Source, find_source
 from flashvl.batch.manifest import Fingerprint, check_same, claim, has_begun, hash_folder, held
 from flashvl.batch.outputs import SUMMARY, OutputFolder, Parts, check_output, remove_rows
-from flashvl.batch.pipeline import captioned, engines_per_node
+from flashvl.batch.pipeline import captioned, check_pool
 from flashvl.batch.progress import Meter, OnProgress
-from flashvl.batch.report import write_report
+from flashvl.batch.report import build_report
+from flashvl.batch.settings import CaptionJob
 from flashvl.batch.stopping import stopped_by_sigterm
 from flashvl.config import StrictModel
-from flashvl.data.features import encode_prompt
-from flashvl.data.images import ImageLimits
-from flashvl.data.schema import IMAGE_MARKER
+from flashvl.data.features import ask_about_image, encode_prompt
 from flashvl.engine.engine import MAX_LENGTH
 from flashvl.errors import ConfigError, FlashVLError
 from flashvl.model import FlashVLConfig
@@ -45,74 +38,6 @@ logger = logging.getLogger(__name__)
 MIN_ROWS_OF_RATE = 1000
 """The share of dead letters is taken of so many rows at least, so that ten bad photographs of a
 small folder are no reason to stop."""
-
-
-class CaptionJob(StrictModel):
-    """What to caption, with what, and where to."""
-
-    input: str
-    """Parquet file, folder or glob of Parquet, or a folder of images; a path or a URI."""
-    output: str
-    """Folder that is new or empty, or holds a part of the same job; see `flashvl.batch.outputs`."""
-    model: str = "tiny"
-    """Shipped model's name, or a Flash-VL folder."""
-    prompt: str = "Describe the image."
-    """Asked about every image, unless there is a `prompt_column`."""
-    prompt_column: str | None = None
-    """Holds a prompt for each row."""
-    image_column: str | None = None
-    """Holds bytes, `struct<bytes, path>` or paths; by default `image`, or the only one of bytes."""
-    id_column: str | None = None
-    """By default `id`; without such a column, ids are made of file, row group and row."""
-    keep: tuple[str, ...] = ()
-    """Columns that go through to the output as they are."""
-    max_new_tokens: PositiveInt = 64
-    """Longer captions end here, with finish reason `length`."""
-    temperature: Annotated[float, Field(ge=0)] = 0.0
-    """0: greedy."""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    seed: NonNegativeInt = 0
-    """Of the sampling; with the row's place, so that no row's caption depends on the others."""
-    max_num_seqs: PositiveInt = 64
-    """Images that an engine captions at once."""
-    replicas: Annotated[str, Field(pattern=r"^[1-9]\d*(:[1-9]\d*)?$")] = "1"
-    """Engines: their number, or the least and the most, between which the pool follows the work."""
-    gpus_per_replica: Annotated[float, Field(gt=0)] = 1.0
-    """Of an engine, where the cluster has GPUs; a part of one lets engines share it."""
-    limits: ImageLimits = ImageLimits()
-    """Images outside these become dead letters."""
-    limit: PositiveInt | None = None
-    """Caption the first so many rows only, for a trial; without it, the job goes on behind them."""
-    max_error_rate: Annotated[float, Field(ge=0, le=1)] = 0.01
-    """The job stops when more than this share of its rows, or all of them, are dead letters."""
-    restart: bool = False
-    """Throw away what the output holds of an earlier job; else that is gone on with."""
-
-    @field_validator("prompt")
-    @classmethod
-    def _has_no_marker(cls, prompt: str) -> str:
-        if IMAGE_MARKER in prompt:
-            raise ValueError(f"must not hold {IMAGE_MARKER}, which is put before it; leave it out")
-        return prompt
-
-    @field_validator("replicas")
-    @classmethod
-    def _is_a_range(cls, replicas: str) -> str:
-        least, _, most = replicas.partition(":")
-        if int(most or least) < int(least):
-            raise ValueError("must not begin with the greater number; write LEAST:MOST")
-        return replicas
-
-    @field_validator("output", mode="before")
-    @classmethod
-    def _as_text(cls, output: object) -> object:
-        return os.fspath(output) if isinstance(output, os.PathLike) else output
-
-    @property
-    def pool(self) -> tuple[int, int]:
-        """The least and the most engines."""
-        least, _, most = self.replicas.partition(":")
-        return int(least), int(most or least)
 
 
 class Summary(StrictModel):
@@ -232,11 +157,16 @@ def run_caption_job(job: CaptionJob, on_progress: OnProgress | None = None) -> S
         FlashVLError: too many rows are dead letters; the disk is full; the audit failed, so that
             rows are missing or doubled; or SIGTERM came.
     """
+    return run_plan(check_caption_job(job), on_progress)
+
+
+def run_plan(plan: Plan, on_progress: OnProgress | None = None) -> Summary:
+    """As `run_caption_job`, for a job that was checked."""
     started_s = time.monotonic()
-    plan = check_caption_job(job)
+    job = plan.job
     if (summary := plan.finished_summary()) is not None:
         return summary
-    engines_per_node(job.pool)
+    check_pool(job.pool)
     with held(plan.output):
         if job.restart:
             remove_rows(plan.output)
@@ -270,8 +200,8 @@ def run_caption_job(job: CaptionJob, on_progress: OnProgress | None = None) -> S
             prompt=job.prompt,
             max_new_tokens=job.max_new_tokens,
         )
-        write_report(plan.source, job.input, job.limits, output, summary.model_dump())
-        output.finish(summary.model_dump_json(indent=2) + "\n")
+        report = build_report(plan.source, job.limits, output, summary.model_dump())
+        output.finish(report, summary.model_dump_json(indent=2) + "\n")
     return summary
 
 
@@ -299,7 +229,8 @@ def _caption_once(
 ) -> None:
     gate = ray.remote(num_cpus=0)(Gate).remote()
     num_answered = 0
-    with stopped_by_sigterm(gate) as stop, closing(_captioned(plan, is_done, gate)) as tables:
+    answers = captioned(plan.job, plan.source, is_done, gate)
+    with stopped_by_sigterm(gate) as stop, closing(answers) as tables:
         for rows in tables:
             rows = rows.filter(pc.or_(pc.is_valid(rows["caption"]), pc.is_valid(rows["stage"])))
             num_answered += rows.num_rows
@@ -318,28 +249,6 @@ def _caption_once(
                 " run the same command again for the rest"
             )
     ray.kill(gate)
-
-
-def _captioned(plan: Plan, is_done: Done, gate: ActorHandle) -> Generator[pa.Table, None, None]:
-    job = plan.job
-    return captioned(
-        plan.source,
-        is_done,
-        model=job.model,
-        question=Question(
-            prompt=job.prompt,
-            max_new_tokens=job.max_new_tokens,
-            temperature=job.temperature,
-            top_p=job.top_p,
-            seed=job.seed,
-        ),
-        limits=job.limits,
-        store=locate(job.input),
-        pool=job.pool,
-        gpus_per_replica=job.gpus_per_replica,
-        max_num_seqs=job.max_num_seqs,
-        gate=gate,
-    )
 
 
 def _check_error_rate(plan: Plan, output: OutputFolder) -> None:
@@ -375,8 +284,7 @@ def _check_prompt(job: CaptionJob) -> None:
     config = FlashVLConfig.from_pretrained(resolve_checkpoint(job.model))
     longest = min(MAX_LENGTH, config.text_config.max_position_embeddings)
     prompt = job.prompt if job.prompt_column is None else ""
-    messages = [{"role": "user", "content": f"{IMAGE_MARKER}\n{prompt}"}]
-    num_tokens = len(encode_prompt(messages, [1], processor))
+    num_tokens = len(encode_prompt(ask_about_image(prompt), [1], processor))
     if num_tokens + job.max_new_tokens > longest:
         raise ConfigError(
             f"prompt of {num_tokens} tokens and max_new_tokens={job.max_new_tokens} exceed"

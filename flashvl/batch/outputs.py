@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from flashvl.batch.files import UNFINISHED, Location, open_input
+from flashvl.batch.files import UNFINISHED, Location
 from flashvl.batch.inputs import Done
 from flashvl.batch.manifest import LOCK, MANIFEST, has_begun
 from flashvl.data.schema import CAPTIONS, DEAD_LETTERS
@@ -65,15 +65,12 @@ class OutputFolder:
                 " folder"
             ) from None
         self.is_done: Done = np.zeros(num_rows, bool)
+        self.num_done = self.num_dead = 0
+        """Of `is_done` those that are set, and those that are dead; on disk or waiting for it."""
         self.audit()
-        self.num_dead = self.dead_letters.num_rows
-
-    @property
-    def num_done(self) -> int:
-        return int(self.is_done.sum())
 
     def audit(self) -> None:
-        """Count anew what is in the files, into `is_done`.
+        """Count anew what is in the files.
 
         Raises:
             FlashVLError: a row is in the files twice, or is none of the input's.
@@ -81,19 +78,24 @@ class OutputFolder:
         num_rows = len(self.is_done)
         self.is_done[:] = False
         for parts in (self.captions, self.dead_letters):
+            parts.num_rows = 0
             for rows in parts.column("row"):
                 if len(rows) and not 0 <= rows.min() <= rows.max() < num_rows:
                     raise FlashVLError(
                         f"audit failed: {parts.folder} holds row {rows.max()}, the input"
                         f" {num_rows} rows; give --restart to begin anew"
                     )
-                if self.is_done[rows].any() or len(np.unique(rows)) < len(rows):
-                    twice = rows[self.is_done[rows]] if self.is_done[rows].any() else rows
+                places, counts = np.unique(rows, return_counts=True)
+                twice = places[(counts > 1) | self.is_done[places]]
+                if len(twice):
                     raise FlashVLError(
                         f"audit failed: {parts.folder} holds row {twice[0]} twice;"
                         " give --restart to begin anew"
                     )
                 self.is_done[rows] = True
+                parts.num_rows += len(rows)
+        self.num_dead = self.dead_letters.num_rows
+        self.num_done = self.captions.num_rows + self.num_dead
 
     def count_duplicate_ids(self) -> int:
         """Rows whose id an earlier one has, by a hash of 64 bits: 8 bytes a row."""
@@ -105,7 +107,7 @@ class OutputFolder:
         return sum(map(len, hashes)) - len(np.unique(np.concatenate(hashes)))
 
     def write(self, rows: pa.Table) -> pa.Table:
-        """Take rows of `stages.CAPTIONED`; returns those that are not there already.
+        """Take rows of `captioner.CAPTIONED`; returns those that are not there already.
 
         They are on disk at the latest after `flush`.
 
@@ -122,6 +124,7 @@ class OutputFolder:
                 rows = rows.append_column(field, column)
         is_well = pc.is_null(rows["stage"])
         dead = rows.filter(pc.invert(is_well))
+        self.num_done += rows.num_rows
         self.num_dead += dead.num_rows
         with self._told_when_full():
             self.captions.add(rows.filter(is_well))
@@ -150,9 +153,10 @@ class OutputFolder:
                 parts.finish()
         self.audit()
 
-    def finish(self, summary: str) -> None:
-        """Write the summary, which says that the folder is whole."""
+    def finish(self, report: str, summary: str) -> None:
+        """Write the report and the summary, which says that the folder is whole."""
         with self._told_when_full():
+            (self.folder / REPORT).write(report.encode())
             (self.folder / SUMMARY).write(summary.encode())
 
     @contextmanager
@@ -173,7 +177,7 @@ class Parts:
     def __init__(self, folder: Location, schema: pa.Schema):
         self.folder = folder
         self.num_rows = 0
-        """In the files."""
+        """In the files, as `OutputFolder.audit` found them, and those written since."""
         self._schema = schema
         self._pending: list[pa.Table] = []
         self._num_pending_bytes = 0
@@ -187,7 +191,6 @@ class Parts:
         self.folder.remove_unfinished()
         numbers = [int(name.removeprefix("part-").split(".")[0]) for name in self.names()]
         self._next_number = max(numbers, default=-1) + 1
-        self.num_rows = self.count_rows()
 
     def count_rows(self) -> int:
         """In the files, by their footers."""
@@ -200,12 +203,12 @@ class Parts:
     def footers(self) -> Iterator[pq.FileMetaData]:
         """Of the files in turn; `written_between` reads them."""
         for name in self.names():
-            with open_input(self.folder.store, (self.folder / name).path) as file:
+            with (self.folder / name).open() as file:
                 yield pq.read_metadata(file)
 
     def read(self, file_name: str, *names: str) -> list[npt.NDArray[Any]]:
         """Some columns of a file."""
-        with open_input(self.folder.store, (self.folder / file_name).path) as file:
+        with (self.folder / file_name).open() as file:
             table = pq.read_table(file, columns=list(names))
         return [table[name].to_numpy() for name in names]
 

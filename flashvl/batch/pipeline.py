@@ -14,11 +14,10 @@ import ray.data
 from ray.actor import ActorHandle
 from ray.exceptions import RayTaskError
 
-from flashvl.batch.captioner import Captioner, Question
-from flashvl.batch.files import Location
+from flashvl.batch.captioner import Captioner
 from flashvl.batch.inputs import Done, Source
+from flashvl.batch.settings import CaptionJob
 from flashvl.batch.tiling import tile_images
-from flashvl.data.images import ImageLimits
 from flashvl.errors import ConfigError, FlashVLError
 from flashvl.model.loading import SHIPPED, resolve_checkpoint
 
@@ -30,39 +29,25 @@ CALLS_PER_ENGINE = 4
 """Blocks that an engine has at once: those that fill it, and some that wait."""
 
 
-def engines_per_node(pool: tuple[int, int]) -> int:
-    """Engines that share a machine's cores, if they have no GPU.
-
+def check_pool(pool: tuple[int, int]) -> None:
+    """
     Raises:
         ConfigError: engines on CPUs would leave none to read and decode with.
     """
-    least, most = pool
     num_cpus = int(ray.cluster_resources().get("CPU", 0))
-    if not has_gpus() and least >= num_cpus:
+    if not _has_gpus() and pool[0] >= num_cpus:
         raise ConfigError(
-            f"replicas ({least}) must be less than the cluster's CPUs ({num_cpus}), as it has no"
+            f"replicas ({pool[0]}) must be less than the cluster's CPUs ({num_cpus}), as it has no"
             " GPU; lower it"
         )
-    num_nodes = sum(node["Alive"] for node in ray.nodes())
-    return math.ceil(most / num_nodes)
 
 
-def has_gpus() -> bool:
+def _has_gpus() -> bool:
     return bool(ray.cluster_resources().get("GPU", 0))
 
 
 def captioned(
-    source: Source,
-    is_done: Done,
-    *,
-    model: str,
-    question: Question,
-    limits: ImageLimits,
-    store: Location,
-    pool: tuple[int, int],
-    gpus_per_replica: float,
-    max_num_seqs: int,
-    gate: ActorHandle,
+    job: CaptionJob, source: Source, is_done: Done, gate: ActorHandle
 ) -> Generator[pa.Table, None, None]:
     """The rows of `source` that are not done, as they are: tables of `captioner.CAPTIONED`.
 
@@ -71,16 +56,19 @@ def captioned(
     Raises:
         Exception: what a step raised, as it was raised there, save `DataError`.
     """
-    folder = resolve_checkpoint(model)
+    folder = resolve_checkpoint(job.model)
     # A shipped model is found by its name in whatever folder a node has the package in.
     model = folder.name if folder.parent == SHIPPED else str(folder.absolute())
-    rows_per_block = max(max_num_seqs // BLOCKS_PER_ENGINE, 1)
+    job = job.model_copy(update={"model": model})
+    rows_per_block = max(job.max_num_seqs // BLOCKS_PER_ENGINE, 1)
+    least, most = job.pool
+    num_nodes = sum(node["Alive"] for node in ray.nodes())
     rows = (
         source.read(is_done)
         # A table may be one row group of any length, which one task would decode alone.
         .repartition(target_num_rows_per_block=ROWS_PER_TASK)
         .map_batches(
-            functools.partial(tile_images, model=model, limits=limits, store=store.store),
+            functools.partial(tile_images, model=model, limits=job.limits, store=source.store),
             batch_size=rows_per_block,
             batch_format="pyarrow",
         )
@@ -90,21 +78,19 @@ def captioned(
         .map_batches(
             Captioner,
             fn_constructor_kwargs={
-                "model": model,
-                "question": question,
-                "max_num_seqs": max_num_seqs,
-                "engines_per_node": engines_per_node(pool),
+                "job": job,
+                "engines_per_node": math.ceil(most / num_nodes),
                 "gate": gate,
             },
             batch_size=rows_per_block,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(
-                min_size=pool[0],
-                max_size=pool[1],
+                min_size=least,
+                max_size=most,
                 max_concurrent_calls_per_actor=CALLS_PER_ENGINE,
                 max_tasks_in_flight_per_actor=CALLS_PER_ENGINE + 2,
             ),
-            num_gpus=gpus_per_replica if has_gpus() else 0,
+            num_gpus=job.gpus_per_replica if _has_gpus() else 0,
         )
     )
     rows.context.enable_progress_bars = False

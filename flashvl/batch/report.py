@@ -6,6 +6,7 @@ Totals, speed over time, lengths, a sample of pictures with their captions, dead
 import functools
 from collections import Counter
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import jinja2
@@ -14,9 +15,8 @@ import numpy.typing as npt
 import pyarrow as pa
 from fsspec import AbstractFileSystem
 
-from flashvl.batch.files import locate
 from flashvl.batch.inputs import Source
-from flashvl.batch.outputs import REPORT, OutputFolder, written_between
+from flashvl.batch.outputs import OutputFolder, written_between
 from flashvl.batch.tiling import read_image_row
 from flashvl.data.images import ImageLimits, decode_image, make_thumbnail
 from flashvl.errors import DataError
@@ -60,26 +60,31 @@ class Reason:
     example: str
 
 
-def write_report(
-    source: Source, input: str, limits: ImageLimits, output: OutputFolder, summary: dict[str, Any]
-) -> None:
-    """Write the report of a job whose rows are all in `output`; Ray must be there."""
+def build_report(
+    source: Source, limits: ImageLimits, output: OutputFolder, summary: dict[str, Any]
+) -> str:
+    """The page of a job whose rows are all in `output`; Ray must be there."""
+    return render_page(
+        "flashvl.batch",
+        summary=summary,
+        output=str(output.folder),
+        speed=_speed(output),
+        lengths=_lengths(output),
+        samples=_samples(source, limits, output),
+        reasons=_reasons(output),
+    )
+
+
+def render_page(package: str, **values: Any) -> str:
+    """The `report.html.jinja` of a package, filled in."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("flashvl.batch", "."),
+        loader=jinja2.PackageLoader(package, "."),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    html = environment.get_template("report.html.jinja").render(
-        summary=summary,
-        output=str(output.folder),
-        speed=_speed(output),
-        lengths=_lengths(output),
-        samples=_samples(source, input, limits, output),
-        reasons=_reasons(output),
-    )
-    (output.folder / REPORT).write(html.encode())
+    return environment.get_template("report.html.jinja").render(values)
 
 
 def _speed(output: OutputFolder) -> list[Bar]:
@@ -101,11 +106,7 @@ def _speed(output: OutputFolder) -> list[Bar]:
     )
     rates = rows / np.maximum(ends - starts, 1e-3)
     values = (overlap * rates[:, None]).sum(0) / np.maximum(np.diff(edges), 1e-9)
-    return _bars([_clock(edge - edges[0]) for edge in edges[:-1]], values)
-
-
-def _clock(seconds: float) -> str:
-    return f"{int(seconds // 3600)}:{int(seconds // 60 % 60):02d}:{int(seconds % 60):02d}"
+    return _bars([str(timedelta(seconds=int(edge - edges[0]))) for edge in edges[:-1]], values)
 
 
 def _lengths(output: OutputFolder) -> list[Bar]:
@@ -150,7 +151,7 @@ def _reasons(output: OutputFolder) -> list[Reason]:
     ]
 
 
-def _samples(source: Source, input: str, limits: ImageLimits, output: OutputFolder) -> list[Sample]:
+def _samples(source: Source, limits: ImageLimits, output: OutputFolder) -> list[Sample]:
     """Of captions from some files, evenly; their pictures are read anew, by Ray's tasks."""
     names = output.captions.names()
     chosen = {names[n] for n in np.linspace(0, len(names) - 1, NUM_SAMPLE_FILES, dtype=int)}
@@ -165,7 +166,7 @@ def _samples(source: Source, input: str, limits: ImageLimits, output: OutputFold
     is_left_out = np.ones(source.num_rows, bool)
     is_left_out[list(captions)] = False
     pictures = source.read(is_left_out).map_batches(
-        functools.partial(_draw, limits=limits, store=locate(input).store),
+        functools.partial(_draw, limits=limits, store=source.store),
         batch_size=1,
         batch_format="pyarrow",
     )

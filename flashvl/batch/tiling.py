@@ -34,21 +34,25 @@ def tile_images(
         store: where paths without a scheme are.
     """
     processor = _processor(model)
-    has_prompt = "prompt" in rows.column_names
-    plain = rows.drop_columns(["kept"]) if "kept" in rows.column_names else rows
-    tiled = pa.Table.from_pylist(
-        [_tile_row(row, has_prompt, processor, limits, store) for row in plain.to_pylist()],
-        schema=TILED,
-    )
-    rows = rows.drop_columns(["image", "path"])
-    for field in TILED:
-        rows = rows.append_column(field, tiled[field.name])
+    tiled = [_tile_row(row, processor, limits, store) for row in without_kept(rows).to_pylist()]
+    keys = rows.drop_columns(["image", "path"])
+    return append_columns(keys, pa.Table.from_pylist(tiled, schema=TILED))
+
+
+def without_kept(rows: pa.Table) -> pa.Table:
+    """But for what only goes through, which need not become Python objects."""
+    return rows.drop_columns(["kept"]) if "kept" in rows.column_names else rows
+
+
+def append_columns(rows: pa.Table, others: pa.Table) -> pa.Table:
+    """The columns of both, side by side."""
+    for field in others.schema:
+        rows = rows.append_column(field, others[field.name])
     return rows
 
 
 def _tile_row(
     row: dict[str, Any],
-    has_prompt: bool,
     processor: FlashVLProcessor,
     limits: ImageLimits,
     store: AbstractFileSystem,
@@ -57,7 +61,7 @@ def _tile_row(
     try:
         if row["id"] is None:
             raise DataError("id is null; give every row an id")
-        if has_prompt and row["prompt"] is None:
+        if "prompt" in row and row["prompt"] is None:
             raise DataError("prompt is null; give every row a prompt")
         image = read_image_row(row, limits, store)
         stage = "decode"

@@ -22,16 +22,16 @@ import ray
 import ray.data
 import torch
 
-from flashvl.batch.job import CaptionJob, run_caption_job
+from flashvl.batch.job import run_caption_job
 from flashvl.batch.progress import Progress
+from flashvl.batch.settings import CaptionJob
 from flashvl.bench.contenders import make_photo
-from flashvl.data.features import Tiles, decode_tiles
+from flashvl.data.features import Tiles, ask_about_image, decode_tiles
 from flashvl.data.images import decode_image
-from flashvl.data.schema import IMAGE_MARKER
 from flashvl.engine import Engine, Request
 from flashvl.model.loading import inference_dtype, load_model, load_processor
 
-MESSAGES = [{"role": "user", "content": f"{IMAGE_MARKER}\nDescribe the image."}]
+PROMPT = "Describe the image."
 MAX_NEW_TOKENS = 64
 NAIVE_BATCH_SIZE = 32
 
@@ -63,8 +63,8 @@ def measure_captioning(
     """Time all four in turn, `rounds` times; Ray must be there."""
     cores = len(os.sched_getaffinity(0))
     found = []
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
         table = folder / "images.parquet"
         photos = [make_photo(seed) for seed in range(num_images)]
         pq.write_table(
@@ -109,7 +109,7 @@ def _run_engine(model: str, photos: list[bytes]) -> float:
 
 
 def _request(tiles: Tiles) -> Request:
-    return Request(messages=MESSAGES, images=tiles, max_new_tokens=MAX_NEW_TOKENS)
+    return Request(messages=ask_about_image(PROMPT), images=tiles, max_new_tokens=MAX_NEW_TOKENS)
 
 
 def _decoding(model: str, photos: list[bytes]) -> float:
@@ -127,7 +127,11 @@ def _job(model: str, table: Path, output: Path) -> float:
         seen.append((time.perf_counter(), now.num_done))
 
     job = CaptionJob(
-        input=str(table), output=str(output), model=model, max_new_tokens=MAX_NEW_TOKENS
+        input=str(table),
+        output=str(output),
+        model=model,
+        prompt=PROMPT,
+        max_new_tokens=MAX_NEW_TOKENS,
     )
     run_caption_job(job, on_progress)
     return _steady(seen)
@@ -156,7 +160,7 @@ class _Naive:
 
     def __call__(self, batch: dict[str, list[object]]) -> dict[str, list[object]]:
         images = [decode_image(data) for data in batch["image"]]  # type: ignore[arg-type]
-        content = [{"type": "image"}, {"type": "text", "text": "Describe the image."}]
+        content = [{"type": "image"}, {"type": "text", "text": PROMPT}]
         text = self.processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True
         )

@@ -15,8 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.generation.streamers import BaseStreamer
 
 from flashvl.bench.models import Twins
-from flashvl.data.features import Tiles, decode_tiles, encode_prompt, normalize_tiles
-from flashvl.data.schema import IMAGE_MARKER
+from flashvl.data.features import (
+    Tiles,
+    ask_about_image,
+    decode_tiles,
+    encode_prompt,
+    normalize_tiles,
+)
 from flashvl.data.synthetic import PhotoScene, Sample, encode_jpeg
 from flashvl.engine import Engine, Request
 from flashvl.engine.cache import bytes_per_token
@@ -135,7 +140,7 @@ def build_flashvl(twins: Twins) -> tuple[EngineContender, GenerateContender]:
 
 def make_request(tiles: Tiles, num_tokens: int) -> Request:
     """The question about one image, to be answered with exactly `num_tokens`."""
-    messages = [{"role": "user", "content": f"{IMAGE_MARKER}\n{QUESTION}"}]
+    messages = ask_about_image(QUESTION)
     return Request(messages=messages, images=tiles, max_new_tokens=num_tokens, ignore_eos=True)
 
 

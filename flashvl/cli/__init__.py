@@ -7,13 +7,16 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from flashvl.cli.bench import bench_app
 from flashvl.cli.options import JsonOption, ModelOption, write_json
-from flashvl.entrypoint import report_errors, show_progress, start_ray
+from flashvl.entrypoint import ShowProgress, report_errors, show_progress, start_ray
+
+if TYPE_CHECKING:
+    from flashvl.batch.progress import OnProgress
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -89,7 +92,8 @@ def caption(
         name: value for name, value in locals().items() if name not in ("dry_run", "as_json")
     }
     with report_errors():
-        from flashvl.batch.job import CaptionJob, check_caption_job, run_caption_job
+        from flashvl.batch.job import check_caption_job, run_plan
+        from flashvl.batch.settings import CaptionJob
         from flashvl.config import validate
 
         options |= {"keep": tuple(keep or ())}
@@ -101,10 +105,7 @@ def caption(
         if summary is None:
             start_ray()
             with show_progress("captioning") as on_progress:
-                summary = run_caption_job(
-                    plan.job,
-                    lambda now: on_progress(now.num_done, now.num_rows, str(now)),
-                )
+                summary = run_plan(plan, _shown_by(on_progress))
         if as_json:
             print(summary.model_dump_json(indent=2))
             return
@@ -318,13 +319,15 @@ def demo(
 
         start_ray()
         with show_progress("captioning") as on_progress:
-            made = run_demo(
-                output,
-                on_progress=lambda now: on_progress(now.num_done, now.num_rows, str(now)),
-            )
+            made = run_demo(output, on_progress=_shown_by(on_progress))
         console = Console()
         console.print(render_demo(made))
         console.print(f"Open {made.report} to see each picture beside its caption.")
+
+
+def _shown_by(on_progress: ShowProgress) -> "OnProgress":
+    """Shows a captioning job's progress."""
+    return lambda now: on_progress(now.num_done, now.num_rows, str(now))
 
 
 def _allow_downloads() -> None:

@@ -78,6 +78,11 @@ def normalize_tiles(tiles: torch.Tensor, processor: FlashVLProcessor) -> torch.T
     return (tiles.float() * image_processor.rescale_factor - mean) / std
 
 
+def ask_about_image(question: str) -> list[Message]:
+    """A conversation that begins with one image and a question about it."""
+    return [{"role": "user", "content": f"{IMAGE_MARKER}\n{question}"}]
+
+
 def encode_prompt(
     messages: Sequence[Message], counts: Sequence[int], processor: FlashVLProcessor
 ) -> list[int]:

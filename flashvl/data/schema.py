@@ -96,13 +96,13 @@ def find_image_columns(
     """
     names = schema.names
     if image is None:
-        images = [field.name for field in schema if _is_binary(field.type) or _is_pair(field.type)]
+        images = [field.name for field in schema if is_binary(field.type) or _is_pair(field.type)]
         image = images[0] if "image" not in names and len(images) == 1 else "image"
     if id is None and "id" in names:
         id = "id"
     for role, name, is_accepted, wanted in (
         ("id", id, _is_id, "a string or an integer"),
-        ("image", image, is_image, "encoded bytes, struct<bytes, path>, or a path (string)"),
+        ("image", image, _is_image, "encoded bytes, struct<bytes, path>, or a path (string)"),
         ("prompt", prompt, _is_text, "a string"),
         *(("keep", name, lambda _: True, "any") for name in kept),
     ):
@@ -141,9 +141,8 @@ def _check_column(
         )
 
 
-def is_image(column_type: pa.DataType) -> bool:
-    """A column of this type may hold images."""
-    return _is_binary(column_type) or _is_pair(column_type) or _is_text(column_type)
+def _is_image(column_type: pa.DataType) -> bool:
+    return is_binary(column_type) or _is_pair(column_type) or _is_text(column_type)
 
 
 def _is_id(column_type: pa.DataType) -> bool:
@@ -164,10 +163,11 @@ def _is_pair(column_type: pa.DataType) -> bool:
     if not pa.types.is_struct(column_type):
         return False
     index = column_type.get_field_index("bytes")
-    return index >= 0 and _is_binary(column_type.field(index).type)
+    return index >= 0 and is_binary(column_type.field(index).type)
 
 
-def _is_binary(column_type: pa.DataType) -> bool:
+def is_binary(column_type: pa.DataType) -> bool:
+    """It holds bytes, of whatever layout."""
     return any(
         test(column_type)
         for test in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)

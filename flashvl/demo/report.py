@@ -3,14 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import jinja2
-
 from flashvl.batch.job import Summary
+from flashvl.batch.report import THUMBNAIL_SIDE, render_page
 from flashvl.data.images import decode_image, make_thumbnail
 from flashvl.demo.results import DeadLetter, Result
-
-THUMBNAIL_SIDE = 320
-"""Twice what a card shows, for screens of twice the density."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,14 +25,8 @@ def write_report(
     path: Path, summary: Summary, results: list[Result], dead_letters: list[DeadLetter]
 ) -> None:
     """Write the report to `path`."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("flashvl.demo", "."),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    html = environment.get_template("report.html.jinja").render(
+    html = render_page(
+        "flashvl.demo",
         summary=summary,
         num_right=sum(result.is_right for result in results),
         cards=[_card(result) for result in results],

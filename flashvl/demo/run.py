@@ -8,10 +8,11 @@ from rich.table import Table
 from rich.text import Text
 
 from flashvl.batch.files import locate
-from flashvl.batch.job import CaptionJob, Summary, run_caption_job
+from flashvl.batch.job import Summary, run_caption_job
 from flashvl.batch.manifest import has_begun
 from flashvl.batch.outputs import check_output
 from flashvl.batch.progress import OnProgress
+from flashvl.batch.settings import CaptionJob
 from flashvl.demo.report import write_report
 from flashvl.demo.results import DeadLetter, Result, read_dead_letters, read_results
 from flashvl.demo.table import write_demo_table

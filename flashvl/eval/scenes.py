@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from flashvl.data import synthetic
-from flashvl.data.schema import IMAGE_MARKER
+from flashvl.data.features import ask_about_image
 from flashvl.engine import Engine, Request
 
 BATCH_SIZE = 50
@@ -72,5 +72,5 @@ def average(scores: dict[synthetic.Task, TaskScore]) -> float:
 
 
 def _request(item: Item) -> Request:
-    messages = [{"role": "user", "content": f"{IMAGE_MARKER}\n{item.question}"}]
+    messages = ask_about_image(item.question)
     return Request(messages=messages, images=[item.image], max_new_tokens=48)

@@ -17,13 +17,14 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashvl.batch.captioner import CAPTIONED, Captioner, Question
+from flashvl.batch.captioner import CAPTIONED, Captioner
 from flashvl.batch.files import locate
 from flashvl.batch.gate import Gate
 from flashvl.batch.inputs import IMAGE_SUFFIXES, ParquetFiles, find_source
-from flashvl.batch.job import CaptionJob, Summary, run_caption_job
+from flashvl.batch.job import Summary, run_caption_job
 from flashvl.batch.outputs import OutputFolder
 from flashvl.batch.progress import Progress
+from flashvl.batch.settings import CaptionJob
 from flashvl.batch.tiling import tile_images
 from flashvl.config import validate
 from flashvl.data.images import ImageLimits, decode_image
@@ -274,11 +275,7 @@ ROW = st.sampled_from(("good", "null image", "no image", "null id"))
 @pytest.fixture(scope="module")
 def captioner(ray_cluster: None, tiny_random: Path) -> Captioner:
     return Captioner(
-        model=str(tiny_random),
-        question=Question(
-            prompt="Describe the image.", max_new_tokens=2, temperature=0, top_p=1, seed=0
-        ),
-        max_num_seqs=8,
+        job=job(tiny_random, "none", Path("none"), max_new_tokens=2, max_num_seqs=8),
         engines_per_node=1,
         gate=ray.remote(num_cpus=0)(Gate).remote(),
     )

@@ -22,10 +22,11 @@ from flashvl.batch import job as job_module
 from flashvl.batch.captioner import CAPTIONED
 from flashvl.batch.files import locate
 from flashvl.batch.inputs import ParquetFiles, find_source
-from flashvl.batch.job import CaptionJob, run_caption_job
+from flashvl.batch.job import run_caption_job
 from flashvl.batch.manifest import MANIFEST, held
 from flashvl.batch.outputs import OutputFolder
 from flashvl.batch.progress import Progress
+from flashvl.batch.settings import CaptionJob
 from flashvl.cli import app
 from flashvl.errors import ConfigError, FlashVLError
 from tests.batch.pictures import picture, rows_of
@@ -66,14 +67,14 @@ def test_an_interrupted_job_goes_on_with_the_rest(
     run_caption_job(whole)
 
     captioned: list[int] = []
-    pipeline = job_module._captioned
+    pipeline = job_module.captioned
 
     def watched(*args: Any) -> Any:
         for rows in pipeline(*args):
             captioned.extend(rows["row"].to_pylist())
             yield rows
 
-    monkeypatch.setattr(job_module, "_captioned", watched)
+    monkeypatch.setattr(job_module, "captioned", watched)
 
     def interrupt(now: Progress) -> None:
         if now.num_done > 20:

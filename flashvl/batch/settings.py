@@ -1,0 +1,78 @@
+"""What a captioning job is to do: what its entry points parse and its workers are told."""
+
+import os
+from typing import Annotated
+
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
+
+from flashvl.config import StrictModel
+from flashvl.data.images import ImageLimits
+from flashvl.data.schema import IMAGE_MARKER
+
+
+class CaptionJob(StrictModel):
+    """What to caption, with what, and where to."""
+
+    input: str
+    """Parquet file, folder or glob of Parquet, or a folder of images; a path or a URI."""
+    output: str
+    """Folder that is new or empty, or holds a part of the same job; see `flashvl.batch.outputs`."""
+    model: str = "tiny"
+    """Shipped model's name, or a Flash-VL folder."""
+    prompt: str = "Describe the image."
+    """Asked about every image, unless there is a `prompt_column`."""
+    prompt_column: str | None = None
+    """Holds a prompt for each row."""
+    image_column: str | None = None
+    """Holds bytes, `struct<bytes, path>` or paths; by default `image`, or the only one of bytes."""
+    id_column: str | None = None
+    """By default `id`; without such a column, ids are made of file, row group and row."""
+    keep: tuple[str, ...] = ()
+    """Columns that go through to the output as they are."""
+    max_new_tokens: PositiveInt = 64
+    """Longer captions end here, with finish reason `length`."""
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """0: greedy."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    seed: NonNegativeInt = 0
+    """Of the sampling; with the row's place, so that no row's caption depends on the others."""
+    max_num_seqs: PositiveInt = 64
+    """Images that an engine captions at once."""
+    replicas: Annotated[str, Field(pattern=r"^[1-9]\d*(:[1-9]\d*)?$")] = "1"
+    """Engines: their number, or the least and the most, between which the pool follows the work."""
+    gpus_per_replica: Annotated[float, Field(gt=0)] = 1.0
+    """Of an engine, where the cluster has GPUs; a part of one lets engines share it."""
+    limits: ImageLimits = ImageLimits()
+    """Images outside these become dead letters."""
+    limit: PositiveInt | None = None
+    """Caption the first so many rows only, for a trial; without it, the job goes on behind them."""
+    max_error_rate: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """The job stops when more than this share of its rows, or all of them, are dead letters."""
+    restart: bool = False
+    """Throw away what the output holds of an earlier job; else that is gone on with."""
+
+    @field_validator("prompt")
+    @classmethod
+    def _has_no_marker(cls, prompt: str) -> str:
+        if IMAGE_MARKER in prompt:
+            raise ValueError(f"must not hold {IMAGE_MARKER}, which is put before it; leave it out")
+        return prompt
+
+    @field_validator("replicas")
+    @classmethod
+    def _is_a_range(cls, replicas: str) -> str:
+        least, _, most = replicas.partition(":")
+        if int(most or least) < int(least):
+            raise ValueError("must not begin with the greater number; write LEAST:MOST")
+        return replicas
+
+    @field_validator("output", mode="before")
+    @classmethod
+    def _as_text(cls, output: object) -> object:
+        return os.fspath(output) if isinstance(output, os.PathLike) else output
+
+    @property
+    def pool(self) -> tuple[int, int]:
+        """The least and the most engines."""
+        least, _, most = self.replicas.partition(":")
+        return int(least), int(most or least)
