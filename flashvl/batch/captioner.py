@@ -44,7 +44,7 @@ class Captioner:
         self.engine: AsyncEngine | CheckpointError
         self._counted = (0, 0)
         try:
-            engine = Engine.from_pretrained(job.model, max_num_seqs=job.max_num_seqs)
+            engine = Engine.from_pretrained(job.model, job.dtype, max_num_seqs=job.max_num_seqs)
             self.engine = AsyncEngine(engine)
         except CheckpointError as error:
             # What an actor raises while it starts reaches the driver only as text; held back until

@@ -127,6 +127,7 @@ def check_caption_job(job: CaptionJob) -> Plan:
     fingerprint: Fingerprint = {
         "version": __version__,
         "model": hash_folder(resolve_checkpoint(job.model)),
+        "dtype": job.dtype,
         "prompt": job.prompt if job.prompt_column is None else f"column {job.prompt_column}",
         "max_new_tokens": job.max_new_tokens,
         "temperature": job.temperature,

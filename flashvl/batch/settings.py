@@ -8,6 +8,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 from flashvl.config import StrictModel
 from flashvl.data.images import ImageLimits
 from flashvl.data.schema import IMAGE_MARKER
+from flashvl.model.loading import Dtype
 
 
 class CaptionJob(StrictModel):
@@ -19,6 +20,8 @@ class CaptionJob(StrictModel):
     """Folder that is new or empty, or holds a part of the same job; see `flashvl.batch.outputs`."""
     model: str = "tiny"
     """Shipped model's name, or a Flash-VL folder."""
+    dtype: Dtype = "auto"
+    """float32: a caption is the same whoever shares its batch, on any machine."""
     prompt: str = "Describe the image."
     """Asked about every image, unless there is a `prompt_column`."""
     prompt_column: str | None = None

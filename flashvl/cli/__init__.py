@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from flashvl.cli.bench import bench_app
-from flashvl.cli.options import JsonOption, ModelOption, write_json
+from flashvl.cli.options import DtypeOption, JsonOption, ModelOption, write_json
 from flashvl.entrypoint import ShowProgress, report_errors, show_progress, start_ray
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def caption(
     ],
     output: Annotated[str, typer.Option(help="Folder or URI, new or a job's to go on with.")],
     model: ModelOption = "tiny",
+    dtype: DtypeOption = "auto",
     prompt: Annotated[str, typer.Option(help="Asked about every image.")] = "Describe the image.",
     prompt_column: Annotated[
         str | None, typer.Option(metavar="COLUMN", help="Holds a prompt for each row.")

@@ -2,13 +2,17 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 ModelOption = Annotated[
     str,
     typer.Option(help="A shipped model's name (tiny), or a Flash-VL or published FlashVL folder."),
+]
+DtypeOption = Annotated[
+    Literal["auto", "float32", "bfloat16"],
+    typer.Option(help="float32: slower, and no answer depends on who shares its batch."),
 ]
 JsonOption = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here as JSON.")

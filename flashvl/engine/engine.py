@@ -23,7 +23,7 @@ from flashvl.engine.scheduler import Scheduler
 from flashvl.engine.sequence import AnswerText, Sequence
 from flashvl.errors import DataError
 from flashvl.model import FlashVLForConditionalGeneration, FlashVLProcessor
-from flashvl.model.loading import inference_dtype, load_model, load_processor
+from flashvl.model.loading import Dtype, inference_dtype, load_model, load_processor
 
 MAX_LENGTH = 4096
 """Tokens of a conversation: an ISS image of 2,880, a long question and a long answer."""
@@ -86,10 +86,13 @@ class Engine:
 
     @classmethod
     def from_pretrained(
-        cls, model: str | Path, dtype: torch.dtype | None = None, *, max_num_seqs: int = 64
+        cls, model: str | Path, dtype: Dtype = "auto", *, max_num_seqs: int = 64
     ) -> "Engine":
-        """The engine for a shipped model's name or a folder; `dtype` as the hardware likes it."""
-        loaded = load_model(model, dtype or inference_dtype())
+        """The engine for a shipped model's name or a folder.
+
+        In bfloat16 a likeliest token that is nearly a tie may depend on who shares the batch.
+        """
+        loaded = load_model(model, inference_dtype() if dtype == "auto" else getattr(torch, dtype))
         return cls(loaded, load_processor(model), max_num_seqs=max_num_seqs)
 
     def generate(self, requests: Many[Request]) -> list[Completion]:

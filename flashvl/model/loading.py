@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import torch
 from transformers import AutoProcessor
@@ -12,6 +13,9 @@ from flashvl.model.modeling_flashvl import FlashVLForConditionalGeneration
 from flashvl.model.processing_flashvl import FlashVLProcessor
 from flashvl.model.released import OWNER, fetch_folder, import_once, is_released
 from flashvl.model.weights import one_line
+
+Dtype = Literal["auto", "float32", "bfloat16"]
+"""Of a model that answers; auto: `inference_dtype` of its machine."""
 
 SHIPPED = Path(__file__).parent.parent / "checkpoints"
 """Folders of the checkpoints inside the package, called by their names."""

@@ -44,7 +44,16 @@ def command(source: Path, output: Path, model: Path) -> list[str]:
         "import flashvl.batch.outputs as o; o.BYTES_PER_FILE = 10_000;"
         "from flashvl.cli import main; main()"
     )
-    options = ["--model", str(model), "--max-new-tokens", "4", "--max-num-seqs", "16"]
+    options = [
+        "--model",
+        str(model),
+        "--dtype",
+        "float32",
+        "--max-new-tokens",
+        "4",
+        "--max-num-seqs",
+        "16",
+    ]
     options += ["--max-error-rate", "0.05", "--replicas", "1:2"]
     return [sys.executable, "-c", code, "caption", str(source), "--output", str(output), *options]
 

@@ -47,6 +47,7 @@ def job(
         input=str(table),
         output=str(tmp_path / "ours"),
         model=str(tiny_random),
+        dtype="float32",
         max_new_tokens=3,
         max_num_seqs=8,
     )

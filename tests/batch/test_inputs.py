@@ -33,7 +33,7 @@ PICTURES = [picture(seed) for seed in range(NUM_ROWS)]
 
 
 def make_job(model: Path, source: Any, output: Any, **options: Any) -> CaptionJob:
-    values = {"max_new_tokens": 4, "max_num_seqs": 8} | options
+    values = {"dtype": "float32", "max_new_tokens": 4, "max_num_seqs": 8} | options
     return CaptionJob(input=str(source), output=str(output), model=str(model), **values)
 
 

@@ -63,7 +63,7 @@ def read(folder: Path) -> tuple[pa.Table, pa.Table, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def engine(tiny_random: Path) -> Engine:
-    return Engine.from_pretrained(tiny_random)
+    return Engine.from_pretrained(tiny_random, "float32")
 
 
 def one_by_one(engine: Engine, image: bytes, prompt: str = "Describe the image.") -> dict[str, Any]:
@@ -83,7 +83,11 @@ def one_by_one(engine: Engine, image: bytes, prompt: str = "Describe the image."
 
 
 def job(tiny_random: Path, source: Path | str, output: Path, **options: Any) -> CaptionJob:
-    values = {"model": str(tiny_random), "max_new_tokens": MAX_NEW_TOKENS} | options
+    values = {
+        "model": str(tiny_random),
+        "dtype": "float32",
+        "max_new_tokens": MAX_NEW_TOKENS,
+    } | options
     return CaptionJob(input=str(source), output=str(output), **values)
 
 

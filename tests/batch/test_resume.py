@@ -49,6 +49,7 @@ def job(tiny_random: Path, tmp_path: Path) -> CaptionJob:
         input=str(source),
         output=str(tmp_path / "out"),
         model=str(tiny_random),
+        dtype="float32",
         max_new_tokens=4,
         max_num_seqs=8,
     )

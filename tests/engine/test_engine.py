@@ -216,7 +216,7 @@ def test_a_placeholder_in_the_users_text_is_refused(engine: Engine) -> None:
 
 
 def test_loads_by_folder(tiny_random: Path) -> None:
-    loaded = Engine.from_pretrained(tiny_random, torch.float32)
+    loaded = Engine.from_pretrained(tiny_random, "float32")
     assert loaded.model.dtype == torch.float32
     assert not loaded.model.training
     by_hand = Engine(load_model(tiny_random), load_processor(tiny_random))

@@ -128,7 +128,7 @@ def test_images_anywhere_in_a_turn_and_in_order(
 
 
 def test_a_batch_of_different_numbers_of_tiles_is_its_rows(tiny_iss_random: Path) -> None:
-    engine = Engine.from_pretrained(tiny_iss_random, torch.float32)
+    engine = Engine.from_pretrained(tiny_iss_random, "float32")
     requests = [
         Request(
             messages=[{"role": "user", "content": "<image>" * len(images) + "Describe"}],
