@@ -1,11 +1,12 @@
 """Messages and images -> what the model takes. Pure functions: no Ray, no files.
 
 Pixels stay uint8 between processes (a quarter of the bytes of fp32); `normalize_tiles` is the last
-step before the tower. Messages carry `<image>` where an image goes.
+step before the tower.
 """
 
+import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,8 +25,12 @@ IGNORE_INDEX = -100
 
 Side = Literal["left", "right"]
 
-Message = Mapping[str, str]
-"""`role` and `content`."""
+Message = Mapping[str, Any]
+"""`role` and `content`: a text in which `<image>` stands for an image, or, where a text must be
+taken as it is, a list of `{"type": "text", "text": ...}` and `{"type": "image"}`."""
+
+BREAK = "\ufdd0"
+"""Cuts a control token that stands in a text; Unicode keeps this character for such inner use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,18 +93,30 @@ def encode_prompt(
 ) -> list[int]:
     """Token ids of a conversation that the assistant is to continue.
 
+    A control token that a message's text holds, such as `<|im_start|>`, is encoded as the text that
+    it is: whoever writes a message cannot end it, nor begin another.
+
     Args:
-        counts: tiles of each image, in the order of the `<image>`s.
+        counts: tiles of each image, in the order of the images in the messages.
 
     Raises:
-        DataError: not one `<image>` for each image.
+        DataError: not one place for each image.
     """
-    return processor.tokenizer.apply_chat_template(
-        _expand_images(messages, counts, processor),
+    tokenizer = processor.tokenizer
+    control_tokens = re.compile("|".join(map(re.escape, tokenizer.added_tokens_encoder)))
+
+    def as_text(text: str) -> str:
+        text = text.replace(BREAK, "\N{REPLACEMENT CHARACTER}")
+        return control_tokens.sub(lambda token: token[0][0] + BREAK + token[0][1:], text)
+
+    text: str = tokenizer.apply_chat_template(
+        _expand_images(messages, counts, processor, as_text),
         chat_template=processor.chat_template,
         add_generation_prompt=True,
-        return_dict=False,
+        tokenize=False,
     )
+    pieces = [tokenizer.encode(piece, add_special_tokens=False) for piece in text.split(BREAK)]
+    return list(itertools.chain.from_iterable(pieces))
 
 
 def encode_conversation(
@@ -117,6 +134,11 @@ def encode_conversation(
         DataError: not one `<image>` for each image; longer than `max_length` tokens (to cut it
             could cut an image); or no answer.
     """
+    if any(processor.image_token in message["content"] for message in messages):
+        raise DataError(
+            f"a message holds {processor.image_token}, the model's own mark of an image;"
+            f" write {IMAGE_MARKER} where an image goes"
+        )
     encoded: dict[str, Any] = processor.tokenizer.apply_chat_template(
         _expand_images(messages, counts, processor),
         chat_template=processor.chat_template,
@@ -139,27 +161,41 @@ def encode_conversation(
 
 
 def _expand_images(
-    messages: Sequence[Message], counts: Sequence[int], processor: FlashVLProcessor
+    messages: Sequence[Message],
+    counts: Sequence[int],
+    processor: FlashVLProcessor,
+    as_text: Callable[[str], str] = str,
 ) -> list[dict[str, str]]:
-    if any(processor.image_token in message["content"] for message in messages):
+    """The messages with all images' placeholders in them, their other text made by `as_text`."""
+    contents = [_pieces(message["content"]) for message in messages]
+    num_places = sum(piece is None for content in contents for piece in content)
+    if num_places != len(counts):
         raise DataError(
-            f"a message holds {processor.image_token}, the model's own mark of an image;"
-            f" write {IMAGE_MARKER} where an image goes"
-        )
-    num_markers = sum(message["content"].count(IMAGE_MARKER) for message in messages)
-    if num_markers != len(counts):
-        raise DataError(
-            f"messages hold {num_markers} {IMAGE_MARKER}, but {len(counts)} images are"
+            f"messages hold {num_places} {IMAGE_MARKER}, but {len(counts)} images are"
             f" given; write one {IMAGE_MARKER} for each image"
         )
-    texts = map(processor.image_text, counts)
+    images = map(processor.image_text, counts)
     return [
         {
             "role": message["role"],
-            "content": re.sub(re.escape(IMAGE_MARKER), lambda _: next(texts), message["content"]),
+            "content": "".join(
+                next(images) if piece is None else as_text(piece) for piece in content
+            ),
         }
-        for message in messages
+        for message, content in zip(messages, contents, strict=True)
     ]
+
+
+def _pieces(content: str | list[dict[str, str]]) -> list[str | None]:
+    """A message's texts, with None where an image goes."""
+    if isinstance(content, str):
+        texts: list[str | None] = list(content.split(IMAGE_MARKER))
+        return list(itertools.chain.from_iterable((None, text) for text in texts))[1:]
+    pieces: list[str | None] = []
+    for part in content:
+        # A line of its own for an image, as in the chat template and in training.
+        pieces += [None, "\n"] if part["type"] == "image" else [part["text"]]
+    return pieces
 
 
 def pad(rows: Iterable[npt.ArrayLike], value: int, side: Side = "right") -> torch.Tensor:

@@ -5,6 +5,7 @@ ones leave. Steps take turns: a piece of a prefill, if one waits, and one token 
 """
 
 import itertools
+import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
 from pathlib import Path
@@ -208,9 +209,11 @@ class Engine:
 
     def _embed(self, group: list[Sequence]) -> None:
         """The embeddings of the prompts of `group`, all their images encoded together."""
+        admitted_s = time.perf_counter()
         images = [image for sequence in group for image in _images(sequence.tiles)]
         features = iter(self.image_features(images) if images else [])
         for sequence in group:
+            sequence.admitted_s = admitted_s
             own = list(itertools.islice(features, len(sequence.tiles.counts)))
             visual_tokens = torch.cat(own) if own else None
             sequence.embeddings = self.runner.embed(sequence.prompt, visual_tokens)
@@ -246,15 +249,21 @@ class Engine:
         for sequence, row, token in zip(sequences, logits, likeliest, strict=True):
             if not sequence.sampler.is_plain:
                 token = sequence.sampler.choose(row, len(sequence.token_ids))
+            num_before = len(sequence.logprobs)
             sequence.finish_reason = self._take_token(sequence, token, row)
+            logprobs = sequence.logprobs[-1] if len(sequence.logprobs) > num_before else None
+            sequence.first_token_s = sequence.first_token_s or time.perf_counter()
             if sequence.finish_reason is not None:
                 text = sequence.text.take(sequence.token_ids, is_last=True)
-                self._outbox[sequence.id].append(Delta(text=text, completion=sequence.complete()))
+                completion = sequence.complete()
+                self._outbox[sequence.id].append(
+                    Delta(text=text, logprobs=logprobs, completion=completion)
+                )
                 del self._sequences[sequence.id]
                 self.scheduler.remove(sequence)
             elif sequence.is_streamed:
                 text = sequence.text.take(sequence.token_ids)
-                self._outbox[sequence.id].append(Delta(text=text))
+                self._outbox[sequence.id].append(Delta(text=text, logprobs=logprobs))
 
     def _take_token(
         self, sequence: Sequence, token: int, logits: torch.Tensor

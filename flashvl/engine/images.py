@@ -18,6 +18,8 @@ class ImageFeatures:
         """`encode`: (tiles, 3, height, width) -> (tokens, hidden), as many for each tile."""
         self.encode, self.max_bytes = encode, max_bytes
         self.num_bytes = 0
+        self.num_hits = self.num_misses = 0
+        """Images so far that were kept, and that were encoded."""
         self.kept: OrderedDict[bytes, torch.Tensor] = OrderedDict()
 
     def __call__(self, images: Sequence[npt.NDArray[np.uint8]]) -> list[torch.Tensor]:
@@ -31,6 +33,8 @@ class ImageFeatures:
             per_tile = len(features) // len(tiles)
             sizes = [len(image) * per_tile for image in new.values()]
             found |= dict(zip(new, features.split(sizes), strict=True))
+        self.num_misses += len(new)
+        self.num_hits += len(keys) - len(new)
         for key in keys:
             self._keep(key, found[key], is_new=key in new)
         return [found[key] for key in keys]

@@ -69,10 +69,22 @@ class Request:
 class TokenLogprobs:
     """Log-probabilities at one place of an answer, by the model's own distribution."""
 
+    token_id: int
+    """That was chosen."""
     logprob: float
-    """Of the token that was chosen."""
+    """Of it."""
     top: dict[int, float]
     """Of the likeliest tokens, the likeliest first."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Timing:
+    """Of one answer, in seconds since the engine was given the request."""
+
+    queue_s: float
+    """Until its turn came."""
+    first_token_s: float
+    last_token_s: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,6 +97,7 @@ class Completion:
     finish_reason: FinishReason
     logprobs: list[TokenLogprobs] | None = None
     """One for each of `token_ids`, if the request asked for them."""
+    timing: Timing = field(compare=False)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,5 +106,7 @@ class Delta:
 
     text: str
     """Empty while the token is a part of a character, or may be one of a stop string."""
+    logprobs: TokenLogprobs | None = None
+    """Of that token, if the request asked for them; the end token has none."""
     completion: Completion | None = None
     """The whole answer, with its last delta."""

@@ -62,4 +62,4 @@ def token_logprobs(logits: torch.Tensor, token: int, count: int) -> TokenLogprob
     logprobs = logits.float().log_softmax(-1)
     values, tokens = logprobs.topk(min(count, len(logprobs)))
     top = dict(zip(tokens.tolist(), values.tolist(), strict=True))
-    return TokenLogprobs(logprob=float(logprobs[token]), top=top)
+    return TokenLogprobs(token_id=token, logprob=float(logprobs[token]), top=top)

@@ -1,5 +1,6 @@
 """One request on its way through the engine."""
 
+import time
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 
@@ -7,7 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from flashvl.data.features import Tiles
-from flashvl.engine.request import Completion, FinishReason, Request, TokenLogprobs
+from flashvl.engine.request import Completion, FinishReason, Request, Timing, TokenLogprobs
 from flashvl.engine.sampling import Sampler
 
 
@@ -29,6 +30,9 @@ class Sequence:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     num_cached: int = 0
     finish_reason: FinishReason | None = None
+    added_s: float = field(default_factory=time.perf_counter)
+    admitted_s: float = 0.0
+    first_token_s: float = 0.0
 
     @property
     def is_prefilled(self) -> bool:
@@ -47,6 +51,11 @@ class Sequence:
             prompt_tokens=len(self.prompt),
             finish_reason=self.finish_reason,
             logprobs=None if self.request.logprobs is None else self.logprobs,
+            timing=Timing(
+                queue_s=self.admitted_s - self.added_s,
+                first_token_s=self.first_token_s - self.added_s,
+                last_token_s=time.perf_counter() - self.added_s,
+            ),
         )
 
 

@@ -7,7 +7,7 @@ from typing import cast
 import pytest
 
 from flashvl.data import synthetic
-from flashvl.engine import Completion, Engine, Request
+from flashvl.engine import Completion, Engine, Request, Timing
 from flashvl.eval.scenes import average, evaluate_scenes, held_out_items
 
 
@@ -30,7 +30,13 @@ class Oracle:
         answer = self.answers[question, request.images[0].tobytes()]
         self.asked += 1
         text = answer + " " if self.asked % 3 == 0 else answer
-        return Completion(text=text, token_ids=[], prompt_tokens=0, finish_reason="stop")
+        return Completion(
+            text=text,
+            token_ids=[],
+            prompt_tokens=0,
+            finish_reason="stop",
+            timing=Timing(queue_s=0, first_token_s=0, last_token_s=0),
+        )
 
 
 def test_exact_match_is_exact() -> None:
