@@ -4,10 +4,10 @@ import copy
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from flashvl.errors import ConfigError
 
@@ -17,6 +17,22 @@ class StrictModel(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
+
+def pool_of(replicas: str) -> tuple[int, int]:
+    """The least and the most of `Replicas`."""
+    least, _, most = replicas.partition(":")
+    return int(least), int(most or least)
+
+
+def _is_a_range(replicas: str) -> str:
+    least, most = pool_of(replicas)
+    if most < least:
+        raise ValueError("must not begin with the greater number; write LEAST:MOST")
+    return replicas
+
+
+Replicas = Annotated[str, Field(pattern=r"^[1-9]\d*(:[1-9]\d*)?$"), AfterValidator(_is_a_range)]
+"""Engines: their number, or LEAST:MOST."""
 
 ModelT = TypeVar("ModelT", bound=StrictModel)
 

@@ -26,7 +26,7 @@ from flashvl.batch.progress import Meter, OnProgress
 from flashvl.batch.report import build_report
 from flashvl.batch.settings import CaptionJob
 from flashvl.batch.stopping import stopped_by_sigterm
-from flashvl.config import StrictModel
+from flashvl.config import StrictModel, pool_of
 from flashvl.data.features import ask_about_image, encode_prompt
 from flashvl.engine.engine import MAX_LENGTH
 from flashvl.errors import ConfigError, FlashVLError
@@ -167,7 +167,7 @@ def run_plan(plan: Plan, on_progress: OnProgress | None = None) -> Summary:
     job = plan.job
     if (summary := plan.finished_summary()) is not None:
         return summary
-    check_pool(job.pool)
+    check_pool(pool_of(job.replicas))
     with held(plan.output):
         if job.restart:
             remove_rows(plan.output)

@@ -18,6 +18,7 @@ from flashvl.batch.captioner import Captioner
 from flashvl.batch.inputs import Done, Source
 from flashvl.batch.settings import CaptionJob
 from flashvl.batch.tiling import tile_images
+from flashvl.config import pool_of
 from flashvl.errors import ConfigError, FlashVLError
 from flashvl.model.loading import SHIPPED, resolve_checkpoint
 
@@ -61,7 +62,7 @@ def captioned(
     model = folder.name if folder.parent == SHIPPED else str(folder.absolute())
     job = job.model_copy(update={"model": model})
     rows_per_block = max(job.max_num_seqs // BLOCKS_PER_ENGINE, 1)
-    least, most = job.pool
+    least, most = pool_of(job.replicas)
     num_nodes = sum(node["Alive"] for node in ray.nodes())
     rows = (
         source.read(is_done)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 
-from flashvl.config import StrictModel
+from flashvl.config import Replicas, StrictModel
 from flashvl.data.images import ImageLimits
 from flashvl.data.schema import IMAGE_MARKER
 from flashvl.model.loading import Dtype
@@ -41,7 +41,7 @@ class CaptionJob(StrictModel):
     """Of the sampling; with the row's place, so that no row's caption depends on the others."""
     max_num_seqs: PositiveInt = 64
     """Images that an engine captions at once."""
-    replicas: Annotated[str, Field(pattern=r"^[1-9]\d*(:[1-9]\d*)?$")] = "1"
+    replicas: Replicas = "1"
     """Engines: their number, or the least and the most, between which the pool follows the work."""
     gpus_per_replica: Annotated[float, Field(gt=0)] = 1.0
     """Of an engine, where the cluster has GPUs; a part of one lets engines share it."""
@@ -61,21 +61,7 @@ class CaptionJob(StrictModel):
             raise ValueError(f"must not hold {IMAGE_MARKER}, which is put before it; leave it out")
         return prompt
 
-    @field_validator("replicas")
-    @classmethod
-    def _is_a_range(cls, replicas: str) -> str:
-        least, _, most = replicas.partition(":")
-        if int(most or least) < int(least):
-            raise ValueError("must not begin with the greater number; write LEAST:MOST")
-        return replicas
-
     @field_validator("output", mode="before")
     @classmethod
     def _as_text(cls, output: object) -> object:
         return os.fspath(output) if isinstance(output, os.PathLike) else output
-
-    @property
-    def pool(self) -> tuple[int, int]:
-        """The least and the most engines."""
-        least, _, most = self.replicas.partition(":")
-        return int(least), int(most or least)

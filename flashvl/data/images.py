@@ -5,7 +5,9 @@ It does not know where the bytes come from, nor what size the model wants.
 
 import base64
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -77,6 +79,39 @@ def decode_reduced(
     Returns:
         The image, and the size that it has in full.
     """
+    with _opened(data, limits) as image:
+        size = _reduce_jpeg(image, least_size) if image.format == "JPEG" else None
+        # Loads first, as a PNG may have its EXIF after the pixels.
+        ImageOps.exif_transpose(image, in_place=True)
+        rgb = _to_rgb(image)
+    rgb.info.clear()  # else EXIF, XMP and profiles travel with every pickled copy
+    return rgb, size or rgb.size
+
+
+@dataclass(frozen=True, slots=True)
+class ImageHeader:
+    """What an encoded image says of itself."""
+
+    media_type: str
+    """As `image/jpeg`."""
+    size: Size
+    """Upright."""
+
+
+def read_header(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> ImageHeader:
+    """What can be known of an image before its pixels are decoded.
+
+    Raises:
+        DataError: as `decode_image`; but what is behind the header may be damaged all the same.
+    """
+    with _opened(data, limits) as image:
+        size = image.size[::-1] if _lies_on_its_side(image) else image.size
+        return ImageHeader(Image.MIME[image.format or ""], size)
+
+
+@contextmanager
+def _opened(data: bytes | None, limits: ImageLimits) -> Iterator[Image.Image]:
+    """An image within limits, not decoded yet; what goes wrong with it is a DataError."""
     if not data:
         what = "null" if data is None else "empty"
         raise DataError(f"image is {what}; it must hold the bytes of an image file")
@@ -88,10 +123,7 @@ def decode_reduced(
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_size(image.width, image.height, limits)
-            size = _reduce_jpeg(image, least_size) if image.format == "JPEG" else None
-            # Loads first, as a PNG may have its EXIF after the pixels.
-            ImageOps.exif_transpose(image, in_place=True)
-            rgb = _to_rgb(image)
+            yield image
     except (DataError, MemoryError):  # out of memory is the machine's fault, not the row's
         raise
     except UnidentifiedImageError:
@@ -108,8 +140,6 @@ def decode_reduced(
         raise DataError(
             f"image cannot be decoded ({_one_line(error)}); replace the damaged file"
         ) from error
-    rgb.info.clear()  # else EXIF, XMP and profiles travel with every pickled copy
-    return rgb, size or rgb.size
 
 
 def read_image(path: Path) -> Image.Image:
@@ -140,7 +170,7 @@ def make_thumbnail(image: Image.Image, side: int) -> str:
 def _reduce_jpeg(image: Image.Image, least_size: Callable[[Size], Size]) -> Size:
     """Have `image` decoded at a fraction of its size, if any; returns its whole, upright size."""
     width, height = image.size
-    if image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8):  # lies on its side
+    if _lies_on_its_side(image):
         least_height, least_width = least_size((height, width))
         size = (height, width)
     else:
@@ -148,6 +178,10 @@ def _reduce_jpeg(image: Image.Image, least_size: Callable[[Size], Size]) -> Size
         size = (width, height)
     image.draft(None, (least_width, least_height))
     return size
+
+
+def _lies_on_its_side(image: Image.Image) -> bool:
+    return image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
 
 
 def _check_size(width: int, height: int, limits: ImageLimits) -> None:

@@ -6,7 +6,6 @@ processor cuts, and what `Tiling.dropped_patches` says, which is what the model 
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from flashvl.data.images import read_image
 from flashvl.errors import ConfigError
-from flashvl.model.tiling import Box, Size, Tiling, View
+from flashvl.model.tiling import Box, Size, Tiling, View, describe_tiles
 
 Color = tuple[int, int, int]
 
@@ -51,30 +50,6 @@ TILES_A_ROW = 5
 SHEET: Size = (900, 704)
 """Of the framed image, at most."""
 LEGEND_WIDTH = 560
-
-
-def describe_tiles(size: Size, rule: Tiling, tokens_per_tile: int) -> dict[str, Any]:
-    """The numbers of the picture, for machines; sizes and boxes as in `Tiling`, in pixels.
-
-    Args:
-        size: (width, height) of the image.
-        tokens_per_tile: what the LLM gets of one; the configuration's `image_seq_length`.
-    """
-    num_tiles = rule.num_tiles(size)
-    return {
-        "image_size": size,
-        "mode": rule.mode,
-        "tile_size": rule.tile_size,
-        "patch_size": rule.patch_size,
-        "stride": rule.stride,
-        "kept_patches": rule.kept_patches,
-        "dropped_patches": rule.dropped_patches,
-        "grid": rule.grid(size),
-        "views": [asdict(view) for view in rule.views(size)],
-        "num_tiles": num_tiles,
-        "tokens_per_tile": tokens_per_tile,
-        "num_image_tokens": num_tiles * tokens_per_tile,
-    }
 
 
 def write_tiles(image: Path, output: Path, rule: Tiling, tokens_per_tile: int) -> dict[str, Any]:

@@ -12,8 +12,8 @@ It knows no pixels, only sizes: every size and box is in pixels, and boxes are P
 """
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 TilingMode = Literal["static", "dynamic", "overlap", "iss"]
 TileFit = Literal["resize", "center_crop"]
@@ -162,3 +162,26 @@ class Tiling:
         return tuple(
             View((x, y, x + square, y + square), tile, 0, ((0, 0, *tile),)) for x, y in corners
         )
+
+
+def describe_tiles(size: Size, rule: Tiling, tokens_per_tile: int) -> dict[str, Any]:
+    """How an image of `size` is cut, in numbers; sizes and boxes as in `Tiling`, in pixels.
+
+    Args:
+        tokens_per_tile: what the LLM gets of one; the configuration's `image_seq_length`.
+    """
+    num_tiles = rule.num_tiles(size)
+    return {
+        "image_size": size,
+        "mode": rule.mode,
+        "tile_size": rule.tile_size,
+        "patch_size": rule.patch_size,
+        "stride": rule.stride,
+        "kept_patches": rule.kept_patches,
+        "dropped_patches": rule.dropped_patches,
+        "grid": rule.grid(size),
+        "views": [asdict(view) for view in rule.views(size)],
+        "num_tiles": num_tiles,
+        "tokens_per_tile": tokens_per_tile,
+        "num_image_tokens": num_tiles * tokens_per_tile,
+    }
