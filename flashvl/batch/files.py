@@ -7,7 +7,7 @@ import functools
 import os
 import posixpath
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -112,6 +112,22 @@ def locate(text: str | os.PathLike[str]) -> Location:
     parts = urlsplit(text, allow_fragments=False)  # a key may hold any character
     store, root = _open_store(parts._replace(path="").geturl())
     return Location(store, posixpath.join(root, parts.path.lstrip("/")).rstrip("/"))
+
+
+def is_below(text: str, roots: Sequence[str]) -> bool:
+    """The path or URI lies in one of `roots`, links of local paths followed; `..` does not help."""
+    place = _steps(text)
+    return any(place[: len(steps)] == steps for steps in map(_steps, roots))
+
+
+def _steps(text: str) -> tuple[str, ...]:
+    """From the store down; a URI's query belongs to the store, for it may name another server."""
+    scheme, separator, rest = text.partition("://")
+    if not separator or scheme == "file":
+        return ("file", "", "", *os.path.realpath(rest if separator else text).split("/"))
+    parts = urlsplit(text, allow_fragments=False)
+    path = posixpath.normpath("/" + parts.path.lstrip("/"))
+    return (parts.scheme, parts.netloc, parts.query, *path.rstrip("/").split("/"))
 
 
 @functools.lru_cache(maxsize=64)  # where a bucket lies is asked for over the network

@@ -10,7 +10,7 @@ import os
 import posixpath
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -213,6 +213,8 @@ def _make_ids(
 def _as_rows(table: pa.Table, columns: ImageColumns, kept: pa.Schema, file: str) -> pa.Table:
     """`image`, `path` and what else there is of `Source.read`, but for `id` and `row`."""
     images, paths = _split_images(table[columns.image])
+    if not columns.follows_paths:
+        paths = [None] * len(paths)
     folder = posixpath.dirname(file)
     found = {
         "image": images,
@@ -297,11 +299,15 @@ def find_source(
     id_column: str | None = None,
     prompt_column: str | None = None,
     keep: Sequence[str] = (),
+    follow_paths: bool = True,
 ) -> Source:
     """The rows that `text` names: a Parquet file, a folder or glob of them, or a folder of images.
 
     A folder with a `*.parquet` anywhere below it is a folder of Parquet; else its image files are
     the rows. Names that begin with a dot (and, for Parquet, `_`) are left out, as everywhere.
+
+    Args:
+        follow_paths: read the files that a table's rows name, wherever they are.
 
     Raises:
         ConfigError: there is nothing, or not an image table.
@@ -341,6 +347,12 @@ def find_source(
         kept=keep,
     )
     _check_alike(files, columns)
+    if not follow_paths and pa.types.is_string(files[0].schema.field(columns.image).type):
+        raise ConfigError(
+            f"{files[0].path}: column {columns.image!r} holds paths, which may not be followed"
+            " here; put the images' bytes into the table"
+        )
+    columns = replace(columns, follows_paths=follow_paths)
     return ParquetFiles(store=store, files=files, columns=columns)
 
 

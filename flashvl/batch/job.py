@@ -28,7 +28,7 @@ from flashvl.batch.settings import CaptionJob
 from flashvl.batch.stopping import stopped_by_sigterm
 from flashvl.config import StrictModel, pool_of
 from flashvl.data.features import ask_about_image, encode_prompt
-from flashvl.engine.engine import MAX_LENGTH
+from flashvl.engine.engine import longest_conversation
 from flashvl.errors import ConfigError, FlashVLError
 from flashvl.model import FlashVLConfig
 from flashvl.model.loading import load_processor, resolve_checkpoint
@@ -120,6 +120,7 @@ def check_caption_job(job: CaptionJob) -> Plan:
         id_column=job.id_column,
         prompt_column=job.prompt_column,
         keep=job.keep,
+        follow_paths=job.follow_paths,
     )
     output = locate(job.output)
     check_output(output)
@@ -283,7 +284,7 @@ def _check_prompt(job: CaptionJob) -> None:
     """
     processor = load_processor(job.model)
     config = FlashVLConfig.from_pretrained(resolve_checkpoint(job.model))
-    longest = min(MAX_LENGTH, config.text_config.max_position_embeddings)
+    longest = longest_conversation(config)
     prompt = job.prompt if job.prompt_column is None else ""
     num_tokens = len(encode_prompt(ask_about_image(prompt), [1], processor))
     if num_tokens + job.max_new_tokens > longest:

@@ -30,6 +30,9 @@ class CaptionJob(StrictModel):
     """Holds bytes, `struct<bytes, path>` or paths; by default `image`, or the only one of bytes."""
     id_column: str | None = None
     """By default `id`; without such a column, ids are made of file, row group and row."""
+    follow_paths: bool = True
+    """Read the image files that a table's rows name, wherever they are; else such rows are dead
+    letters."""
     keep: tuple[str, ...] = ()
     """Columns that go through to the output as they are."""
     max_new_tokens: PositiveInt = 64

@@ -49,6 +49,9 @@ def caption(
         str | None,
         typer.Option(metavar="COLUMN", help="[id; else made of file, row group and row]"),
     ] = None,
+    follow_paths: Annotated[
+        bool, typer.Option(help="Read image files that a table's rows name, wherever they are.")
+    ] = True,
     keep: Annotated[
         list[str] | None,
         typer.Option(metavar="COLUMN", help="Copy it to the output; may be given again."),
@@ -149,6 +152,66 @@ def chat(
                 for piece in conversation.ask(question.strip()):
                     print(piece, end="", flush=True)
                 print()
+
+
+@app.command()
+def serve(
+    model: ModelOption = "tiny",
+    host: Annotated[str, typer.Option(help="0.0.0.0: whoever reaches this machine.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Of HTTP.")] = 8000,
+    dtype: DtypeOption = "auto",
+    replicas: Annotated[
+        str, typer.Option(metavar="N|MIN:MAX", help="Engines, each on a GPU where there is.")
+    ] = "1",
+    gpus_per_replica: Annotated[float, typer.Option(help="0.5: two engines share a GPU.")] = 1.0,
+    max_num_seqs: Annotated[int, typer.Option(help="Requests an engine answers at once.")] = 64,
+    max_waiting: Annotated[int, typer.Option(help="That may wait; the next gets a 429.")] = 64,
+    media_host: Annotated[
+        list[str] | None,
+        typer.Option(metavar="HOST", help="Fetch image URLs from it by https; may be repeated."),
+    ] = None,
+    batch_root: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FOLDER|URI", help="Allow /v1/batches below it; may be repeated."),
+    ] = None,
+    api_keys_file: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="One key a line; or set FLASHVL_API_KEYS."),
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ORIGIN", help="Web pages there may call; may be repeated."),
+    ] = None,
+) -> None:
+    """Answer OpenAI clients over HTTP until Ctrl-C; open the address in a browser to try it.
+
+    Example: flashvl serve --model tiny
+    Example: curl -F image=@photo.jpg http://127.0.0.1:8000/v1/captions
+    """
+    with report_errors():
+        from flashvl.config import validate
+        from flashvl.serve.settings import ServiceConfig
+
+        options = {
+            "model": model,
+            "dtype": dtype,
+            "replicas": replicas,
+            "gpus_per_replica": gpus_per_replica,
+            "max_num_seqs": max_num_seqs,
+            "max_waiting": max_waiting,
+            "media_hosts": tuple(media_host or ()),
+            "batch_roots": tuple(batch_root or ()),
+            "api_keys_file": api_keys_file,
+            "cors_origins": tuple(cors_origin or ()),
+        }
+        config = validate(ServiceConfig, options, source="serve")
+        from flashvl.serve.admission import read_api_keys
+        from flashvl.serve.run import serve_until_stopped
+
+        if host not in ("127.0.0.1", "localhost", "::1") and not read_api_keys(api_keys_file):
+            print(f"Anyone who reaches {host}:{port} may use it: FLASHVL_API_KEYS is not set.")
+        start_ray(include_dashboard=True)
+        serve_until_stopped(config, host, port, on_ready=print)
 
 
 @app.command()

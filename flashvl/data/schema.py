@@ -64,6 +64,8 @@ class ImageColumns:
     """None: all rows are asked the same."""
     kept: tuple[str, ...] = ()
     """Go through to the output as they are."""
+    follows_paths: bool = True
+    """Where a row names its image's file, that is read."""
 
     @property
     def names(self) -> list[str]:

@@ -5,7 +5,7 @@ import contextlib
 import dataclasses
 import queue
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from flashvl.data.features import Tiles, make_tiles
@@ -55,7 +55,7 @@ class AsyncEngine:
                     return delta.completion
         raise AssertionError("an answer ends with its completion")
 
-    async def stream(self, request: Request) -> AsyncIterator[Delta]:
+    async def stream(self, request: Request) -> AsyncGenerator[Delta, None]:
         """The answer as it comes; the last delta holds the completion.
 
         Raises:

@@ -23,7 +23,7 @@ from flashvl.engine.sampling import Sampler, token_logprobs
 from flashvl.engine.scheduler import Scheduler
 from flashvl.engine.sequence import AnswerText, Sequence
 from flashvl.errors import DataError
-from flashvl.model import FlashVLForConditionalGeneration, FlashVLProcessor
+from flashvl.model import FlashVLConfig, FlashVLForConditionalGeneration, FlashVLProcessor
 from flashvl.model.loading import Dtype, inference_dtype, load_model, load_processor
 
 MAX_LENGTH = 4096
@@ -62,7 +62,7 @@ class Engine:
         self.processor = processor
         self.end_token_id: int = processor.tokenizer.eos_token_id
         config = model.config.text_config
-        self.max_model_len = min(max_model_len, config.max_position_embeddings)
+        self.max_model_len = longest_conversation(model.config, max_model_len)
         cache_bytes = CACHE_SHARE * _free_bytes(self.device)
         tokens_that_fit = int(cache_bytes / bytes_per_token(config, model.dtype))
         cache = KVCache(
@@ -77,6 +77,8 @@ class Engine:
         self.runner = Runner(self.model, processor, cache)
         self.scheduler = Scheduler(cache, max_prefill_tokens)
         self.image_features = ImageFeatures(self.runner.encode_tiles, IMAGE_CACHE_BYTES)
+        self.num_steps = 0
+        """So far; a count that stands still while requests wait is that of an engine that hangs."""
         self.num_decode_steps = self.num_decoded_tokens = 0
         """So far; their quotient is how many requests a step answered."""
         self._has_prefilled = False
@@ -188,11 +190,22 @@ class Engine:
         """No request waits or is being answered."""
         return self.scheduler.is_idle
 
+    @property
+    def num_running(self) -> int:
+        """Requests that hold a slot."""
+        return len(self.scheduler.decoding) + len(self.scheduler.prefilling)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for a slot."""
+        return len(self.scheduler.waiting)
+
     def step(self) -> None:
         """Prefill a piece of what waits, or decode a token for the others: in turn, if both can be.
 
         One thing a step, so that whoever has a new token gets it at once.
         """
+        self.num_steps += 1
         is_turn_to_decode = self._has_prefilled and bool(self.scheduler.decoding)
         self._has_prefilled = not is_turn_to_decode and self._prefill_next()
         if not self._has_prefilled and self.scheduler.decoding:
@@ -278,6 +291,11 @@ class Engine:
         if (request.stop or sequence.is_streamed) and sequence.text.add(sequence.token_ids):
             return "stop"
         return "length" if len(sequence.token_ids) == request.max_new_tokens else None
+
+
+def longest_conversation(config: FlashVLConfig, max_model_len: int = MAX_LENGTH) -> int:
+    """Tokens of a prompt and its answer, at most, that an engine takes."""
+    return min(max_model_len, config.text_config.max_position_embeddings)
 
 
 def _images(tiles: Tiles) -> list[npt.NDArray[np.uint8]]:

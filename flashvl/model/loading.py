@@ -109,3 +109,8 @@ def inference_dtype() -> torch.dtype:
         return torch.bfloat16
     has_bf16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def model_id(model: str | Path) -> str:
+    """What clients call a model: its name, or its folder's."""
+    return Path(model).name

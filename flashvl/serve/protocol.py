@@ -8,7 +8,15 @@ import time
 import uuid
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StringConstraints
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PositiveInt,
+    StringConstraints,
+    Tag,
+)
 
 from flashvl.engine import Completion, TokenLogprobs
 from flashvl.engine.request import FinishReason
@@ -43,6 +51,10 @@ class ImagePart(Closed):
     image_url: ImageURL
 
 
+def _form(content: Any) -> str:
+    return "[parts]" if isinstance(content, list) else "[text]"
+
+
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
@@ -54,7 +66,9 @@ class SystemMessage(Closed):
 
 class UserMessage(Closed):
     role: Literal["user"]
-    content: Text | list[Part]
+    content: Annotated[
+        Annotated[Text, Tag("[text]")] | Annotated[list[Part], Tag("[parts]")], Discriminator(_form)
+    ]
     name: str | None = None
 
 

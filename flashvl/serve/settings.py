@@ -38,7 +38,8 @@ class ServiceConfig(StrictModel):
     request_timeout_s: PositiveFloat = 300.0
     """For the whole answer."""
     media_hosts: tuple[str, ...] = ()
-    """Hosts that images may be fetched from by https; none: only data URLs are taken."""
+    """Hosts (`name`, or `name:port`) that images may be fetched from by https; none: only data URLs
+    are taken."""
     api_keys_file: str | None = None
     """One key a line. The environment's FLASHVL_API_KEYS, separated by commas, count too; where
     there are none at all, none is asked for."""

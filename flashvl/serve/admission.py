@@ -1,0 +1,128 @@
+"""Who may ask, and how much he may send: settled before a request is parsed."""
+
+import asyncio
+import hmac
+import os
+from pathlib import Path
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from flashvl.errors import ConfigError
+from flashvl.serve.protocol import RequestError
+
+KEYS_VARIABLE = "FLASHVL_API_KEYS"
+OPEN_PATHS = frozenset({"/", "/healthz", "/readyz", "/docs", "/openapi.json"})
+"""Asked for without a key: they tell nothing and do nothing."""
+
+
+def read_api_keys(file: str | None) -> tuple[bytes, ...]:
+    """Those of the environment and of a file.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds none: a service that is to be closed must not
+            stand open by mistake.
+    """
+    keys = os.environ.get(KEYS_VARIABLE, "").split(",")
+    if file is not None:
+        try:
+            lines = Path(file).read_text().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"api_keys_file {file} cannot be read ({error}); name another"
+            ) from None
+        if not any(line.strip() for line in lines):
+            raise ConfigError(f"api_keys_file {file} holds no key; write one a line")
+        keys += lines
+    return tuple(key.strip().encode() for key in keys if key.strip())
+
+
+class Admission:
+    """ASGI middleware: checks a request's key, then reads its body, whole and within bounds."""
+
+    def __init__(
+        self, app: ASGIApp, *, api_keys: tuple[bytes, ...], max_body_bytes: int, timeout_s: float
+    ):
+        self.app, self.api_keys = app, api_keys
+        self.max_body_bytes, self.timeout_s = max_body_bytes, timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        try:
+            headers = Headers(scope=scope)
+            if scope["path"] not in OPEN_PATHS and scope["method"] != "OPTIONS":
+                self._check_key(headers)
+            body = await self._read(headers, receive)
+        except RequestError as refusal:
+            await as_response(refusal)(scope, receive, send)
+            return
+        except _DisconnectedError:
+            return
+        replayed = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+        async def receive_again() -> Message:
+            return next(replayed, None) or await receive()
+
+        await self.app(scope, receive_again, send)
+
+    def _check_key(self, headers: Headers) -> None:
+        if not self.api_keys:
+            return
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        key = given.strip().encode() if scheme.lower() == "bearer" else b""
+        # Each of them, whole, whatever the ones before said.
+        if not sum(hmac.compare_digest(key, each) for each in self.api_keys):
+            problem = "is not one of this service's" if key else "is missing"
+            raise RequestError(
+                401,
+                f"API key {problem}; send the header Authorization: Bearer KEY",
+                code="invalid_api_key",
+            )
+
+    async def _read(self, headers: Headers, receive: Receive) -> bytes:
+        too_long = RequestError(
+            413,
+            f"request body has more than max_body_bytes={self.max_body_bytes}; send fewer or"
+            " smaller images",
+            code="request_too_large",
+        )
+        length = headers.get("content-length", "0")
+        if not length.isascii() or not length.isdigit() or int(length[:20]) > self.max_body_bytes:
+            raise too_long
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                more = True
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise _DisconnectedError
+                    body += message.get("body", b"")
+                    more = message.get("more_body", False)
+                    if len(body) > self.max_body_bytes:
+                        raise too_long
+        except TimeoutError:
+            raise RequestError(
+                408, f"request body did not arrive within {self.timeout_s:g} s", code="timeout"
+            ) from None
+        return bytes(body)
+
+
+class _DisconnectedError(Exception):
+    pass
+
+
+def as_response(refusal: RequestError) -> JSONResponse:
+    """In OpenAI's shape."""
+    headers: dict[str, Any] = {}
+    if refusal.retry_after_s is not None:
+        headers["Retry-After"] = str(refusal.retry_after_s)
+    if refusal.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    if refusal.status in (408, 413):
+        headers["Connection"] = "close"  # the rest of the body is not waited for
+    return JSONResponse(refusal.body.model_dump(), refusal.status, headers)

@@ -1,0 +1,75 @@
+"""The Serve application: an ingress that speaks HTTP, and engines behind it.
+
+`serve deploy serve_configs/tiny.yaml` builds it by `flashvl.serve.app:build_app`.
+"""
+
+import math
+from typing import Any
+
+import ray
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.config import AutoscalingConfig
+from ray.serve.handle import DeploymentHandle
+
+from flashvl.config import pool_of
+from flashvl.serve.api import make_api
+from flashvl.serve.dispatch import Engines
+from flashvl.serve.replica import EngineReplica
+from flashvl.serve.settings import ServiceConfig
+
+TARGET_SHARE = 0.75
+"""Of an engine's slots in use, on average, that the autoscaler aims at: a full batch is the best
+throughput, and some room keeps the queue short until the next replica has started."""
+UNBOUNDED = 100_000
+"""Requests that Serve lets through to a replica, which itself says when it is too many."""
+
+
+@serve.ingress()
+class Ingress:
+    """Reads requests, and hands them on to the engines."""
+
+    def __init__(self, config: ServiceConfig, engines: DeploymentHandle):
+        self.config = config
+        self.engines = Engines(engines, config.request_timeout_s)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return make_api(self.config, self.engines)
+
+
+def build_app(config: ServiceConfig) -> serve.Application:
+    """The application of one model, for `serve.run` and for files as in `serve_configs/`."""
+    least, most = pool_of(config.replicas)
+    num_nodes = sum(node["Alive"] for node in ray.nodes())
+    scaling: dict[str, Any] = {"num_replicas": least}
+    if least < most:
+        scaling["num_replicas"] = None
+        scaling["autoscaling_config"] = AutoscalingConfig(
+            min_replicas=least,
+            max_replicas=most,
+            target_ongoing_requests=TARGET_SHARE * config.max_num_seqs,
+            metrics_interval_s=1.0,
+            look_back_period_s=5.0,
+            upscale_delay_s=3.0,
+            downscale_delay_s=60.0,
+        )
+    engines = serve.deployment(
+        name="EngineReplica",
+        max_ongoing_requests=UNBOUNDED,
+        ray_actor_options={"num_cpus": 1, "num_gpus": config.gpus_per_replica},
+        health_check_period_s=10,
+        health_check_timeout_s=60,
+        graceful_shutdown_timeout_s=config.request_timeout_s,
+        graceful_shutdown_wait_loop_s=0.5,
+        max_surge_percent=100,
+        **scaling,
+    )(EngineReplica)
+    ingress = serve.deployment(
+        name="Ingress",
+        max_ongoing_requests=UNBOUNDED,
+        ray_actor_options={"num_cpus": 0},
+        graceful_shutdown_timeout_s=config.request_timeout_s,
+        graceful_shutdown_wait_loop_s=0.5,
+        max_surge_percent=100,
+    )(Ingress)
+    return ingress.bind(config, engines.bind(config, math.ceil(most / num_nodes)))

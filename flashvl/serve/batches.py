@@ -1,0 +1,189 @@
+"""`/v1/batches`: the offline job of `flashvl.batch`, submitted to the same cluster as a Ray job.
+
+Ray keeps the jobs, whichever ingress is asked; how far one is, its output itself tells.
+"""
+
+import json
+import shlex
+import sys
+import uuid
+from typing import Annotated, Any, Literal
+
+import pyarrow as pa
+import ray
+from pydantic import BaseModel, Field, PositiveInt, StringConstraints
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+
+from flashvl.batch.files import is_below, locate
+from flashvl.batch.job import Plan, check_caption_job
+from flashvl.batch.outputs import SUMMARY, Parts
+from flashvl.batch.settings import CaptionJob
+from flashvl.config import Replicas, validate
+from flashvl.errors import FlashVLError
+from flashvl.serve.protocol import Closed, RequestError
+from flashvl.serve.settings import ServiceConfig
+
+Place = Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=r"^[^\x00-\x1f]+$")]
+Status = Literal["validating", "in_progress", "completed", "failed", "cancelled"]
+
+STATUS: dict[JobStatus, Status] = {
+    JobStatus.PENDING: "validating",
+    JobStatus.RUNNING: "in_progress",
+    JobStatus.SUCCEEDED: "completed",
+    JobStatus.FAILED: "failed",
+    JobStatus.STOPPED: "cancelled",
+}
+
+
+class BatchRequest(Closed):
+    input: Place
+    """Parquet or a folder of images, below one of the service's `batch_roots`."""
+    output: Place
+    """Folder that is new or a batch's to go on with, below one of them."""
+    prompt: Annotated[str, StringConstraints(max_length=100_000)] = "Describe the image."
+    prompt_column: str | None = None
+    image_column: str | None = None
+    id_column: str | None = None
+    max_new_tokens: Annotated[int, Field(ge=1, le=4096)] = 64
+    replicas: Replicas = "1"
+    limit: PositiveInt | None = None
+
+
+class RequestCounts(BaseModel):
+    total: int
+    completed: int
+    """Captions on disk."""
+    failed: int
+    """Dead letters on disk."""
+
+
+class Batch(BaseModel):
+    id: str
+    object: Literal["batch"] = "batch"
+    status: Status
+    created_at: int | None
+    completed_at: int | None
+    request: BatchRequest
+    request_counts: RequestCounts
+    error: str | None = None
+    """Why it failed."""
+
+
+class BatchList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Batch]
+
+
+class Batches:
+    """The cluster's batches; its methods wait for Ray and for stores, so call them in a thread."""
+
+    def __init__(self, config: ServiceConfig):
+        self.config = config
+
+    @property
+    def _client(self) -> JobSubmissionClient:
+        return JobSubmissionClient(ray.get_runtime_context().gcs_address)
+
+    def create(self, request: BatchRequest) -> Batch:
+        """Submit a job, once it is known that it can begin.
+
+        Raises:
+            RequestError: input or output will not do.
+        """
+        for name in ("input", "output"):
+            place = getattr(request, name)
+            is_absolute = place.startswith("/") or "://" in place
+            # What a glob finds is found below its own beginning.
+            if not is_absolute or not is_below(place, self.config.batch_roots):
+                raise RequestError(
+                    400, f"{name} must lie below one of the service's batch_roots", param=name
+                )
+        options = request.model_dump(exclude_none=True) | {
+            "model": self.config.model,
+            "dtype": self.config.dtype,
+            "follow_paths": False,
+        }
+        try:
+            plan = check_caption_job(validate(CaptionJob, options, source="batch"))
+        except FlashVLError as error:
+            raise RequestError(400, str(error)) from None
+        batch_id = f"batch-{uuid.uuid4().hex}"
+        self._client.submit_job(
+            entrypoint=shlex.join(_command(options)),
+            submission_id=batch_id,
+            metadata={"flashvl": _describe(request, plan)},
+        )
+        return self.get(batch_id)
+
+    def get(self, batch_id: str) -> Batch:
+        """
+        Raises:
+            RequestError: there is no such batch.
+        """
+        return self._as_batch(self._find(batch_id))
+
+    def list(self) -> BatchList:
+        """The newest first."""
+        jobs = [job for job in self._client.list_jobs() if "flashvl" in (job.metadata or {})]
+        jobs.sort(key=lambda job: job.start_time or 0, reverse=True)
+        return BatchList(data=[self._as_batch(job) for job in jobs])
+
+    def cancel(self, batch_id: str) -> Batch:
+        """
+        Raises:
+            RequestError: there is no such batch.
+        """
+        job = self._find(batch_id)
+        if not job.status.is_terminal():
+            self._client.stop_job(batch_id)
+        return self.get(batch_id)
+
+    def _find(self, batch_id: str) -> JobDetails:
+        try:
+            job = self._client.get_job_info(batch_id)
+        except RuntimeError:  # Ray's word for "not found"
+            job = None
+        if job is None or "flashvl" not in (job.metadata or {}):
+            raise RequestError(404, f"no batch {batch_id[:100]!r}", param="batch_id")
+        return job
+
+    def _as_batch(self, job: JobDetails) -> Batch:
+        told: dict[str, Any] = json.loads(job.metadata["flashvl"])
+        output = locate(told["request"]["output"])
+        captions, dead = (
+            Parts(output / name, pa.schema([])).count_rows()
+            for name in ("captions", "dead_letters")
+        )
+        status = STATUS[job.status]
+        if status == "failed" and (output / SUMMARY).is_file():
+            status = "completed"  # the job was done when its driver was lost
+        return Batch(
+            id=job.submission_id,
+            status=status,
+            created_at=job.start_time and job.start_time // 1000,
+            completed_at=job.end_time and job.end_time // 1000,
+            request=told["request"],
+            request_counts=RequestCounts(total=told["total"], completed=captions, failed=dead),
+            error=self._why(job) if status == "failed" else None,
+        )
+
+    def _why(self, job: JobDetails) -> str:
+        lines = self._client.get_job_logs(job.submission_id).splitlines()
+        errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+        return errors[-1] if errors else job.message or "its driver was lost"
+
+
+def _describe(request: BatchRequest, plan: Plan) -> str:
+    return json.dumps({"request": request.model_dump(), "total": plan.num_rows})
+
+
+def _command(options: dict[str, Any]) -> list[str]:
+    """`flashvl caption` with these options."""
+    line = [sys.executable, "-m", "flashvl", "caption"]
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            line.append(f"--{flag}" if value else f"--no-{flag}")
+        elif name != "input":
+            line += [f"--{flag}={value}"]
+    return [*line, "--", options["input"]]

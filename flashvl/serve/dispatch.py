@@ -1,0 +1,93 @@
+"""From the ingress to the engines: an answer from whichever replica has room and lives."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+
+from ray.exceptions import RayActorError, TaskCancelledError
+from ray.serve.exceptions import (
+    BackPressureError,
+    DeploymentUnavailableError,
+    ReplicaUnavailableError,
+)
+from ray.serve.handle import DeploymentHandle
+
+from flashvl.engine import Delta
+from flashvl.serve.protocol import RequestError
+from flashvl.serve.replica import Ask, Refusal
+
+ATTEMPTS = 5
+"""Replicas that a request is sent to, each having died before it said anything."""
+PAUSE_S = 0.5
+"""Before the next: Serve has to learn of the death."""
+LOST = (RayActorError, ReplicaUnavailableError)
+
+
+class Engines:
+    """The engine replicas, by Serve's handle."""
+
+    def __init__(self, handle: DeploymentHandle, timeout_s: float):
+        self.streams = handle.options(stream=True)
+        self.handle, self.timeout_s = handle, timeout_s
+
+    async def answer(self, ask: Ask) -> AsyncGenerator[Delta, None]:
+        """The deltas of one answer; one only, the last, where it is not streamed.
+
+        A replica that dies before its first delta is replaced by another: nobody has seen anything
+        of the answer yet.
+
+        Raises:
+            RequestError: refused, too slow, or its replica died in the middle.
+        """
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                for attempt in range(ATTEMPTS):
+                    has_begun = False
+                    deltas = self.streams.answer.remote(ask)
+                    try:
+                        async for delta in deltas:
+                            has_begun = True
+                            if isinstance(delta, Refusal):
+                                raise _as_error(delta)
+                            yield delta
+                        return
+                    except LOST:
+                        if has_begun or attempt == ATTEMPTS - 1:
+                            raise RequestError(
+                                503, "the engine was lost; send the request again", retry_after_s=1
+                            ) from None
+                    finally:
+                        deltas.cancel()
+                    await asyncio.sleep(PAUSE_S * attempt)
+        except TimeoutError:
+            raise RequestError(
+                504,
+                f"no answer within request_timeout_s={self.timeout_s:g}; ask for fewer tokens",
+                code="timeout",
+            ) from None
+        except (BackPressureError, DeploymentUnavailableError) as error:
+            raise RequestError(503, f"no engine is available: {error}", retry_after_s=5) from None
+        except TaskCancelledError:
+            raise RequestError(503, "the service is stopping", retry_after_s=1) from None
+
+    async def load(self, timeout_s: float) -> tuple[int, int]:
+        """Requests that an engine runs, and that wait there.
+
+        Raises:
+            RequestError: none is there to tell.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self.handle.load.remote()
+        except (TimeoutError, RayActorError, ReplicaUnavailableError, DeploymentUnavailableError):
+            raise RequestError(503, "no engine is ready", retry_after_s=1) from None
+
+
+def _as_error(refusal: Refusal) -> RequestError:
+    if refusal.reason == "overloaded":
+        return RequestError(
+            429,
+            refusal.message,
+            code="rate_limit_exceeded",
+            retry_after_s=refusal.retry_after_s,
+        )
+    return RequestError(400, refusal.message, param="messages")

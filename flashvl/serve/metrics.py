@@ -1,0 +1,93 @@
+"""What a Prometheus server learns of the engines, through Ray's own exporter on each node.
+
+Ray puts `ray_` before the names, and the tags `deployment`, `replica` and `application` on them.
+"""
+
+from ray.serve.metrics import Counter, Gauge, Histogram
+
+from flashvl.engine import Completion, Engine
+
+SECONDS = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0]
+STEP_SECONDS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0]
+
+
+class EngineMetrics:
+    """Of one replica."""
+
+    def __init__(self) -> None:
+        self.ttft = Histogram(
+            "flashvl_time_to_first_token_seconds",
+            description="From the engine's receipt of a request to its first token.",
+            boundaries=SECONDS,
+        )
+        self.tpot = Histogram(
+            "flashvl_time_per_output_token_seconds",
+            description="From token to token of an answer, its mean.",
+            boundaries=STEP_SECONDS,
+        )
+        self.queue_time = Histogram(
+            "flashvl_request_queue_time_seconds",
+            description="From the engine's receipt of a request to a free slot.",
+            boundaries=SECONDS,
+        )
+        self.prompt_tokens = Counter("flashvl_prompt_tokens_total", description="Of all answers.")
+        self.generation_tokens = Counter(
+            "flashvl_generation_tokens_total", description="Of all answers."
+        )
+        self.answers = Counter(
+            "flashvl_request_success_total",
+            description="Answers, by what ended them.",
+            tag_keys=("finished_reason",),
+        )
+        self.refusals = Counter(
+            "flashvl_request_refused_total",
+            description="Requests that were not answered, by reason.",
+            tag_keys=("reason",),
+        )
+        self.running = Gauge(
+            "flashvl_num_requests_running", description="Requests that hold a slot."
+        )
+        self.waiting = Gauge(
+            "flashvl_num_requests_waiting", description="Requests that wait for a slot."
+        )
+        self.occupancy = Gauge(
+            "flashvl_batch_occupancy_ratio",
+            description="The part of the slots in use, the mean since the last report.",
+        )
+        self.image_hits = Counter(
+            "flashvl_image_cache_hits_total", description="Images whose features were kept."
+        )
+        self.image_misses = Counter(
+            "flashvl_image_cache_misses_total", description="Images that were encoded."
+        )
+        self._reported = (0, 0, 0, 0)
+
+    def count(self, completion: Completion) -> None:
+        """An answer."""
+        timing, num_tokens = completion.timing, len(completion.token_ids)
+        self.ttft.observe(timing.first_token_s)
+        self.queue_time.observe(timing.queue_s)
+        if num_tokens > 1:
+            self.tpot.observe((timing.last_token_s - timing.first_token_s) / (num_tokens - 1))
+        self.prompt_tokens.inc(completion.prompt_tokens)
+        if num_tokens:
+            self.generation_tokens.inc(num_tokens)
+        self.answers.inc(tags={"finished_reason": completion.finish_reason})
+
+    def report(self, engine: Engine, max_num_seqs: int) -> None:
+        """How the engine stands; called now and then."""
+        self.running.set(engine.num_running)
+        self.waiting.set(engine.num_waiting)
+        features = engine.image_features
+        now = (
+            engine.num_decode_steps,
+            engine.num_decoded_tokens,
+            features.num_hits,
+            features.num_misses,
+        )
+        steps, tokens, hits, misses = (a - b for a, b in zip(now, self._reported, strict=True))
+        self._reported = now
+        self.occupancy.set(tokens / (steps * max_num_seqs) if steps else 0.0)
+        for counter, new in ((self.image_hits, hits), (self.image_misses, misses)):
+            if new:
+                counter.inc(new)

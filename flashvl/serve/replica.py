@@ -1,0 +1,159 @@
+"""The engine as a Serve deployment: one replica holds one model, and says no before it is too much.
+
+A replica admits what its slots and its queue hold, and no more, whoever asks: Serve's own bound is
+for each caller.
+"""
+
+import asyncio
+import contextlib
+import math
+import os
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+
+from flashvl.data.features import Message, decode_tiles
+from flashvl.engine import AsyncEngine, Delta, Engine, Request
+from flashvl.errors import DataError
+from flashvl.serve.metrics import EngineMetrics
+from flashvl.serve.settings import ServiceConfig
+
+REPORT_S = 2.0
+"""Between two reports of the gauges."""
+RETRY_AFTER_S = 1.0
+"""At least; and longer where answers have taken longer."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ask:
+    """One answer that is wanted: `engine.Request` with its images still encoded."""
+
+    messages: list[Message]
+    images: list[bytes] = field(default_factory=list)
+    sampling: dict[str, Any] = field(default_factory=dict)
+    """The other fields of `engine.Request`."""
+    is_streamed: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Refusal:
+    """In place of an answer."""
+
+    reason: Literal["overloaded", "bad_request"]
+    message: str
+    retry_after_s: int | None = None
+
+
+class EngineReplica:
+    """Answers `Ask`s; `app.build_app` makes a deployment of it."""
+
+    def __init__(self, config: ServiceConfig, engines_per_node: int):
+        """
+        Raises:
+            CheckpointError: the model will not do.
+        """
+        # Ray lets a worker use as many threads as it asked for CPUs, here one.
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // engines_per_node))
+        self.config = config
+        self.metrics = EngineMetrics()
+        engine = Engine.from_pretrained(
+            config.model, config.dtype, max_num_seqs=config.max_num_seqs
+        )
+        engine.generate([_health_request()])  # a model that cannot answer never becomes ready
+        self.engine = AsyncEngine(engine)
+        self.num_admitted = 0
+        self._seconds_per_answer = 0.0
+        self._steps_when_checked = -1
+        self._reporting: asyncio.Task[None] | None = None
+
+    async def answer(self, ask: Ask) -> AsyncIterator[Delta | Refusal]:
+        """The deltas of one answer, or the last of them only where it is not streamed.
+
+        To close the iterator, as Serve does when a client is gone, frees the slot at once.
+        """
+        self._report_from_now_on()
+        config = self.config
+        if self.num_admitted >= config.max_num_seqs + config.max_waiting:
+            self.metrics.refusals.inc(tags={"reason": "overloaded"})
+            yield Refusal(
+                reason="overloaded",
+                message=f"all {config.max_num_seqs} slots and {config.max_waiting} places to wait"
+                " are taken; try again later",
+                retry_after_s=self._retry_after_s(),
+            )
+            return
+        began_s = time.monotonic()
+        self.num_admitted += 1
+        try:
+            async with contextlib.aclosing(self._deltas(ask)) as deltas:
+                async for delta in deltas:
+                    yield delta
+                    if delta.completion is not None:
+                        self.metrics.count(delta.completion)
+                        self._learn_duration(time.monotonic() - began_s)
+        except DataError as error:
+            self.metrics.refusals.inc(tags={"reason": "bad_request"})
+            yield Refusal(reason="bad_request", message=str(error))
+        except asyncio.CancelledError:
+            self.metrics.refusals.inc(tags={"reason": "cancelled"})
+            raise
+        finally:
+            self.num_admitted -= 1
+
+    async def _deltas(self, ask: Ask) -> AsyncGenerator[Delta, None]:
+        processor = self.engine.engine.processor
+        # Beside the event loop, which others' tokens go through.
+        tiles = await asyncio.to_thread(decode_tiles, ask.images, processor, self.config.limits)
+        request = Request(messages=ask.messages, images=tiles, **ask.sampling)
+        if ask.is_streamed:
+            async with contextlib.aclosing(self.engine.stream(request)) as deltas:
+                async for delta in deltas:
+                    yield delta
+        else:
+            completion = await self.engine.generate(request)
+            yield Delta(text=completion.text, completion=completion)
+
+    async def load(self) -> tuple[int, int]:
+        """Requests that are running, and that wait."""
+        return self.engine.engine.num_running, self.engine.engine.num_waiting
+
+    async def check_health(self) -> None:
+        """One token about a small picture, unless the engine has answered others since last time.
+
+        It takes the way of every request, through the engine's own thread: a model that hangs is
+        not healthy, though its actor answers. Behind a long queue it would come too late, and there
+        is no need.
+        """
+        num_steps = self.engine.engine.num_steps
+        if num_steps == self._steps_when_checked or self.engine.engine.is_idle:
+            await self.engine.generate(_health_request())
+        self._steps_when_checked = self.engine.engine.num_steps
+
+    def _retry_after_s(self) -> int:
+        """Until half of those that wait have been answered, at the rate of late."""
+        waves = self.config.max_waiting / self.config.max_num_seqs / 2
+        return math.ceil(max(waves * self._seconds_per_answer, RETRY_AFTER_S))
+
+    def _learn_duration(self, seconds: float) -> None:
+        self._seconds_per_answer += 0.1 * (seconds - self._seconds_per_answer)
+
+    def _report_from_now_on(self) -> None:
+        if self._reporting is None:
+            self._reporting = asyncio.create_task(self._report())
+
+    async def _report(self) -> None:
+        while True:
+            self.metrics.report(self.engine.engine, self.config.max_num_seqs)
+            await asyncio.sleep(REPORT_S)
+
+
+def _health_request() -> Request:
+    return Request(
+        messages=[{"role": "user", "content": "<image>\nDescribe the image."}],
+        images=[Image.new("RGB", (64, 64), "white")],
+        max_new_tokens=1,
+    )
