@@ -77,10 +77,12 @@ class Fetcher:
             raise DataError(
                 f"image URL {_shown(url)} did not answer within {FETCH_TIMEOUT_S:g} s"
             ) from None
-        except (aiohttp.ClientError, OSError) as error:
+        except (aiohttp.ClientError, OSError):
             # Nothing of what was found there: it would tell what listens where.
-            reason = str(error) if isinstance(error, _PrivateAddressError) else "it failed"
-            raise DataError(f"image URL {_shown(url)} cannot be fetched: {reason}") from None
+            raise DataError(
+                f"image URL {_shown(url)} cannot be fetched: its host must answer by https, and at"
+                " a public address"
+            ) from None
 
     def check(self, url: str) -> None:
         """
@@ -104,10 +106,6 @@ class Fetcher:
             )
 
 
-class _PrivateAddressError(OSError):
-    pass
-
-
 def is_public(address: str) -> bool:
     """Reachable by anyone, and so nothing that this machine alone should be asked for."""
     ip = ipaddress.ip_address(address.partition("%")[0])
@@ -124,7 +122,7 @@ def _public_socket(info: tuple[Any, ...]) -> socket.socket:
     """aiohttp's factory: called for the very address that is connected to."""
     family, kind, protocol, _, address = info
     if not is_public(address[0]):
-        raise _PrivateAddressError("its host has a private address")
+        raise PermissionError(f"{address[0]} is a private address")
     return socket.socket(family, kind, protocol)
 
 

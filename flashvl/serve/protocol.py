@@ -52,29 +52,43 @@ class ImagePart(Closed):
 
 
 def _form(content: Any) -> str:
+    """Which of the two a client means, so that an error is of that one."""
     return "[parts]" if isinstance(content, list) else "[text]"
 
 
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
+Content = Annotated[
+    Annotated[Text, Tag("[text]")] | Annotated[list[Part], Tag("[parts]")], Discriminator(_form)
+]
+TextContent = Annotated[
+    Annotated[Text, Tag("[text]")] | Annotated[list[TextPart], Tag("[parts]")],
+    Discriminator(_form),
+]
+StopString = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
+Stop = Annotated[
+    Annotated[StopString, Tag("[text]")]
+    | Annotated[list[StopString], Field(max_length=16), Tag("[parts]")],
+    Discriminator(_form),
+]
+
+
 class SystemMessage(Closed):
     role: Literal["system", "developer"]
-    content: Text | list[TextPart]
+    content: TextContent
     name: str | None = None
 
 
 class UserMessage(Closed):
     role: Literal["user"]
-    content: Annotated[
-        Annotated[Text, Tag("[text]")] | Annotated[list[Part], Tag("[parts]")], Discriminator(_form)
-    ]
+    content: Content
     name: str | None = None
 
 
 class AssistantMessage(Closed):
     role: Literal["assistant"]
-    content: Text | list[TextPart] | None = None
+    content: TextContent | None = None
     name: str | None = None
     refusal: str | None = None
 
@@ -102,13 +116,7 @@ class ChatCompletionRequest(Closed):
     repetition_penalty: Annotated[float, Field(ge=1e-3, le=1e3)] = 1.0
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     """The same request with the same seed has the same answer; with None, chance decides."""
-    stop: (
-        Annotated[str, Field(min_length=1, max_length=1000)]
-        | Annotated[
-            list[Annotated[str, Field(min_length=1, max_length=1000)]], Field(max_length=16)
-        ]
-        | None
-    ) = None
+    stop: Stop | None = None
     n: Annotated[int, Field(ge=1, le=8)] = 1
     """Answers; the i-th has the seed `seed + i`."""
     logprobs: bool | None = False

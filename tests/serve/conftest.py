@@ -1,0 +1,115 @@
+"""A service that the tests of this folder share: `tiny` over HTTP on a Ray of its own."""
+
+import base64
+import io
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import requests
+from PIL import Image
+
+START_S = 120.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Service:
+    """`flashvl serve` in a process of its own."""
+
+    url: str
+    process: subprocess.Popen[str]
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+@contextmanager
+def serving(*options: str, **environment: str) -> Iterator[Service]:
+    port = free_port()
+    line = [sys.executable, "-m", "flashvl", "serve", f"--port={port}", *options]
+    url = f"http://127.0.0.1:{port}"
+    process = subprocess.Popen(
+        line, env=os.environ | environment, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    try:
+        deadline_s = time.monotonic() + START_S
+        for said in process.stdout:
+            if url in said:
+                break
+            assert time.monotonic() < deadline_s
+        else:
+            raise AssertionError(f"flashvl serve ended with status {process.wait()}")
+        # What it prints later must not fill the pipe.
+        threading.Thread(target=process.stdout.read, daemon=True).start()
+        yield Service(url=url, process=process)
+    finally:
+        process.terminate()
+        assert process.wait(timeout=60) == 0
+
+
+@pytest.fixture(scope="session")
+def batch_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("batches")
+
+
+@pytest.fixture(scope="session")
+def service(batch_root: Path) -> Iterator[Service]:
+    """Answers in fp32, so that the engine in the tests' process says the same."""
+    with serving("--dtype=float32", f"--batch-root={batch_root}", "--max-num-seqs=8") as started:
+        yield started
+
+
+@pytest.fixture
+def url(service: Service) -> Iterator[str]:
+    """Of the service; and what a test leaves behind must be nothing."""
+    yield service.url
+    wait_until_idle(service.url)
+
+
+def wait_until_idle(url: str) -> None:
+    deadline_s = time.monotonic() + 30
+    while True:
+        load = requests.get(f"{url}/readyz", timeout=10).json()
+        if (load["running"], load["waiting"]) == (0, 0):
+            return
+        assert time.monotonic() < deadline_s, load
+        time.sleep(0.1)
+
+
+def encode(image: Image.Image, image_format: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    image.save(file, image_format)
+    return file.getvalue()
+
+
+def noise(seed: int, size: tuple[int, int] = (96, 80)) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def data_url(data: bytes, media_type: str = "image/png") -> str:
+    return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
+
+
+Question = Callable[..., list[dict[str, object]]]
+
+
+def ask(text: str, *images: bytes) -> list[dict[str, object]]:
+    """OpenAI's messages of one turn."""
+    parts: list[dict[str, object]] = [
+        {"type": "image_url", "image_url": {"url": data_url(image)}} for image in images
+    ]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
