@@ -124,7 +124,8 @@ def _steps(text: str) -> tuple[str, ...]:
     """From the store down; a URI's query belongs to the store, for it may name another server."""
     scheme, separator, rest = text.partition("://")
     if not separator or scheme == "file":
-        return ("file", "", "", *os.path.realpath(rest if separator else text).split("/"))
+        path = os.path.realpath(rest if separator else text)
+        return ("file", "", "", *path.rstrip("/").split("/"))
     parts = urlsplit(text, allow_fragments=False)
     path = posixpath.normpath("/" + parts.path.lstrip("/"))
     return (parts.scheme, parts.netloc, parts.query, *path.rstrip("/").split("/"))

@@ -24,6 +24,7 @@ from flashvl.serve.batches import Batch, Batches, BatchList, BatchRequest
 from flashvl.serve.dispatch import Engines
 from flashvl.serve.prompts import Prompts
 from flashvl.serve.protocol import (
+    Alive,
     AnswerMessage,
     Captioned,
     ChatCompletion,
@@ -136,9 +137,9 @@ def make_api(config: ServiceConfig, engines: Engines) -> FastAPI:
         add_batches(api, Batches(config))
 
     @api.get("/healthz")
-    async def healthz() -> Response:
+    async def healthz() -> Alive:
         """This ingress lives."""
-        return Response()
+        return Alive()
 
     @api.get("/readyz")
     async def readyz() -> Ready:
@@ -407,6 +408,11 @@ def _answer_errors_as_openai_does(api: FastAPI) -> None:
             message = "this service knows no such field; leave it out"
         told = f"{param}: {message}" if param else message
         return as_response(RequestError(400, told, param=param, code=problem["type"]))
+
+    @api.exception_handler(Exception)
+    async def admit_fault(_: Request, error: Exception) -> Response:
+        # Starlette raises it again behind this, and so it is in the log with its traceback.
+        return as_response(RequestError(500, "the service has failed; its log tells why"))
 
     @api.exception_handler(HTTPException)
     async def refuse_path(_: Request, error: HTTPException) -> Response:

@@ -4,8 +4,10 @@ Ray keeps the jobs, whichever ingress is asked; how far one is, its output itsel
 """
 
 import json
+import logging
 import shlex
 import sys
+import time
 import uuid
 from typing import Annotated, Any, Literal
 
@@ -22,6 +24,11 @@ from flashvl.config import Replicas, validate
 from flashvl.errors import FlashVLError
 from flashvl.serve.protocol import Closed, RequestError
 from flashvl.serve.settings import ServiceConfig
+
+logger = logging.getLogger("ray.serve")
+
+SUBMIT_S = 30.0
+"""In which the cluster must take a job."""
 
 Place = Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=r"^[^\x00-\x1f]+$")]
 Status = Literal["validating", "in_progress", "completed", "failed", "cancelled"]
@@ -108,12 +115,30 @@ class Batches:
         except FlashVLError as error:
             raise RequestError(400, str(error)) from None
         batch_id = f"batch-{uuid.uuid4().hex}"
-        self._client.submit_job(
-            entrypoint=shlex.join(_command(options)),
-            submission_id=batch_id,
-            metadata={"flashvl": _describe(request, plan)},
-        )
+        self._submit(batch_id, shlex.join(_command(options)), _describe(request, plan))
         return self.get(batch_id)
+
+    def _submit(self, batch_id: str, entrypoint: str, description: str) -> None:
+        """
+        Raises:
+            RequestError: the cluster takes no job; its agents need seconds to be there.
+        """
+        deadline_s = time.monotonic() + SUBMIT_S
+        while True:
+            try:
+                self._client.submit_job(
+                    entrypoint=entrypoint,
+                    submission_id=batch_id,
+                    metadata={"flashvl": description},
+                )
+                return
+            except (RuntimeError, ConnectionError) as error:
+                if time.monotonic() > deadline_s:
+                    logger.warning("batch %s was not submitted: %s", batch_id, error)
+                    raise RequestError(
+                        503, "the cluster takes no job at the moment", retry_after_s=10
+                    ) from None
+            time.sleep(1.0)
 
     def get(self, batch_id: str) -> Batch:
         """

@@ -276,6 +276,10 @@ class Captioned(BaseModel):
     timing: Timings
 
 
+class Alive(BaseModel):
+    status: Literal["alive"] = "alive"
+
+
 class Ready(BaseModel):
     status: Literal["ready"] = "ready"
     running: int

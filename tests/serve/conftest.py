@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import requests
 from PIL import Image
+from ray.cluster_utils import Cluster
 
 START_S = 120.0
 
@@ -66,9 +67,21 @@ def batch_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def service(batch_root: Path) -> Iterator[Service]:
+def cluster() -> Iterator[Cluster]:
+    """One node; with ports of its own for what Ray has one of on a machine, as jobs go there."""
+    ports = {"dashboard_port": free_port(), "dashboard_agent_listen_port": free_port()}
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": True} | ports
+    )
+    yield cluster
+    cluster.shutdown()
+
+
+@pytest.fixture(scope="session")
+def service(cluster: Cluster, batch_root: Path) -> Iterator[Service]:
     """Answers in fp32, so that the engine in the tests' process says the same."""
-    with serving("--dtype=float32", f"--batch-root={batch_root}", "--max-num-seqs=8") as started:
+    options = ("--dtype=float32", f"--batch-root={batch_root}", "--max-num-seqs=8")
+    with serving(*options, RAY_ADDRESS=cluster.address) as started:
         yield started
 
 

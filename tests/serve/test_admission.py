@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 import requests
+from ray.cluster_utils import Cluster
 
 from flashvl.errors import ConfigError
 from flashvl.serve.admission import read_api_keys
@@ -109,21 +110,26 @@ def send(url: str, head: str, *pieces: bytes, pause_s: float = 0.0) -> bytes:
 POST = "POST /v1/chat/completions HTTP/1.1\nHost: {host}\nContent-Type: application/json\n"
 
 
-def test_a_body_of_500_mb_is_refused_before_it_is_there(url: str, service: Service) -> None:
+def test_a_body_of_500_mb_is_refused_before_it_is_there(url: str, cluster: Cluster) -> None:
     """With its length told, and without."""
     answer = send(url, POST.replace("{host}", "x") + "Content-Length: 524288000\n\n", b"{")
     assert b" 413 " in answer.split(b"\r\n")[0], answer[:200]
-    used = memory(service)
+    used = memory(cluster)
     piece = b"100000\r\n" + b" " * 2**20 + b"\r\n"
     answer = send(url, POST + "Transfer-Encoding: chunked\n\n", *[piece] * 500)
     assert b" 413 " in answer.split(b"\r\n")[0], answer[:200]
-    assert memory(service) - used < 300 * 2**20
+    assert memory(cluster) - used < 300 * 2**20
 
 
-def memory(service: Service) -> int:
-    """Of all processes of the service's Ray, in bytes."""
-    children = psutil.Process(service.process.pid).children(recursive=True)
-    return sum(child.memory_info().rss for child in children if child.is_running())
+def memory(cluster: Cluster) -> int:
+    """Of what a body goes through, in bytes: Serve's proxy and the ingress."""
+    (node,) = cluster.list_all_nodes()
+    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+    return sum(
+        child.memory_info().rss
+        for child in raylet.children(recursive=True)
+        if child.name().startswith(("ray::ProxyActor", "ray::SERVE_REPLICA"))
+    )
 
 
 def test_numbers_that_are_none_are_refused_as_lengths(url: str) -> None:

@@ -100,7 +100,7 @@ def test_paths_lead_nowhere_else(url: str, batch_root: Path, tmp_path: Path) -> 
 
 
 def test_a_table_that_names_files_reads_none_of_them(url: str, batch_root: Path) -> None:
-    """Else anybody could have any picture of the machine described, or a file's first bytes told."""
+    """Else any picture of the machine could be described, or a file's first bytes told."""
     table = batch_root / "paths.parquet"
     pq.write_table(pa.table({"image": ["/etc/passwd", str(batch_root / "x.png")]}), table)
     refused = create(url, input=str(table), output=str(batch_root / "paths"))

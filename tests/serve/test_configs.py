@@ -1,0 +1,91 @@
+"""The files of serve_configs/: Serve takes them, and so do we; tiny.yaml is deployed as it stands."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import requests
+import yaml
+from ray.cluster_utils import Cluster
+from ray.serve.schema import ServeDeploySchema
+
+from flashvl.config import load_config, pool_of
+from flashvl.errors import ConfigError
+from flashvl.serve.app import build_app
+from flashvl.serve.settings import ServiceConfig
+from tests.serve.conftest import encode, free_port, noise
+
+CONFIGS = sorted((Path(__file__).parents[2] / "serve_configs").glob("*.yaml"))
+
+
+def test_there_are_these() -> None:
+    assert [path.stem for path in CONFIGS] == ["autoscale", "iss", "static", "tiny"]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_each_builds_an_application(path: Path, ray_cluster: None) -> None:
+    schema = ServeDeploySchema.model_validate(yaml.safe_load(path.read_text()))
+    assert schema.http_options.host == "127.0.0.1"
+    (application,) = schema.applications
+    assert application.import_path == "flashvl.serve.app:build_app"
+    config = ServiceConfig.model_validate(application.args)
+    ingress = build_app(config)
+    (engines,) = [
+        value
+        for value in ingress._bound_deployment.init_args
+        if hasattr(value, "_bound_deployment")
+    ]
+    deployment = engines._bound_deployment
+    assert deployment.ray_actor_options["num_gpus"] == config.gpus_per_replica
+    least, most = pool_of(config.replicas)
+    if least == most:
+        assert deployment.num_replicas == least
+    else:
+        told = application.deployments[0].autoscaling_config
+        assert (told["min_replicas"], told["max_replicas"]) == (least, most)
+        assert told["target_ongoing_requests"] == 0.75 * config.max_num_seqs
+    for each in (ingress._bound_deployment, deployment):
+        assert each._deployment_config.max_surge_percent > 0
+    named = {override.name for override in application.deployments}
+    assert named <= {ingress._bound_deployment.name, deployment.name}
+
+
+def test_an_unknown_setting_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("max_num_seq: 3")
+    with pytest.raises(ConfigError, match="Did you mean 'max_num_seqs'"):
+        load_config(ServiceConfig, tmp_path / "x.yaml")
+
+
+def test_tiny_is_deployed_by_serves_own_command(tmp_path: Path) -> None:
+    """On a cluster of its own, as a platform engineer does it."""
+    ports = {"dashboard_port": free_port(), "dashboard_agent_listen_port": free_port()}
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": True} | ports
+    )
+    config = yaml.safe_load((CONFIGS[0].parent / "tiny.yaml").read_text())
+    config["http_options"]["port"] = port = free_port()
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
+    serve = Path(sys.executable).with_name("serve")
+    address = f"http://127.0.0.1:{ports['dashboard_port']}"
+    try:
+        line = [serve, "deploy", tmp_path / "tiny.yaml", "--address", address]
+        subprocess.run(line, check=True, env=os.environ, timeout=120)
+        deadline_s = time.monotonic() + 120
+        while True:
+            try:
+                ready = requests.get(f"http://127.0.0.1:{port}/readyz", timeout=10)
+                if ready.status_code == 200:
+                    break
+            except requests.ConnectionError:
+                pass
+            assert time.monotonic() < deadline_s
+            time.sleep(1)
+        answer = requests.post(
+            f"http://127.0.0.1:{port}/v1/captions", files={"image": encode(noise(0))}, timeout=30
+        )
+        assert answer.json()["caption"]
+    finally:
+        cluster.shutdown()
