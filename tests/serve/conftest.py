@@ -6,16 +6,20 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import requests
+import yaml
 from PIL import Image
 from ray.cluster_utils import Cluster
 
@@ -92,14 +96,76 @@ def url(service: Service) -> Iterator[str]:
     wait_until_idle(service.url)
 
 
+@dataclass(kw_only=True)
+class Deployment:
+    """An application that `serve deploy` has put on a cluster, and puts there anew."""
+
+    cluster: Cluster
+    dashboard: str
+    port: int
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def deploy(self, config: dict[str, Any]) -> None:
+        """Hand it to Serve and wait until it runs as the configuration says."""
+        config = config | {"http_options": {"host": "127.0.0.1", "port": self.port}}
+        with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+            yaml.safe_dump(config, file)
+            file.flush()
+            serve = Path(sys.executable).with_name("serve")
+            line = [serve, "deploy", file.name, "--address", self.dashboard]
+            subprocess.run(line, check=True, timeout=120)
+        wait_until(lambda: self.status()["status"] == "RUNNING", 240)
+
+    def status(self) -> dict[str, Any]:
+        """Of the application, as Serve tells it."""
+        told = requests.get(f"{self.dashboard}/api/serve/applications/", timeout=30).json()
+        return told["applications"]["flashvl"]
+
+    def replicas(self) -> list[str]:
+        """The ids of the engines' replicas that run."""
+        replicas = self.status()["deployments"]["EngineReplica"]["replicas"]
+        return sorted(each["replica_id"] for each in replicas if each["state"] == "RUNNING")
+
+    def processes(self) -> list[psutil.Process]:
+        """Of the engines' replicas."""
+        (node,) = self.cluster.list_all_nodes()
+        raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+        return [
+            child
+            for child in raylet.children(recursive=True)
+            if child.name().startswith("ray::SERVE_REPLICA::flashvl#EngineReplica")
+        ]
+
+
+@contextmanager
+def deploying(num_cpus: int = 6) -> Iterator[Deployment]:
+    """A cluster for an application."""
+    ports = {"dashboard_port": free_port(), "dashboard_agent_listen_port": free_port()}
+    head = {"num_cpus": num_cpus, "include_dashboard": True} | ports
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    dashboard = f"http://127.0.0.1:{ports['dashboard_port']}"
+    try:
+        yield Deployment(cluster=cluster, dashboard=dashboard, port=free_port())
+    finally:
+        cluster.shutdown()
+
+
+def wait_until(is_so: Callable[[], bool], seconds: float) -> None:
+    deadline_s = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.5)
+
+
 def wait_until_idle(url: str) -> None:
-    deadline_s = time.monotonic() + 30
-    while True:
+    def is_idle() -> bool:
         load = requests.get(f"{url}/readyz", timeout=10).json()
-        if (load["running"], load["waiting"]) == (0, 0):
-            return
-        assert time.monotonic() < deadline_s, load
-        time.sleep(0.1)
+        return (load["running"], load["waiting"]) == (0, 0)
+
+    wait_until(is_idle, 30)
 
 
 def encode(image: Image.Image, image_format: str = "PNG") -> bytes:
@@ -115,9 +181,6 @@ def noise(seed: int, size: tuple[int, int] = (96, 80)) -> Image.Image:
 
 def data_url(data: bytes, media_type: str = "image/png") -> str:
     return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
-
-
-Question = Callable[..., list[dict[str, object]]]
 
 
 def ask(text: str, *images: bytes) -> list[dict[str, object]]:

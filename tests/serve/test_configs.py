@@ -1,22 +1,17 @@
-"""The files of serve_configs/: Serve takes them, and so do we; tiny.yaml is deployed as it stands."""
+"""The files of serve_configs/: Serve takes them, and so do we."""
 
-import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import requests
 import yaml
-from ray.cluster_utils import Cluster
 from ray.serve.schema import ServeDeploySchema
 
 from flashvl.config import load_config, pool_of
 from flashvl.errors import ConfigError
 from flashvl.serve.app import build_app
 from flashvl.serve.settings import ServiceConfig
-from tests.serve.conftest import encode, free_port, noise
+from tests.serve.conftest import deploying, encode, noise
 
 CONFIGS = sorted((Path(__file__).parents[2] / "serve_configs").glob("*.yaml"))
 
@@ -59,33 +54,12 @@ def test_an_unknown_setting_is_refused_by_name(tmp_path: Path) -> None:
         load_config(ServiceConfig, tmp_path / "x.yaml")
 
 
-def test_tiny_is_deployed_by_serves_own_command(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_tiny_is_deployed_by_serves_own_command() -> None:
     """On a cluster of its own, as a platform engineer does it."""
-    ports = {"dashboard_port": free_port(), "dashboard_agent_listen_port": free_port()}
-    cluster = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": True} | ports
-    )
-    config = yaml.safe_load((CONFIGS[0].parent / "tiny.yaml").read_text())
-    config["http_options"]["port"] = port = free_port()
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
-    serve = Path(sys.executable).with_name("serve")
-    address = f"http://127.0.0.1:{ports['dashboard_port']}"
-    try:
-        line = [serve, "deploy", tmp_path / "tiny.yaml", "--address", address]
-        subprocess.run(line, check=True, env=os.environ, timeout=120)
-        deadline_s = time.monotonic() + 120
-        while True:
-            try:
-                ready = requests.get(f"http://127.0.0.1:{port}/readyz", timeout=10)
-                if ready.status_code == 200:
-                    break
-            except requests.ConnectionError:
-                pass
-            assert time.monotonic() < deadline_s
-            time.sleep(1)
+    with deploying() as deployment:
+        deployment.deploy(yaml.safe_load((CONFIGS[0].parent / "tiny.yaml").read_text()))
         answer = requests.post(
-            f"http://127.0.0.1:{port}/v1/captions", files={"image": encode(noise(0))}, timeout=30
+            f"{deployment.url}/v1/captions", files={"image": encode(noise(0))}, timeout=30
         )
         assert answer.json()["caption"]
-    finally:
-        cluster.shutdown()
