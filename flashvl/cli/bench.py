@@ -211,6 +211,98 @@ def caption(
         )
 
 
+@bench_app.command()
+def serve(
+    model: ModelOption = "tiny",
+    preset: PresetOption = None,
+    random_weights: RandomOption = False,
+    tokens: TokensOption = 64,
+    requests: Annotated[int, typer.Option(min=1, help="Of each client, in a round.")] = 8,
+    rounds: RoundsOption = 3,
+    slots: Annotated[int, typer.Option(min=16, help="max_num_seqs, and half of it waiting.")] = 16,
+    times: Annotated[float, typer.Option(help="Overload: times the capacity.")] = 4.0,
+    seconds: Annotated[float, typer.Option(help="Of overload; 0 leaves it out.")] = 120.0,
+    port: Annotated[int, typer.Option(help="Of the service while it is measured.")] = 8765,
+    json_file: JsonOption = None,
+) -> None:
+    """The service beside its own engine, with 1 and 16 clients; and under several times its load.
+
+    Example: flashvl bench serve
+    Example: flashvl bench serve --preset static --random-weights --requests 1 --seconds 0
+    """
+    with report_errors():
+        from flashvl.bench.serve import (
+            compare_with_engine,
+            measure_overload,
+            running_service,
+            served_model,
+        )
+        from flashvl.errors import ConfigError
+        from flashvl.serve.settings import ServiceConfig
+
+        _check_writable(json_file)
+        if (preset is not None) != random_weights:
+            raise ConfigError("--preset and --random-weights go together; give both or neither")
+        start_ray()
+        with served_model(model, preset) as folder:
+            config = ServiceConfig(model=folder, max_num_seqs=slots, max_waiting=slots // 2)
+            overload = None
+            with running_service(config, port) as url:
+                with show_progress("measuring") as on_progress:
+                    speeds = compare_with_engine(
+                        config,
+                        url,
+                        widths=(1, 16),
+                        tokens=tokens,
+                        requests=requests,
+                        rounds=rounds,
+                        on_progress=on_progress,
+                    )
+                if seconds:
+                    with show_progress("overloading") as on_progress:
+                        overload = measure_overload(
+                            config,
+                            url,
+                            times=times,
+                            tokens=tokens,
+                            seconds=seconds,
+                            on_progress=on_progress,
+                        )
+        if json_file is not None:
+            figures = {"speeds": [asdict(each) for each in speeds]}
+            write_json(json_file, figures | {"overload": overload and asdict(overload)})
+        _print_table(
+            ["", "clients", "TTFT ms", "tokens/s", "largest gap ms"],
+            [
+                [
+                    each.name,
+                    str(each.width),
+                    f"{each.ttft_ms:.1f}",
+                    f"{each.tokens_per_s:.1f}",
+                    f"{each.largest_gap_ms:.1f}",
+                ]
+                for each in speeds
+            ],
+        )
+        for engine, service in zip(speeds[::2], speeds[1::2], strict=True):
+            print(
+                f"{engine.width} clients: TTFT {service.ttft_ms - engine.ttft_ms:+.1f} ms,"
+                f" {service.tokens_per_s / engine.tokens_per_s:.2f} of the engine's tokens/s"
+            )
+        if overload is not None:
+            share = overload.answered_per_s / overload.capacity_per_s
+            print(
+                f"{overload.offered_per_s:.1f} requests/s offered to a capacity of"
+                f" {overload.capacity_per_s:.1f}: {overload.answered_per_s:.1f} answered/s"
+                f" ({share:.2f} of capacity), {overload.refused} refused, {overload.failed} failed"
+            )
+            print(
+                f"TTFT of the answered: p50 {overload.ttft_p50_ms:.0f} ms, p99"
+                f" {overload.ttft_p99_ms:.0f} ms, bound {overload.ttft_bound_ms:.0f} ms;"
+                f" memory {overload.memory_start_mb:.0f} -> {overload.memory_end_mb:.0f} MB"
+            )
+
+
 def _check_writable(json_file: Path | None, plot: Path | None = None) -> None:
     """Before a long run, not behind it."""
     from flashvl.errors import ConfigError
