@@ -294,9 +294,9 @@ async def _ask_service(
         async for chunk in _chunks(response):
             if "error" in chunk:
                 answer.status = 500
-            elif (
-                chunk["choices"][0]["delta"].get("content") or chunk["choices"][0]["finish_reason"]
-            ):
+                break
+            (choice,) = chunk["choices"]
+            if choice["delta"].get("content") or choice["finish_reason"]:
                 answer.pieces_s.append(time.perf_counter())
     return answer
 
@@ -326,7 +326,7 @@ def _median(runs: list[Speed]) -> Speed:
 
 def _service_mb() -> float:
     """Resident memory of Serve's processes of this machine's own Ray."""
-    names = ("ray::ProxyActor", "ray::SERVE_REPLICA")
+    names = ("ray::ProxyActor", "ray::SERVE_REPLICA", "ray::ServeReplica")
     children = psutil.Process().children(recursive=True)
     total = 0
     for child in children:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import requests
 import yaml
@@ -124,20 +123,10 @@ class Deployment:
         told = requests.get(f"{self.dashboard}/api/serve/applications/", timeout=30).json()
         return told["applications"]["flashvl"]
 
-    def replicas(self) -> list[str]:
-        """The ids of the engines' replicas that run."""
+    def replicas(self) -> dict[str, int]:
+        """Of the engines that run: each one's id, and its process's."""
         replicas = self.status()["deployments"]["EngineReplica"]["replicas"]
-        return sorted(each["replica_id"] for each in replicas if each["state"] == "RUNNING")
-
-    def processes(self) -> list[psutil.Process]:
-        """Of the engines' replicas."""
-        (node,) = self.cluster.list_all_nodes()
-        raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-        return [
-            child
-            for child in raylet.children(recursive=True)
-            if child.name().startswith("ray::SERVE_REPLICA::flashvl#EngineReplica")
-        ]
+        return {each["replica_id"]: each["pid"] for each in replicas if each["state"] == "RUNNING"}
 
 
 @contextmanager

@@ -128,7 +128,7 @@ def memory(cluster: Cluster) -> int:
     return sum(
         child.memory_info().rss
         for child in raylet.children(recursive=True)
-        if child.name().startswith(("ray::ProxyActor", "ray::SERVE_REPLICA"))
+        if child.name().startswith(("ray::ProxyActor", "ray::SERVE_REPLICA", "ray::ServeReplica"))
     )
 
 

@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import os
 import random
+import signal
 import sys
 import time
 from collections import Counter
@@ -144,7 +146,7 @@ def test_a_replica_that_is_killed_fails_nobody_who_has_not_heard_from_it(
         for _ in range(3):
             await asyncio.sleep(10)
             before = deployment.replicas()
-            random.Random(0).choice(deployment.processes()).kill()
+            os.kill(min(before.values()), signal.SIGKILL)
             await asyncio.sleep(5)
             await asyncio.to_thread(
                 wait_until,
