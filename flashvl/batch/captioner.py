@@ -5,21 +5,22 @@ that it stays full from one of Ray Data's blocks to the next.
 """
 
 import asyncio
-import os
 from typing import Any
 
 import pyarrow as pa
-import torch
 from ray.actor import ActorHandle
 
 from flashvl.batch.gate import enter
 from flashvl.batch.inputs import KEYS
+from flashvl.batch.served import ServedEngine
 from flashvl.batch.settings import CaptionJob
 from flashvl.batch.tiling import FAILURE, append_columns, failure, without_kept
 from flashvl.data.features import Tiles, ask_about_image, tiles_from_bytes
 from flashvl.data.schema import CAPTIONS
 from flashvl.engine import AsyncEngine, Completion, Engine, Request
+from flashvl.engine.runner import share_cores
 from flashvl.errors import CheckpointError, DataError
+from flashvl.model.loading import load_processor
 
 OCCUPANCY = pa.field("occupancy", pa.float32())
 """The part of the engine's slots that was in use since its answer before; null if unknown."""
@@ -29,23 +30,54 @@ CAPTIONED = pa.schema([*KEYS, *ANSWERED])
 job is to stop."""
 
 
+class OwnEngine:
+    """An engine of the actor's own."""
+
+    def __init__(self, job: CaptionJob, engines_per_node: int):
+        """
+        Raises:
+            CheckpointError: the model will not do.
+        """
+        share_cores(engines_per_node)
+        self.max_num_seqs = job.max_num_seqs
+        self.engine = Engine.from_pretrained(job.model, job.dtype, max_num_seqs=job.max_num_seqs)
+        self.async_engine = AsyncEngine(self.engine)
+        self._counted = (0, 0)
+
+    async def complete(self, request: Request) -> Completion:
+        """
+        Raises:
+            DataError: it cannot be answered.
+        """
+        return await self.async_engine.generate(request)
+
+    def occupancy(self) -> float | None:
+        """The part of the slots that was in use, the mean since the last call; None if unknown."""
+        steps, tokens = self.engine.num_decode_steps, self.engine.num_decoded_tokens
+        steps_before, tokens_before = self._counted
+        self._counted = steps, tokens
+        if steps == steps_before:
+            return None
+        return (tokens - tokens_before) / ((steps - steps_before) * self.max_num_seqs)
+
+
 class Captioner:
-    """One engine, held by one actor: rows of `tiling.TILED` -> `CAPTIONED`."""
+    """Held by an actor, has an engine or reaches some: rows of `tiling.TILED` -> `CAPTIONED`."""
 
     def __init__(self, *, job: CaptionJob, engines_per_node: int, gate: ActorHandle):
         """
         Args:
             engines_per_node: that share the node's cores, where there are no GPUs.
         """
-        # Ray lets a worker use as many threads as it asked for CPUs, here one.
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // engines_per_node))
-        self.job = job
-        self.gate = gate
-        self.engine: AsyncEngine | CheckpointError
-        self._counted = (0, 0)
+        self.job, self.gate = job, gate
+        self.engine: OwnEngine | ServedEngine | CheckpointError
         try:
-            engine = Engine.from_pretrained(job.model, job.dtype, max_num_seqs=job.max_num_seqs)
-            self.engine = AsyncEngine(engine)
+            self.processor = load_processor(job.model)
+            self.engine = (
+                OwnEngine(job, engines_per_node)
+                if job.via_serve is None
+                else ServedEngine(job.via_serve)
+            )
         except CheckpointError as error:
             # What an actor raises while it starts reaches the driver only as text; held back until
             # the first batch, it arrives as what it is.
@@ -60,20 +92,23 @@ class Captioner:
             )
         else:
             results = [{}] * rows.num_rows
-        occupancy = {"occupancy": self._occupancy(self.engine.engine)}
+        occupancy = {"occupancy": self.engine.occupancy()}
         answers = pa.Table.from_pylist([each | occupancy for each in results], schema=ANSWERED)
         keys = rows.select([name for name in ("id", "row", "kept") if name in rows.column_names])
         return append_columns(keys, answers)
 
-    async def _answer(self, engine: AsyncEngine, row: dict[str, Any]) -> dict[str, Any]:
+    async def _answer(
+        self, engine: OwnEngine | ServedEngine, row: dict[str, Any]
+    ) -> dict[str, Any]:
         if row["stage"] is not None:
             return row
         job = self.job
+        pixels = tiles_from_bytes(row["tiles"], self.processor)
         try:
-            completion = await engine.generate(
+            completion = await engine.complete(
                 Request(
                     messages=ask_about_image(row.get("prompt", job.prompt)),
-                    images=_as_tiles(row["tiles"], engine),
+                    images=Tiles(pixels, (len(pixels),)),
                     max_new_tokens=job.max_new_tokens,
                     temperature=job.temperature,
                     top_p=job.top_p,
@@ -83,20 +118,6 @@ class Captioner:
         except DataError as error:
             return failure("caption", error)
         return _as_answer(completion)
-
-    def _occupancy(self, engine: Engine) -> float | None:
-        """The mean since the last call."""
-        steps, tokens = engine.num_decode_steps, engine.num_decoded_tokens
-        steps_before, tokens_before = self._counted
-        self._counted = steps, tokens
-        if steps == steps_before:
-            return None
-        return (tokens - tokens_before) / ((steps - steps_before) * self.job.max_num_seqs)
-
-
-def _as_tiles(data: bytes, engine: AsyncEngine) -> Tiles:
-    pixels = tiles_from_bytes(data, engine.engine.processor)
-    return Tiles(pixels, (len(pixels),))
 
 
 def _as_answer(completion: Completion) -> dict[str, Any]:

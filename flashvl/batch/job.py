@@ -24,6 +24,7 @@ from flashvl.batch.outputs import SUMMARY, OutputFolder, Parts, check_output, re
 from flashvl.batch.pipeline import captioned, check_pool
 from flashvl.batch.progress import Meter, OnProgress
 from flashvl.batch.report import build_report
+from flashvl.batch.served import check_service
 from flashvl.batch.settings import CaptionJob
 from flashvl.batch.stopping import stopped_by_sigterm
 from flashvl.config import StrictModel, pool_of
@@ -168,7 +169,10 @@ def run_plan(plan: Plan, on_progress: OnProgress | None = None) -> Summary:
     job = plan.job
     if (summary := plan.finished_summary()) is not None:
         return summary
-    check_pool(pool_of(job.replicas))
+    if job.via_serve is None:
+        check_pool(pool_of(job.replicas))
+    else:
+        check_service(job.via_serve, str(plan.fingerprint["model"]), job.dtype)
     with held(plan.output):
         if job.restart:
             remove_rows(plan.output)

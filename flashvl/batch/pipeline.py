@@ -91,7 +91,7 @@ def captioned(
                 max_concurrent_calls_per_actor=CALLS_PER_ENGINE,
                 max_tasks_in_flight_per_actor=CALLS_PER_ENGINE + 2,
             ),
-            num_gpus=job.gpus_per_replica if _has_gpus() else 0,
+            num_gpus=job.gpus_per_replica if _has_gpus() and job.via_serve is None else 0,
         )
     )
     rows.context.enable_progress_bars = False

@@ -48,6 +48,9 @@ class CaptionJob(StrictModel):
     """Engines: their number, or the least and the most, between which the pool follows the work."""
     gpus_per_replica: Annotated[float, Field(gt=0)] = 1.0
     """Of an engine, where the cluster has GPUs; a part of one lets engines share it."""
+    via_serve: str | None = None
+    """Serve application whose engines are to caption, behind its online requests; `replicas` then
+    are actors without an engine, each of which has so many rows under way as fill one."""
     limits: ImageLimits = ImageLimits()
     """Images outside these become dead letters."""
     limit: PositiveInt | None = None

@@ -65,6 +65,10 @@ def caption(
     ] = "1",
     gpus_per_replica: Annotated[float, typer.Option(help="0.5: two engines share a GPU.")] = 1.0,
     max_num_seqs: Annotated[int, typer.Option(help="Images that an engine answers at once.")] = 64,
+    via_serve: Annotated[
+        str | None,
+        typer.Option(metavar="APP", help="Caption by a running service's engines (flashvl)."),
+    ] = None,
     limit: Annotated[
         int | None, typer.Option(help="Caption the first so many rows, for a trial.")
     ] = None,

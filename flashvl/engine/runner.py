@@ -3,6 +3,7 @@
 It knows tensors and rows, not requests.
 """
 
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -119,3 +120,11 @@ class Runner:
             place=place,
         )
         return self.model.lm_head(outputs.last_hidden_state[:, -1])
+
+
+def share_cores(engines_per_node: int) -> None:
+    """Use this engine's part of the machine's cores.
+
+    Ray lets a worker use as many threads as it asked for CPUs, which is one.
+    """
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // engines_per_node))

@@ -12,6 +12,7 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig
 from ray.serve.handle import DeploymentHandle
 
+from flashvl.batch.served import DEPLOYMENT
 from flashvl.config import pool_of
 from flashvl.serve.api import make_api
 from flashvl.serve.dispatch import Engines
@@ -54,7 +55,7 @@ def build_app(config: ServiceConfig) -> serve.Application:
             downscale_delay_s=60.0,
         )
     engines = serve.deployment(
-        name="EngineReplica",
+        name=DEPLOYMENT,
         max_ongoing_requests=UNBOUNDED,
         ray_actor_options={"num_cpus": 1, "num_gpus": config.gpus_per_replica},
         health_check_period_s=10,

@@ -7,23 +7,26 @@ for each caller.
 import asyncio
 import contextlib
 import math
-import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
 from PIL import Image
 
+from flashvl.batch.manifest import hash_folder
 from flashvl.data.features import Message, decode_tiles
-from flashvl.engine import AsyncEngine, Delta, Engine, Request
+from flashvl.engine import AsyncEngine, Completion, Delta, Engine, Request
+from flashvl.engine.runner import share_cores
 from flashvl.errors import DataError
+from flashvl.model.loading import Dtype, resolve_checkpoint
 from flashvl.serve.metrics import EngineMetrics
 from flashvl.serve.settings import ServiceConfig
 
 REPORT_S = 2.0
 """Between two reports of the gauges."""
+OFFLINE_SHARE = 0.75
+"""Of the slots, that rows of offline jobs may have: an online request finds one free at once."""
 RETRY_AFTER_S = 1.0
 """At least; and longer where answers have taken longer."""
 
@@ -56,8 +59,7 @@ class EngineReplica:
         Raises:
             CheckpointError: the model will not do.
         """
-        # Ray lets a worker use as many threads as it asked for CPUs, here one.
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // engines_per_node))
+        share_cores(engines_per_node)
         self.config = config
         self.metrics = EngineMetrics()
         engine = Engine.from_pretrained(
@@ -65,7 +67,7 @@ class EngineReplica:
         )
         engine.generate([_health_request()])  # a model that cannot answer never becomes ready
         self.engine = AsyncEngine(engine)
-        self.num_admitted = 0
+        self.num_admitted = self.num_offline = 0
         self._seconds_per_answer = 0.0
         self._steps_when_checked = -1
         self._reporting: asyncio.Task[None] | None = None
@@ -103,6 +105,29 @@ class EngineReplica:
             raise
         finally:
             self.num_admitted -= 1
+
+    async def caption(self, request: Request) -> Completion | None:
+        """One row of an offline job; None, at once, where online requests need the room.
+
+        Raises:
+            DataError: it cannot be answered.
+        """
+        self._report_from_now_on()
+        is_full = self.num_offline >= OFFLINE_SHARE * self.config.max_num_seqs
+        if is_full or self.engine.engine.num_waiting:
+            return None
+        self.num_offline += 1
+        try:
+            completion = await self.engine.generate(request)
+        finally:
+            self.num_offline -= 1
+        self.metrics.count(completion)
+        return completion
+
+    async def model(self) -> tuple[str, Dtype]:
+        """What answers: its folder's hash, and its dtype as configured."""
+        folder = resolve_checkpoint(self.config.model)
+        return await asyncio.to_thread(hash_folder, folder), self.config.dtype
 
     async def _deltas(self, ask: Ask) -> AsyncGenerator[Delta, None]:
         processor = self.engine.engine.processor

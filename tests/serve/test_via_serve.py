@@ -1,0 +1,84 @@
+"""Offline jobs through a running service: the same captions, and online requests come first."""
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import requests
+from ray.cluster_utils import Cluster
+
+from flashvl.data import synthetic
+from flashvl.data.images import decode_image
+from flashvl.engine import Engine, Request
+from tests.batch.pictures import rows_of
+from tests.serve.conftest import ask, encode, noise
+
+NUM_ROWS = 300
+
+
+def caption(cluster: Cluster, *options: str) -> subprocess.Popen[str]:
+    line = [sys.executable, "-m", "flashvl", "caption", *options]
+    environment = os.environ | {"RAY_ADDRESS": cluster.address}
+    return subprocess.Popen(line, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_job_through_the_service(url: str, cluster: Cluster, tmp_path: Path) -> None:
+    scenes = [encode(synthetic.sample("heldout", 1, index).image()) for index in range(20)]
+    images = [b"no image" if row == 7 else scenes[row % 20] for row in range(NUM_ROWS)]
+    pq.write_table(pa.table({"image": images}), tmp_path / "in.parquet")
+    options = (str(tmp_path / "in.parquet"), "--output", str(tmp_path / "out"))
+    job = caption(cluster, *options, "--via-serve", "flashvl", "--dtype", "float32")
+    waited = []
+    question = {
+        "model": "tiny",
+        "messages": ask("Describe the image.", encode(noise(0))),
+        "include_timing": True,
+    }
+    while job.poll() is None:  # online requests meanwhile
+        answer = requests.post(f"{url}/v1/chat/completions", json=question, timeout=60)
+        assert answer.status_code == 200, answer.text
+        waited.append(answer.json()["timing"]["queue_ms"])
+        time.sleep(0.05)
+    assert job.returncode == 0, job.communicate()[1]
+
+    engine = Engine.from_pretrained("tiny", "float32")
+    rows = rows_of(tmp_path / "out")
+    assert sorted(rows) == list(range(NUM_ROWS))
+    expected = engine.generate(
+        [
+            Request(
+                messages=[{"role": "user", "content": "<image>\nDescribe the image."}],
+                images=[decode_image(scene)],
+                max_new_tokens=64,
+            )
+            for scene in scenes
+        ]
+    )
+    for row, answer in rows.items():
+        if row == 7:
+            assert answer["stage"] == "decode"
+        else:
+            assert answer["caption"] == expected[row % 20].text
+    # A free slot was kept for each: it waited for a step, not for a caption.
+    assert len(waited) > 10
+    slowest = max(each.timing.last_token_s for each in expected)
+    assert statistics.median(waited) < 1e3 * slowest
+
+
+def test_a_service_that_will_not_do_is_refused(url: str, cluster: Cluster, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [encode(noise(0))]}), tmp_path / "in.parquet")
+    options = (str(tmp_path / "in.parquet"), "--output", str(tmp_path / "out"), "--via-serve")
+    for more, said in (
+        (("nothing",), "application 'nothing' is not there"),
+        (("flashvl",), "another model or dtype"),
+        (("flashvl", "--dtype=float32", "--model=tiny-iss"), "another model or dtype"),
+    ):
+        job = caption(cluster, *options, *more)
+        told = job.communicate(timeout=120)[1]
+        assert job.returncode == 2 and said in told, told
+    assert not (tmp_path / "out" / "captions").exists()
