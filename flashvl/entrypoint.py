@@ -20,6 +20,7 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",  # every model is a local folder
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # loading takes no time that one would watch
     "TOKENIZERS_PARALLELISM": "false",  # Ray is what runs in parallel
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",  # no thread of its own for our code, which never blocks
 }
 """Of this process and of the workers that a local Ray starts."""
 PROGRESS_LINE_S = 10.0

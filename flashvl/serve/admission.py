@@ -3,6 +3,7 @@
 import asyncio
 import hmac
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from flashvl.serve.protocol import RequestError
 KEYS_VARIABLE = "FLASHVL_API_KEYS"
 OPEN_PATHS = frozenset({"/", "/healthz", "/readyz", "/docs", "/openapi.json"})
 """Asked for without a key: they tell nothing and do nothing."""
+ANSWERED_PATHS = frozenset({"/v1/chat/completions", "/v1/captions"})
+"""What the engines are asked for."""
 
 
 def read_api_keys(file: str | None) -> tuple[bytes, ...]:
@@ -43,9 +46,20 @@ class Admission:
     """ASGI middleware: checks a request's key, then reads its body, whole and within bounds."""
 
     def __init__(
-        self, app: ASGIApp, *, api_keys: tuple[bytes, ...], max_body_bytes: int, timeout_s: float
+        self,
+        app: ASGIApp,
+        *,
+        api_keys: tuple[bytes, ...],
+        max_body_bytes: int,
+        timeout_s: float,
+        check_room: Callable[[], None],
     ):
-        self.app, self.api_keys = app, api_keys
+        """
+        Args:
+            timeout_s: for the body.
+            check_room: raises RequestError where `ANSWERED_PATHS` have no room at the moment.
+        """
+        self.app, self.api_keys, self.check_room = app, api_keys, check_room
         self.max_body_bytes, self.timeout_s = max_body_bytes, timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -56,6 +70,8 @@ class Admission:
             headers = Headers(scope=scope)
             if scope["path"] not in OPEN_PATHS and scope["method"] != "OPTIONS":
                 self._check_key(headers)
+            if scope["path"] in ANSWERED_PATHS:
+                self.check_room()
             body = await self._read(headers, receive)
         except RequestError as refusal:
             await as_response(refusal)(scope, receive, send)

@@ -1,6 +1,7 @@
 """From the ingress to the engines: an answer from whichever replica has room and lives."""
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator
 
 from ray.exceptions import RayActorError, TaskCancelledError
@@ -19,6 +20,9 @@ ATTEMPTS = 5
 """Replicas that a request is sent to, each having died before it said anything."""
 PAUSE_S = 0.5
 """Before the next: Serve has to learn of the death."""
+FULL_S = 0.1
+"""After a refusal, others are refused here, unread: the engines' queues last longer than that, and
+to read what will be refused would slow down what is answered."""
 LOST = (RayActorError, ReplicaUnavailableError)
 
 
@@ -28,6 +32,16 @@ class Engines:
     def __init__(self, handle: DeploymentHandle, timeout_s: float):
         self.streams = handle.options(stream=True)
         self.handle, self.timeout_s = handle, timeout_s
+        self._refusal: RequestError | None = None
+        self._full_until_s = 0.0
+
+    def check_room(self) -> None:
+        """
+        Raises:
+            RequestError: an engine has just refused a request, and would refuse this one.
+        """
+        if self._refusal is not None and time.monotonic() < self._full_until_s:
+            raise self._refusal
 
     async def answer(self, ask: Ask) -> AsyncGenerator[Delta, None]:
         """The deltas of one answer; one only, the last, where it is not streamed.
@@ -47,7 +61,7 @@ class Engines:
                         async for delta in deltas:
                             has_begun = True
                             if isinstance(delta, Refusal):
-                                raise _as_error(delta)
+                                raise self._as_error(delta)
                             yield delta
                         return
                     except LOST:
@@ -81,13 +95,14 @@ class Engines:
         except (TimeoutError, RayActorError, ReplicaUnavailableError, DeploymentUnavailableError):
             raise RequestError(503, "no engine is ready", retry_after_s=1) from None
 
-
-def _as_error(refusal: Refusal) -> RequestError:
-    if refusal.reason == "overloaded":
-        return RequestError(
+    def _as_error(self, refusal: Refusal) -> RequestError:
+        if refusal.reason == "bad_request":
+            return RequestError(400, refusal.message, param="messages")
+        self._refusal = RequestError(
             429,
             refusal.message,
             code="rate_limit_exceeded",
             retry_after_s=refusal.retry_after_s,
         )
-    return RequestError(400, refusal.message, param="messages")
+        self._full_until_s = time.monotonic() + FULL_S
+        return self._refusal
