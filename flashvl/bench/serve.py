@@ -48,7 +48,7 @@ class Speed:
     width: int
     """Clients, each of which asks again when it has its answer."""
     ttft_ms: float
-    """From the JPEG in the client's hand to the first piece of text there."""
+    """From the JPEG in the client's hand to the first token there."""
     tokens_per_s: float
     """Of all clients."""
     largest_gap_ms: float
@@ -296,7 +296,8 @@ async def _ask_service(
                 answer.status = 500
                 break
             (choice,) = chunk["choices"]
-            if choice["delta"].get("content") or choice["finish_reason"]:
+            # The role comes with the first token, whose text may be a part of a character.
+            if choice["delta"] or choice["finish_reason"]:
                 answer.pieces_s.append(time.perf_counter())
     return answer
 

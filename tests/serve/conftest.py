@@ -72,7 +72,8 @@ def batch_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     """One node; with ports of its own for what Ray has one of on a machine, as jobs go there."""
-    ports = {"dashboard_port": free_port(), "dashboard_agent_listen_port": free_port()}
+    names = ("dashboard_port", "dashboard_agent_listen_port", "metrics_export_port")
+    ports = {name: free_port() for name in names}
     cluster = Cluster(
         initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": True} | ports
     )
@@ -132,7 +133,8 @@ class Deployment:
 @contextmanager
 def deploying(num_cpus: int = 6) -> Iterator[Deployment]:
     """A cluster for an application."""
-    ports = {"dashboard_port": free_port(), "dashboard_agent_listen_port": free_port()}
+    names = ("dashboard_port", "dashboard_agent_listen_port", "metrics_export_port")
+    ports = {name: free_port() for name in names}
     head = {"num_cpus": num_cpus, "include_dashboard": True} | ports
     cluster = Cluster(initialize_head=True, head_node_args=head)
     dashboard = f"http://127.0.0.1:{ports['dashboard_port']}"
