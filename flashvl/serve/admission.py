@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flashvl.errors import ConfigError
+from flashvl.serve.metrics import refusals
 from flashvl.serve.protocol import RequestError
 
 KEYS_VARIABLE = "FLASHVL_API_KEYS"
@@ -133,7 +134,8 @@ class _DisconnectedError(Exception):
 
 
 def as_response(refusal: RequestError) -> JSONResponse:
-    """In OpenAI's shape."""
+    """In OpenAI's shape; counted by its code."""
+    refusals().inc(tags={"reason": refusal.code or str(refusal.status)})
     headers: dict[str, Any] = {}
     if refusal.retry_after_s is not None:
         headers["Retry-After"] = str(refusal.retry_after_s)

@@ -3,12 +3,24 @@
 Ray puts `ray_` before the names, and the tags `deployment`, `replica` and `application` on them.
 """
 
+import functools
+
 from ray.serve.metrics import Counter, Gauge, Histogram
 
 from flashvl.engine import Completion, Engine
 
 SECONDS = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0]
 STEP_SECONDS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0]
+
+
+@functools.cache
+def refusals() -> Counter:
+    """Of this process: requests that were not answered, by the error's code."""
+    return Counter(
+        "flashvl_request_refused_total",
+        description="Requests that were not answered, by reason.",
+        tag_keys=("reason",),
+    )
 
 
 class EngineMetrics:
@@ -38,11 +50,6 @@ class EngineMetrics:
             "flashvl_request_success_total",
             description="Answers, by what ended them.",
             tag_keys=("finished_reason",),
-        )
-        self.refusals = Counter(
-            "flashvl_request_refused_total",
-            description="Requests that were not answered, by reason.",
-            tag_keys=("reason",),
         )
         self.running = Gauge(
             "flashvl_num_requests_running", description="Requests that hold a slot."

@@ -20,7 +20,7 @@ from flashvl.engine import AsyncEngine, Completion, Delta, Engine, Request
 from flashvl.engine.runner import share_cores
 from flashvl.errors import DataError
 from flashvl.model.loading import Dtype, resolve_checkpoint
-from flashvl.serve.metrics import EngineMetrics
+from flashvl.serve.metrics import EngineMetrics, refusals
 from flashvl.serve.settings import ServiceConfig
 
 REPORT_S = 2.0
@@ -80,7 +80,6 @@ class EngineReplica:
         self._report_from_now_on()
         config = self.config
         if self.num_admitted >= config.max_num_seqs + config.max_waiting:
-            self.metrics.refusals.inc(tags={"reason": "overloaded"})
             yield Refusal(
                 reason="overloaded",
                 message=f"all {config.max_num_seqs} slots and {config.max_waiting} places to wait"
@@ -98,10 +97,9 @@ class EngineReplica:
                         self.metrics.count(delta.completion)
                         self._learn_duration(time.monotonic() - began_s)
         except DataError as error:
-            self.metrics.refusals.inc(tags={"reason": "bad_request"})
             yield Refusal(reason="bad_request", message=str(error))
         except asyncio.CancelledError:
-            self.metrics.refusals.inc(tags={"reason": "cancelled"})
+            refusals().inc(tags={"reason": "cancelled"})
             raise
         finally:
             self.num_admitted -= 1

@@ -1,6 +1,7 @@
 """A service that the tests of this folder share: `tiny` over HTTP on a Ray of its own."""
 
 import base64
+import contextlib
 import io
 import os
 import socket
@@ -33,15 +34,25 @@ class Service:
     process: subprocess.Popen[str]
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+def free_ports(count: int) -> list[int]:
+    """No two alike, as they are all held at once."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def head_of_its_own(num_cpus: int) -> dict[str, Any]:
+    """Of a cluster with ports of its own for what Ray has one of on a machine."""
+    names = ("dashboard_port", "dashboard_agent_listen_port", "metrics_export_port")
+    ports = dict(zip(names, free_ports(len(names)), strict=True))
+    return {"num_cpus": num_cpus, "include_dashboard": True} | ports
 
 
 @contextmanager
 def serving(*options: str, **environment: str) -> Iterator[Service]:
-    port = free_port()
+    (port,) = free_ports(1)
     line = [sys.executable, "-m", "flashvl", "serve", f"--port={port}", *options]
     url = f"http://127.0.0.1:{port}"
     process = subprocess.Popen(
@@ -71,12 +82,8 @@ def batch_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """One node; with ports of its own for what Ray has one of on a machine, as jobs go there."""
-    names = ("dashboard_port", "dashboard_agent_listen_port", "metrics_export_port")
-    ports = {name: free_port() for name in names}
-    cluster = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": True} | ports
-    )
+    """One node, whose agent takes jobs."""
+    cluster = Cluster(initialize_head=True, head_node_args=head_of_its_own(num_cpus=4))
     yield cluster
     cluster.shutdown()
 
@@ -133,13 +140,12 @@ class Deployment:
 @contextmanager
 def deploying(num_cpus: int = 6) -> Iterator[Deployment]:
     """A cluster for an application."""
-    names = ("dashboard_port", "dashboard_agent_listen_port", "metrics_export_port")
-    ports = {name: free_port() for name in names}
-    head = {"num_cpus": num_cpus, "include_dashboard": True} | ports
+    head = head_of_its_own(num_cpus)
     cluster = Cluster(initialize_head=True, head_node_args=head)
-    dashboard = f"http://127.0.0.1:{ports['dashboard_port']}"
+    dashboard = f"http://127.0.0.1:{head['dashboard_port']}"
+    (port,) = free_ports(1)
     try:
-        yield Deployment(cluster=cluster, dashboard=dashboard, port=free_port())
+        yield Deployment(cluster=cluster, dashboard=dashboard, port=port)
     finally:
         cluster.shutdown()
 
