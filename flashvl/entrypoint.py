@@ -20,9 +20,7 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",  # every model is a local folder
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # loading takes no time that one would watch
     "TOKENIZERS_PARALLELISM": "false",  # Ray is what runs in parallel
-    # No threads of their own for our code and for Serve's router: none of it blocks.
-    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",  # ours never blocks
 }
 """Of this process and of the workers that a local Ray starts."""
 PROGRESS_LINE_S = 10.0
