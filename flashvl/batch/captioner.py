@@ -41,6 +41,7 @@ class OwnEngine:
         share_cores(engines_per_node)
         self.max_num_seqs = job.max_num_seqs
         self.engine = Engine.from_pretrained(job.model, job.dtype, max_num_seqs=job.max_num_seqs)
+        self.processor = self.engine.processor
         self.async_engine = AsyncEngine(self.engine)
         self._counted = (0, 0)
 
@@ -72,11 +73,10 @@ class Captioner:
         self.job, self.gate = job, gate
         self.engine: OwnEngine | ServedEngine | CheckpointError
         try:
-            self.processor = load_processor(job.model)
             self.engine = (
                 OwnEngine(job, engines_per_node)
                 if job.via_serve is None
-                else ServedEngine(job.via_serve)
+                else ServedEngine(job.via_serve, load_processor(job.model))
             )
         except CheckpointError as error:
             # What an actor raises while it starts reaches the driver only as text; held back until
@@ -103,7 +103,7 @@ class Captioner:
         if row["stage"] is not None:
             return row
         job = self.job
-        pixels = tiles_from_bytes(row["tiles"], self.processor)
+        pixels = tiles_from_bytes(row["tiles"], engine.processor)
         try:
             completion = await engine.complete(
                 Request(

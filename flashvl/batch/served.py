@@ -16,6 +16,7 @@ from ray.serve.schema import ApplicationStatus
 
 from flashvl.engine import Completion, Request
 from flashvl.errors import ConfigError, DataError
+from flashvl.model import FlashVLProcessor
 
 DEPLOYMENT = "EngineReplica"
 SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 2.0
@@ -25,8 +26,8 @@ SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 2.0
 class ServedEngine:
     """The engines of an application, whichever has room."""
 
-    def __init__(self, application: str):
-        self.handle = _handle(application)
+    def __init__(self, application: str, processor: FlashVLProcessor):
+        self.handle, self.processor = _handle(application), processor
 
     async def complete(self, request: Request) -> Completion:
         """

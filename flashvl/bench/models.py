@@ -84,6 +84,15 @@ class Twins:
     processor: FlashVLProcessor
 
 
+def check_preset(preset: str | None, random_weights: bool) -> None:
+    """
+    Raises:
+        ConfigError: only one of the two is given.
+    """
+    if (preset is not None) != random_weights:
+        raise ConfigError("--preset and --random-weights go together; give both or neither")
+
+
 def load_twins(model: str, preset: str | None, random_weights: bool) -> Twins:
     """A trained model, or a preset with random weights, in the type that the hardware likes.
 
@@ -91,8 +100,7 @@ def load_twins(model: str, preset: str | None, random_weights: bool) -> Twins:
         CheckpointError: no such model.
         ConfigError: no such preset, or not both of `preset` and `random_weights` are given.
     """
-    if (preset is not None) != random_weights:
-        raise ConfigError("--preset and --random-weights go together; give both or neither")
+    check_preset(preset, random_weights)
     if preset is not None:
         return build_twins(preset, RandomWeights.for_this_machine())
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -165,7 +165,7 @@ def compare_with_engine(
     return [_median(runs[way, width]) for width in widths for way in WAYS]
 
 
-def measure_overload(
+async def measure_overload(
     config: ServiceConfig,
     url: str,
     *,
@@ -175,19 +175,8 @@ def measure_overload(
     on_progress: OnProgress,
 ) -> Overload:
     """Requests that come at random, `times` as many as can be answered, for `seconds`."""
-    return asyncio.run(_overload(config, url, times, tokens, seconds, on_progress))
-
-
-async def _overload(
-    config: ServiceConfig,
-    url: str,
-    times: float,
-    tokens: int,
-    seconds: float,
-    on_progress: OnProgress,
-) -> Overload:
     # Few pictures, drawn before: the client shares the machine's cores with the service.
-    photos = itertools.cycle([next(photo) for photo in [_photos()] for _ in range(32)])
+    photos = itertools.cycle(list(itertools.islice(_photos(), 32)))
     rng = random.Random(0)
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector) as session:

@@ -1,5 +1,6 @@
 """`flashvl bench`: how fast it is, beside its peers and the machine's own limits."""
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -231,18 +232,17 @@ def serve(
     Example: flashvl bench serve --preset static --random-weights --requests 1 --seconds 0
     """
     with report_errors():
+        from flashvl.bench.models import check_preset
         from flashvl.bench.serve import (
             compare_with_engine,
             measure_overload,
             running_service,
             served_model,
         )
-        from flashvl.errors import ConfigError
         from flashvl.serve.settings import ServiceConfig
 
         _check_writable(json_file)
-        if (preset is not None) != random_weights:
-            raise ConfigError("--preset and --random-weights go together; give both or neither")
+        check_preset(preset, random_weights)
         start_ray()
         with served_model(model, preset) as folder:
             config = ServiceConfig(model=folder, max_num_seqs=slots, max_waiting=slots // 2)
@@ -260,7 +260,7 @@ def serve(
                     )
                 if seconds:
                     with show_progress("overloading") as on_progress:
-                        overload = measure_overload(
+                        measured = measure_overload(
                             config,
                             url,
                             times=times,
@@ -268,6 +268,7 @@ def serve(
                             seconds=seconds,
                             on_progress=on_progress,
                         )
+                        overload = asyncio.run(measured)
         if json_file is not None:
             figures = {"speeds": [asdict(each) for each in speeds]}
             write_json(json_file, figures | {"overload": overload and asdict(overload)})
