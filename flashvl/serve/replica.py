@@ -88,18 +88,21 @@ class EngineReplica:
             )
             return
         began_s = time.monotonic()
+        completion: Completion | None = None
         self.num_admitted += 1
         try:
             async with contextlib.aclosing(self._deltas(ask)) as deltas:
                 async for delta in deltas:
-                    yield delta
-                    if delta.completion is not None:
-                        self.metrics.count(delta.completion)
+                    completion = delta.completion
+                    if completion is not None:  # counted first: who has the last asks for no more
+                        self.metrics.count(completion)
                         self._learn_duration(time.monotonic() - began_s)
+                    yield delta
         except DataError as error:
             yield Refusal(reason="bad_request", message=str(error))
-        except asyncio.CancelledError:
-            refusals().inc(tags={"reason": "cancelled"})
+        except (asyncio.CancelledError, GeneratorExit):
+            if completion is None:
+                refusals().inc(tags={"reason": "cancelled"})
             raise
         finally:
             self.num_admitted -= 1

@@ -248,6 +248,7 @@ def test_killed_again_and_again_it_ends_as_if_undisturbed(
 def test_the_command_goes_on_and_tells_that_all_is_done(ray_cluster: None, job: CaptionJob) -> None:
     run_caption_job(job)
     command = ["caption", job.input, "--output", job.output, "--model", job.model]
+    command += ["--dtype", "float32"]
     result = CliRunner().invoke(app, [*command, "--max-new-tokens", "4"])
     assert result.exit_code == 0, result.output
     assert "60 images, 57 captions, 3 dead letters" in result.stdout

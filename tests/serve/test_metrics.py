@@ -40,8 +40,9 @@ def test_metrics_count_what_was_answered(url: str, cluster: Cluster) -> None:
     body = {"model": "tiny", "messages": ask(SECRET, picture), "max_tokens": 5, "ignore_eos": True}
     before = read_settled(cluster)
     for _ in range(3):
-        answer = requests.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()
-    prompt_tokens = answer["usage"]["prompt_tokens"]
+        answer = requests.post(f"{url}/v1/chat/completions", json=body, timeout=60)
+        assert answer.status_code == 200
+    prompt_tokens = answer.json()["usage"]["prompt_tokens"]
     bad = {"model": "tiny", "messages": ask("Hi", picture[:-1000])}
     assert requests.post(f"{url}/v1/chat/completions", json=bad, timeout=60).status_code == 400
     expected = {
