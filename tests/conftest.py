@@ -1,10 +1,16 @@
 """What tests of several parts share: one local Ray, and a model that is made on the spot."""
 
 import functools
+import os
+import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+# As Ray does by itself for a local cluster, but for every cluster and command alike: else those
+# before the first local one would be open, and the later commands could not talk to them.
+os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex()}
 
 
 @pytest.fixture(scope="session")

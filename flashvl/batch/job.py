@@ -19,7 +19,8 @@ from flashvl import __version__
 from flashvl.batch.files import Location, locate
 from flashvl.batch.gate import Gate
 from flashvl.batch.inputs import Done, Source, find_source
-from flashvl.batch.manifest import Fingerprint, check_same, claim, has_begun, hash_folder, held
+from flashvl.batch.lock import held
+from flashvl.batch.manifest import Fingerprint, check_same, claim, has_begun, hash_folder
 from flashvl.batch.outputs import SUMMARY, OutputFolder, Parts, check_output, remove_rows
 from flashvl.batch.pipeline import captioned, check_pool
 from flashvl.batch.progress import Meter, OnProgress

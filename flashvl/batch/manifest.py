@@ -1,24 +1,17 @@
 """What decides a job's captions, kept beside them: a job goes on only as it began.
 
 _manifest.json    written first, before any row
-_lock             held while a job runs
 """
 
-import fcntl
 import functools
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
-
-import ray
 
 from flashvl.batch.files import Location
 from flashvl.errors import ConfigError
 
 MANIFEST = "_manifest.json"
-LOCK = "_lock"
 
 Fingerprint = dict[str, str | int | float]
 """By name: settings as they are, contents as their hash."""
@@ -83,58 +76,3 @@ def claim(folder: Location, fingerprint: Fingerprint) -> None:
         check_same(folder, fingerprint)
     else:
         (folder / MANIFEST).write((json.dumps(fingerprint, indent=2) + "\n").encode())
-
-
-@contextmanager
-def held(folder: Location) -> Iterator[None]:
-    """Make `folder` and keep other jobs from it, until this process ends, however it does.
-
-    On a local disk the lock is the kernel's; elsewhere it is an actor's name, so that it keeps out
-    the jobs of this Ray cluster only.
-
-    Raises:
-        ConfigError: another process runs a job on it, or it cannot be written.
-    """
-    with ExitStack() as stack:
-        try:
-            folder.make_folder()
-            stack.enter_context(_locked(folder) if folder.is_local else _named(folder))
-        except OSError as error:
-            raise ConfigError(
-                f"output {folder} cannot be written ({error.strerror or error}); name another"
-                " folder"
-            ) from None
-        except _HeldError:
-            raise ConfigError(
-                f"another job is running on output {folder}; wait for it, or name another folder"
-            ) from None
-        yield
-
-
-class _HeldError(Exception):
-    pass
-
-
-@contextmanager
-def _locked(folder: Location) -> Iterator[None]:
-    with open((folder / LOCK).path, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise _HeldError from None
-        yield
-
-
-@contextmanager
-def _named(folder: Location) -> Iterator[None]:
-    try:
-        actor = ray.remote(num_cpus=0, max_restarts=-1)(_Holder)
-        holder = actor.options(name=f"{folder}", namespace="flashvl.outputs").remote()
-    except ValueError:  # the name is taken
-        raise _HeldError from None
-    yield
-    ray.kill(holder)
-
-
-class _Holder:
-    """Holds a name in the cluster as long as its driver lives."""

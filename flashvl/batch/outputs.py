@@ -26,7 +26,8 @@ import pyarrow.parquet as pq
 
 from flashvl.batch.files import UNFINISHED, Location
 from flashvl.batch.inputs import Done
-from flashvl.batch.manifest import LOCK, MANIFEST, has_begun
+from flashvl.batch.lock import LOCK
+from flashvl.batch.manifest import MANIFEST, has_begun
 from flashvl.data.schema import CAPTIONS, DEAD_LETTERS
 from flashvl.errors import ConfigError, FlashVLError
 

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from flashvl.batch.files import locate
 from flashvl.batch.inputs import find_source
 from flashvl.batch.job import check_caption_job, run_caption_job
-from flashvl.batch.manifest import held
+from flashvl.batch.lock import held
 from flashvl.batch.settings import CaptionJob
 from flashvl.cli import app
 from flashvl.errors import ConfigError, FlashVLError

@@ -23,7 +23,8 @@ from flashvl.batch.captioner import CAPTIONED
 from flashvl.batch.files import locate
 from flashvl.batch.inputs import ParquetFiles, find_source
 from flashvl.batch.job import run_caption_job
-from flashvl.batch.manifest import MANIFEST, held
+from flashvl.batch.lock import held
+from flashvl.batch.manifest import MANIFEST
 from flashvl.batch.outputs import OutputFolder
 from flashvl.batch.progress import Progress
 from flashvl.batch.settings import CaptionJob

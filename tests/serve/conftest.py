@@ -128,8 +128,10 @@ class Deployment:
 
     def status(self) -> dict[str, Any]:
         """Of the application, as Serve tells it."""
-        told = requests.get(f"{self.dashboard}/api/serve/applications/", timeout=30).json()
-        return told["applications"]["flashvl"]
+        url = f"{self.dashboard}/api/serve/applications/"
+        headers = {"Authorization": f"Bearer {os.environ['RAY_AUTH_TOKEN']}"}
+        told = requests.get(url, headers=headers, timeout=30)
+        return told.json()["applications"]["flashvl"]
 
     def replicas(self) -> dict[str, int]:
         """Of the engines that run: each one's id, and its process's."""

@@ -18,7 +18,7 @@ from flashvl.engine import Engine, Request
 from tests.batch.pictures import rows_of
 from tests.serve.conftest import ask, encode, noise
 
-NUM_ROWS = 300
+NUM_ROWS = 120
 
 
 def caption(cluster: Cluster, *options: str) -> subprocess.Popen[str]:
@@ -73,12 +73,15 @@ def test_a_job_through_the_service(url: str, cluster: Cluster, tmp_path: Path) -
 def test_a_service_that_will_not_do_is_refused(url: str, cluster: Cluster, tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": [encode(noise(0))]}), tmp_path / "in.parquet")
     options = (str(tmp_path / "in.parquet"), "--output", str(tmp_path / "out"), "--via-serve")
-    for more, said in (
-        (("nothing",), "application 'nothing' is not there"),
-        (("flashvl",), "another model or dtype"),
-        (("flashvl", "--dtype=float32", "--model=tiny-iss"), "another model or dtype"),
-    ):
-        job = caption(cluster, *options, *more)
+    jobs = [
+        (caption(cluster, *options, "nothing"), "application 'nothing' is not there"),
+        (caption(cluster, *options, "flashvl"), "another model or dtype"),
+        (
+            caption(cluster, *options, "flashvl", "--dtype=float32", "--model=tiny-iss"),
+            "another model or dtype",
+        ),
+    ]
+    for job, said in jobs:
         told = job.communicate(timeout=120)[1]
         assert job.returncode == 2 and said in told, told
     assert not (tmp_path / "out" / "captions").exists()

@@ -1,0 +1,128 @@
+"""One job at a time on an output.
+
+On a local disk the kernel locks a file, and lets it go with the process. A store has no locks, and
+its clock is not ours: there the file is a lease, which its holder writes anew all the time, and
+which another takes over once it has watched it not change for `EXPIRES_S`.
+"""
+
+import contextlib
+import fcntl
+import logging
+import os
+import signal
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from flashvl.batch.files import Location
+from flashvl.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+LOCK = "_lock"
+RENEW_S = 5.0
+EXPIRES_S = 30.0
+SETTLE_S = 2.0
+"""Of two that found no lease at once, the one that wrote last has it: longer than a write takes."""
+
+
+@contextmanager
+def held(folder: Location) -> Iterator[None]:
+    """Make `folder` and keep other jobs from it, until this process ends, however it does.
+
+    Raises:
+        ConfigError: another process runs a job on it, or it cannot be written.
+    """
+    with ExitStack() as stack:
+        try:
+            folder.make_folder()
+            lock = folder / LOCK
+            stack.enter_context(_locked(lock) if lock.is_local else _leased(lock))
+        except OSError as error:
+            raise ConfigError(
+                f"output {folder} cannot be written ({error.strerror or error}); name another"
+                " folder"
+            ) from None
+        except _HeldError:
+            raise ConfigError(
+                f"another job is running on output {folder}; wait for it, or name another folder"
+            ) from None
+        yield
+
+
+class _HeldError(Exception):
+    pass
+
+
+@contextmanager
+def _locked(lock: Location) -> Iterator[None]:
+    with open(lock.path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _HeldError from None
+        yield
+
+
+@contextmanager
+def _leased(lock: Location) -> Iterator[None]:
+    owner = uuid.uuid4().hex
+    _wait_for(lock)
+    lock.write(_lease(owner))
+    time.sleep(SETTLE_S)
+    if not _is_of(owner, lock):
+        raise _HeldError
+    ended = threading.Event()
+    renewing = threading.Thread(target=_renew, args=(lock, owner, ended), daemon=True)
+    renewing.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        renewing.join()
+        if _is_of(owner, lock):
+            lock.remove()
+
+
+def _wait_for(lock: Location) -> None:
+    """Until there is no lease, or it has expired: a job that was killed is soon gone on with.
+
+    Raises:
+        _HeldError: its holder lives.
+    """
+    found = _read(lock)
+    deadline_s = time.monotonic() + EXPIRES_S
+    while found is not None and time.monotonic() < deadline_s:
+        time.sleep(1.0)
+        if (now := _read(lock)) is None:
+            return
+        if now != found:
+            raise _HeldError
+
+
+def _renew(lock: Location, owner: str, ended: threading.Event) -> None:
+    """Until the job has ended; stop it where the store was away for so long that another began."""
+    while not ended.wait(RENEW_S):
+        with contextlib.suppress(OSError):
+            if not _is_of(owner, lock):
+                logger.error("another job has taken over output %s: stopping this one", lock)
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+            lock.write(_lease(owner))
+
+
+def _lease(owner: str) -> bytes:
+    return f"{owner} {time.monotonic_ns()}\n".encode()
+
+
+def _is_of(owner: str, lock: Location) -> bool:
+    return (_read(lock) or b"").startswith(owner.encode())
+
+
+def _read(lock: Location) -> bytes | None:
+    try:
+        return lock.read()
+    except FileNotFoundError:
+        return None
