@@ -6,6 +6,7 @@ says that others come first.
 """
 
 import asyncio
+import logging
 import random
 
 from ray import serve
@@ -61,6 +62,8 @@ def check_service(application: str, model: str, dtype: str) -> None:
     Raises:
         ConfigError: it does not run on this cluster, or runs another model.
     """
+    # Serve tells drivers of its inner workings.
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     running = serve.status().applications.get(application)
     if running is None or running.status != ApplicationStatus.RUNNING:
         state = "is not there" if running is None else f"is {running.status.value}"

@@ -22,15 +22,12 @@ from typing import Any
 
 import aiohttp
 import psutil
-from ray import serve
 
 from flashvl.bench.contenders import make_photo
 from flashvl.bench.models import RandomWeights, build_random
 from flashvl.data.features import ask_about_image, decode_tiles
 from flashvl.engine import AsyncEngine, Engine, Request
 from flashvl.model.loading import model_id
-from flashvl.serve.app import build_app
-from flashvl.serve.run import APPLICATION
 from flashvl.serve.settings import ServiceConfig
 
 QUESTION = "Describe the image."
@@ -107,17 +104,6 @@ def served_model(model: str, preset: str | None) -> Iterator[str]:
         processor.save_pretrained(folder)
         del built
         yield folder
-
-
-@contextmanager
-def running_service(config: ServiceConfig, port: int) -> Iterator[str]:
-    """The application on the Ray that runs; yields its address."""
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
-    serve.run(build_app(config), name=APPLICATION)
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        serve.shutdown()
 
 
 def compare_with_engine(

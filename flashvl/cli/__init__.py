@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from flashvl.cli.bench import bench_app
-from flashvl.cli.options import DtypeOption, JsonOption, ModelOption, write_json
+from flashvl.cli.options import (
+    DtypeOption,
+    GpusPerReplicaOption,
+    JsonOption,
+    ModelOption,
+    ReplicasOption,
+    write_json,
+)
 from flashvl.entrypoint import ShowProgress, report_errors, show_progress, start_ray
 
 if TYPE_CHECKING:
@@ -60,10 +67,8 @@ def caption(
     temperature: Annotated[float, typer.Option(help="0: the likeliest token each time.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample among the likeliest of this mass.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
-    replicas: Annotated[
-        str, typer.Option(metavar="N|MIN:MAX", help="Engines, each on a GPU where there is.")
-    ] = "1",
-    gpus_per_replica: Annotated[float, typer.Option(help="0.5: two engines share a GPU.")] = 1.0,
+    replicas: ReplicasOption = "1",
+    gpus_per_replica: GpusPerReplicaOption = 1.0,
     max_num_seqs: Annotated[int, typer.Option(help="Images that an engine answers at once.")] = 64,
     via_serve: Annotated[
         str | None,
@@ -164,10 +169,8 @@ def serve(
     host: Annotated[str, typer.Option(help="0.0.0.0: whoever reaches this machine.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Of HTTP.")] = 8000,
     dtype: DtypeOption = "auto",
-    replicas: Annotated[
-        str, typer.Option(metavar="N|MIN:MAX", help="Engines, each on a GPU where there is.")
-    ] = "1",
-    gpus_per_replica: Annotated[float, typer.Option(help="0.5: two engines share a GPU.")] = 1.0,
+    replicas: ReplicasOption = "1",
+    gpus_per_replica: GpusPerReplicaOption = 1.0,
     max_num_seqs: Annotated[int, typer.Option(help="Requests an engine answers at once.")] = 64,
     max_waiting: Annotated[int, typer.Option(help="That may wait; the next gets a 429.")] = 64,
     media_host: Annotated[

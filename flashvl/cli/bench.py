@@ -236,9 +236,9 @@ def serve(
         from flashvl.bench.serve import (
             compare_with_engine,
             measure_overload,
-            running_service,
             served_model,
         )
+        from flashvl.serve.run import deployed
         from flashvl.serve.settings import ServiceConfig
 
         _check_writable(json_file)
@@ -247,7 +247,7 @@ def serve(
         with served_model(model, preset) as folder:
             config = ServiceConfig(model=folder, max_num_seqs=slots, max_waiting=slots // 2)
             overload = None
-            with running_service(config, port) as url:
+            with deployed(config, "127.0.0.1", port) as url:
                 with show_progress("measuring") as on_progress:
                     speeds = compare_with_engine(
                         config,

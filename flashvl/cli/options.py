@@ -14,6 +14,10 @@ DtypeOption = Annotated[
     Literal["auto", "float32", "bfloat16"],
     typer.Option(help="float32: slower, and no answer depends on who shares its batch."),
 ]
+ReplicasOption = Annotated[
+    str, typer.Option(metavar="N|MIN:MAX", help="Engines, each on a GPU where there is.")
+]
+GpusPerReplicaOption = Annotated[float, typer.Option(help="0.5: two engines share a GPU.")]
 JsonOption = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here as JSON.")
 ]

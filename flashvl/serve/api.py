@@ -21,7 +21,7 @@ from flashvl.model.loading import model_id
 from flashvl.model.tiling import describe_tiles
 from flashvl.serve.admission import Admission, as_response, read_api_keys
 from flashvl.serve.batches import Batch, Batches, BatchList, BatchRequest
-from flashvl.serve.dispatch import Engines
+from flashvl.serve.dispatch import Engines, lost
 from flashvl.serve.prompts import Prompts
 from flashvl.serve.protocol import (
     Alive,
@@ -264,7 +264,7 @@ class Chat:
             async for delta in deltas:
                 if delta.completion is not None:
                     return delta.completion
-        raise RequestError(503, "the engine was lost; send the request again", retry_after_s=1)
+        raise lost()
 
     def _logprobs(self, completion: Completion) -> ChoiceLogprobs | None:
         if completion.logprobs is None:

@@ -26,6 +26,11 @@ to read what will be refused would slow down what is answered."""
 LOST = (RayActorError, ReplicaUnavailableError)
 
 
+def lost() -> RequestError:
+    """What a client hears whose engine died."""
+    return RequestError(503, "the engine was lost; send the request again", retry_after_s=1)
+
+
 class Engines:
     """The engine replicas, by Serve's handle."""
 
@@ -66,9 +71,7 @@ class Engines:
                         return
                     except LOST:
                         if has_begun or attempt == ATTEMPTS - 1:
-                            raise RequestError(
-                                503, "the engine was lost; send the request again", retry_after_s=1
-                            ) from None
+                            raise lost() from None
                     finally:
                         deltas.cancel()
                     await asyncio.sleep(PAUSE_S * attempt)

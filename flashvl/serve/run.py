@@ -1,8 +1,10 @@
 """A service on the Ray that an entry point has started."""
 
+import logging
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 import ray
@@ -15,6 +17,26 @@ from flashvl.serve.settings import ServiceConfig
 APPLICATION = "flashvl"
 
 
+@contextmanager
+def deployed(config: ServiceConfig, host: str, port: int) -> Iterator[str]:
+    """The application while it answers; yields its address, and lets it finish what it has begun.
+
+    Raises:
+        CheckpointError: the model will not do; nothing was deployed.
+    """
+    load_processor(config.model)
+    if not ray.cluster_resources().get("GPU"):
+        config = config.model_copy(update={"gpus_per_replica": 0.0})
+    # This process has nothing to tell; the service's own have their logs.
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    serve.start(http_options={"host": host, "port": port})
+    try:
+        serve.run(build_app(config), name=APPLICATION)
+        yield f"http://{host}:{port}"
+    finally:
+        serve.shutdown()
+
+
 def serve_until_stopped(
     config: ServiceConfig, host: str, port: int, on_ready: Callable[[str], None]
 ) -> None:
@@ -24,12 +46,8 @@ def serve_until_stopped(
         on_ready: is told where the service is, when it answers.
 
     Raises:
-        CheckpointError: the model will not do; nothing was deployed.
+        CheckpointError: as `deployed`.
     """
-    load_processor(config.model)
-    if not ray.cluster_resources().get("GPU"):
-        config = config.model_copy(update={"gpus_per_replica": 0.0})
-    serve.start(http_options={"host": host, "port": port})
     stopped = threading.Event()
 
     def stop(signum: int, frame: FrameType | None) -> None:
@@ -37,11 +55,10 @@ def serve_until_stopped(
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        serve.run(build_app(config), name=APPLICATION)
-        on_ready(f"{model_id(config.model)} answers at http://{host}:{port}")
-        while not stopped.wait(1.0):  # a signal is handled between two waits
-            pass
+        with deployed(config, host, port) as url:
+            on_ready(f"{model_id(config.model)} answers at {url}")
+            while not stopped.wait(1.0):  # a signal is handled between two waits
+                pass
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        serve.shutdown()

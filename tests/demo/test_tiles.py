@@ -19,12 +19,11 @@ from flashvl.demo.tiles import (
     OVERVIEW,
     PAPER,
     REPEATED,
-    describe_tiles,
     draw_tile,
     draw_tiles,
 )
 from flashvl.model.presets import build_config
-from flashvl.model.tiling import Size, Tiling
+from flashvl.model.tiling import Size, Tiling, describe_tiles
 
 TILINGS = ("static", "dynamic", "overlap", "iss")
 PURPLE = (130, 20, 200)
