@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator
 
+from grpc.aio import AioRpcError
 from ray.exceptions import RayActorError, TaskCancelledError
 from ray.serve.exceptions import (
     BackPressureError,
@@ -23,7 +24,7 @@ PAUSE_S = 0.5
 FULL_S = 0.1
 """After a refusal, others are refused here, unread: the engines' queues last longer than that, and
 to read what will be refused would slow down what is answered."""
-LOST = (RayActorError, ReplicaUnavailableError)
+LOST = (RayActorError, ReplicaUnavailableError, AioRpcError)
 
 
 def lost() -> RequestError:
@@ -35,7 +36,9 @@ class Engines:
     """The engine replicas, by Serve's handle."""
 
     def __init__(self, handle: DeploymentHandle, timeout_s: float):
-        self.streams = handle.options(stream=True)
+        # Straight to the replica by Serve's gRPC: a token by Ray's object store costs several times
+        # what the engine needs to make it.
+        self.streams = handle.options(stream=True, _by_reference=False)
         self.handle, self.timeout_s = handle, timeout_s
         self._refusal: RequestError | None = None
         self._full_until_s = 0.0
