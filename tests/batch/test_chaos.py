@@ -158,9 +158,9 @@ def test_a_cluster_that_loses_processes_loses_no_row(
     undisturbed: Callable[[int], tuple[Path, dict[int, dict[str, Any]]]],
     cluster: Cluster,
 ) -> None:
-    source, rows = undisturbed(600)
+    source, rows = undisturbed(300)
     line = command(source, tmp_path / "out", tiny_random)
-    killed = run_until_done(line, cluster, random.Random(0), max_kills=6)
+    killed = run_until_done(line, cluster, random.Random(0), max_kills=3)
     assert killed.total() >= 1
     assert rows_of(tmp_path / "out") == rows
 

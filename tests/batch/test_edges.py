@@ -97,6 +97,7 @@ def num_written(folder: Path) -> int:
     return pq.read_table(folder).num_rows
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_overwriting_on_resume_loses_what_was_done(
     ray_cluster: None, checkpointed: None, table: Path, job: CaptionJob, tmp_path: Path
@@ -110,6 +111,7 @@ def test_overwriting_on_resume_loses_what_was_done(
     assert run_caption_job(job).written == NUM_ROWS == len(rows_of(Path(job.output)))
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_changed_function_mixes_old_and_new(
     ray_cluster: None, checkpointed: None, table: Path, job: CaptionJob, tmp_path: Path

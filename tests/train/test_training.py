@@ -197,6 +197,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_worker_that_sees_only_text_keeps_step_with_one_that_sees_images(
     stage: Stage, mixed: Path, tiny_iss_random: Path
 ) -> None:
