@@ -21,7 +21,8 @@ ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # loading takes no time that one would watch
     "TOKENIZERS_PARALLELISM": "false",  # Ray is what runs in parallel
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",  # ours never blocks
-    "RAY_SERVE_PROXY_USE_GRPC": "1",  # a piece of an answer for a third of what an object costs
+    "RAY_SERVE_PROXY_USE_GRPC": "1",  # a piece of an answer for less than an object costs
+    "RAY_SERVE_LOG_TO_STDERR": "0",  # it is in files already
 }
 """Of this process and of the workers that a local Ray starts."""
 PROGRESS_LINE_S = 10.0
