@@ -9,7 +9,7 @@ import contextlib
 import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from PIL import Image
@@ -137,17 +137,8 @@ class EngineReplica:
         request = Request(messages=ask.messages, images=tiles, **ask.sampling)
         if ask.is_streamed:
             async with contextlib.aclosing(self.engine.stream(request)) as deltas:
-                held: Delta | None = None
-                is_first = True
                 async for delta in deltas:
-                    if held is not None:
-                        delta = replace(delta, text=held.text + delta.text)
-                    if is_first or held or self._may_send_each(delta):
-                        yield delta
-                        held = None
-                    else:
-                        held = delta
-                    is_first = False
+                    yield delta
         else:
             completion = await self.engine.generate(request)
             yield Delta(text=completion.text, completion=completion)
@@ -167,14 +158,6 @@ class EngineReplica:
         if num_steps == self._steps_when_checked or self.engine.engine.is_idle:
             await self.engine.generate(_health_request())
         self._steps_when_checked = self.engine.engine.num_steps
-
-    def _may_send_each(self, delta: Delta) -> bool:
-        """Else two steps' text goes out together: a message costs Ray more than a token the engine.
-
-        One step is the longest that a token is held back, and nobody's who is alone.
-        """
-        is_alone = self.engine.engine.num_running <= 1
-        return is_alone or delta.logprobs is not None or delta.completion is not None
 
     def _retry_after_s(self) -> int:
         """Until half of those that wait have been answered, at the rate of late."""
