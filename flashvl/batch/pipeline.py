@@ -28,6 +28,8 @@ BLOCKS_PER_ENGINE = 2
 """Blocks that fill an engine's slots: fewer cost Ray less, more show progress sooner."""
 CALLS_PER_ENGINE = 4
 """Blocks that an engine has at once: those that fill it, and some that wait."""
+CALLS_AHEAD = 2
+"""Blocks on their way to an engine that has all its calls."""
 
 
 def check_pool(pool: tuple[int, int]) -> None:
@@ -89,11 +91,15 @@ def captioned(
                 min_size=least,
                 max_size=most,
                 max_concurrent_calls_per_actor=CALLS_PER_ENGINE,
-                max_tasks_in_flight_per_actor=CALLS_PER_ENGINE + 2,
+                max_tasks_in_flight_per_actor=CALLS_PER_ENGINE + CALLS_AHEAD,
             ),
             num_gpus=job.gpus_per_replica if _has_gpus() and job.via_serve is None else 0,
         )
     )
+    # Another engine when blocks wait for those that are there. Ray's own threshold is more than an
+    # engine is ever sent, so that the pool would stay as small as it began.
+    scaling = rows.context.autoscaling_config
+    scaling.actor_pool_util_upscaling_threshold = 1 + CALLS_AHEAD / CALLS_PER_ENGINE / 2
     rows.context.enable_progress_bars = False
     rows.context.print_on_execution_start = False
     rows.context.raise_original_map_exception = True
