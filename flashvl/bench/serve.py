@@ -60,6 +60,7 @@ class Overload:
     """Answers to as many clients as it has slots."""
     offered_per_s: float
     answered_per_s: float
+    """Of an answer that went on after the load, the part before its end counts."""
     refused: int
     """With status 429."""
     failed: int
@@ -87,6 +88,9 @@ class _Answer:
     @property
     def largest_gap_s(self) -> float:
         return max((b - a for a, b in itertools.pairwise(self.pieces_s)), default=0.0)
+
+    def share_before(self, end_s: float) -> float:
+        return sum(piece_s <= end_s for piece_s in self.pieces_s) / len(self.pieces_s)
 
 
 Ask = Callable[[bytes], Awaitable[_Answer]]
@@ -157,10 +161,15 @@ async def measure_overload(
     *,
     times: float,
     tokens: int,
+    requests: int,
     seconds: float,
     on_progress: OnProgress,
 ) -> Overload:
-    """Requests that come at random, `times` as many as can be answered, for `seconds`."""
+    """Requests that come at random, `times` as many as can be answered, for `seconds`.
+
+    Args:
+        requests: of each client, where as many as there are slots measure the capacity.
+    """
     # Few pictures, drawn before: the client shares the machine's cores with the service.
     photos = itertools.cycle(list(itertools.islice(_photos(), 32)))
     rng = random.Random(0)
@@ -171,8 +180,8 @@ async def measure_overload(
             return _ask_service(session, url, config, jpeg, tokens)
 
         slots = config.max_num_seqs
-        await _closed_loop(ask, photos, slots, 1)
-        answers, took_s = await _closed_loop(ask, photos, slots, 4)
+        await _closed_loop(ask, photos, 1, 1)
+        answers, took_s = await _closed_loop(ask, photos, slots, requests)
         capacity = len(answers) / took_s
         tasks: list[asyncio.Task[_Answer]] = []
         memory: list[float] = []
@@ -191,12 +200,12 @@ async def measure_overload(
         all_answers = await asyncio.gather(*tasks)
         memory.append(_service_mb())
     good = [each for each in all_answers if each.status == 200]
-    within = [each for each in good if each.pieces_s[-1] <= ended_s]
+    within = sum(each.share_before(ended_s) for each in good)
     ttfts = sorted(1e3 * each.ttft_s for each in good)
     return Overload(
         capacity_per_s=capacity,
         offered_per_s=len(tasks) / seconds,
-        answered_per_s=len(within) / (ended_s - began_s),
+        answered_per_s=within / (ended_s - began_s),
         refused=sum(each.status == 429 for each in all_answers),
         failed=sum(each.status not in (200, 429) for each in all_answers),
         ttft_p50_ms=ttfts[len(ttfts) // 2],

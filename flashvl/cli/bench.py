@@ -265,6 +265,7 @@ def serve(
                             url,
                             times=times,
                             tokens=tokens,
+                            requests=requests,
                             seconds=seconds,
                             on_progress=on_progress,
                         )

@@ -21,9 +21,6 @@ ATTEMPTS = 5
 """Replicas that a request is sent to, each having died before it said anything."""
 PAUSE_S = 0.5
 """Before the next: Serve has to learn of the death."""
-FULL_S = 0.1
-"""After a refusal, others are refused here, unread: the engines' queues last longer than that, and
-to read what will be refused would slow down what is answered."""
 LOST = (RayActorError, ReplicaUnavailableError, AioRpcError)
 
 
@@ -44,9 +41,10 @@ class Engines:
         self._full_until_s = 0.0
 
     def check_room(self) -> None:
-        """
+        """Refuse unread what an engine would refuse: to read it would slow down what is answered.
+
         Raises:
-            RequestError: an engine has just refused a request, and would refuse this one.
+            RequestError: an engine has just refused a request, and has no room yet.
         """
         if self._refusal is not None and time.monotonic() < self._full_until_s:
             raise self._refusal
@@ -110,5 +108,5 @@ class Engines:
             code="rate_limit_exceeded",
             retry_after_s=refusal.retry_after_s,
         )
-        self._full_until_s = time.monotonic() + FULL_S
+        self._full_until_s = time.monotonic() + refusal.full_for_s
         return self._refusal

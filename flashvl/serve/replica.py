@@ -29,6 +29,8 @@ OFFLINE_SHARE = 0.75
 """Of the slots, that rows of offline jobs may have: an online request finds one free at once."""
 RETRY_AFTER_S = 1.0
 """At least; and longer where answers have taken longer."""
+FULL_S = 1.0
+"""At most: clients that leave make room at once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +51,8 @@ class Refusal:
     reason: Literal["overloaded", "bad_request"]
     message: str
     retry_after_s: int | None = None
+    full_for_s: float = 0.0
+    """While others would be refused too, or while none of the slots gets empty by refusing them."""
 
 
 class EngineReplica:
@@ -84,7 +88,10 @@ class EngineReplica:
                 reason="overloaded",
                 message=f"all {config.max_num_seqs} slots and {config.max_waiting} places to wait"
                 " are taken; try again later",
-                retry_after_s=self._retry_after_s(),
+                retry_after_s=math.ceil(
+                    max(self._until_free(config.max_waiting / 2), RETRY_AFTER_S)
+                ),
+                full_for_s=min(self._until_free(config.max_waiting / 4), FULL_S),
             )
             return
         began_s = time.monotonic()
@@ -159,10 +166,10 @@ class EngineReplica:
             await self.engine.generate(_health_request())
         self._steps_when_checked = self.engine.engine.num_steps
 
-    def _retry_after_s(self) -> int:
-        """Until half of those that wait have been answered, at the rate of late."""
-        waves = self.config.max_waiting / self.config.max_num_seqs / 2
-        return math.ceil(max(waves * self._seconds_per_answer, RETRY_AFTER_S))
+    def _until_free(self, places: float) -> float:
+        """Seconds until so many are free, by Little's law: requests leave at the rate
+        (requests here) / (seconds that each stays)."""
+        return places * self._seconds_per_answer / self.num_admitted
 
     def _learn_duration(self, seconds: float) -> None:
         self._seconds_per_answer += 0.1 * (seconds - self._seconds_per_answer)
