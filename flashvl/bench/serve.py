@@ -170,8 +170,9 @@ async def measure_overload(
     Args:
         requests: of each client, where as many as there are slots measure the capacity.
     """
-    # Few pictures, drawn before: the client shares the machine's cores with the service.
-    photos = itertools.cycle(list(itertools.islice(_photos(), 32)))
+    # Few pictures, drawn before: the client shares the machine's cores with the service. The engine
+    # has seen them all when its capacity is measured, as it has under the load.
+    photos = itertools.cycle(list(itertools.islice(_photos(), 2 * config.max_num_seqs)))
     rng = random.Random(0)
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector) as session:
@@ -180,7 +181,7 @@ async def measure_overload(
             return _ask_service(session, url, config, jpeg, tokens)
 
         slots = config.max_num_seqs
-        await _closed_loop(ask, photos, 1, 1)
+        await _closed_loop(ask, photos, slots, 2)
         answers, took_s = await _closed_loop(ask, photos, slots, requests)
         capacity = len(answers) / took_s
         tasks: list[asyncio.Task[_Answer]] = []

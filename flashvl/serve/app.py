@@ -54,10 +54,18 @@ def build_app(config: ServiceConfig) -> serve.Application:
             upscale_delay_s=3.0,
             downscale_delay_s=60.0,
         )
+    largest_ask = config.max_images * config.limits.max_image_bytes + config.max_body_bytes
     engines = serve.deployment(
         name=DEPLOYMENT,
         max_ongoing_requests=UNBOUNDED,
-        ray_actor_options={"num_cpus": 1, "num_gpus": config.gpus_per_replica},
+        ray_actor_options={
+            "num_cpus": 1,
+            "num_gpus": config.gpus_per_replica,
+            # Of Serve's gRPC, which would take 4 MiB; set before the replica's process starts.
+            "runtime_env": {
+                "env_vars": {"RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(largest_ask)}
+            },
+        },
         health_check_period_s=10,
         health_check_timeout_s=60,
         graceful_shutdown_timeout_s=config.request_timeout_s,

@@ -33,8 +33,8 @@ class Engines:
     """The engine replicas, by Serve's handle."""
 
     def __init__(self, handle: DeploymentHandle, timeout_s: float):
-        # Straight to the replica by Serve's gRPC: a token by Ray's object store costs several times
-        # what the engine needs to make it.
+        # By Serve's gRPC, straight to the replica: a token as an object of Ray's costs more than to
+        # make it.
         self.streams = handle.options(stream=True, _by_reference=False)
         self.handle, self.timeout_s = handle, timeout_s
         self._refusal: RequestError | None = None

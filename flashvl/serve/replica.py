@@ -52,7 +52,7 @@ class Refusal:
     message: str
     retry_after_s: int | None = None
     full_for_s: float = 0.0
-    """While others would be refused too, or while none of the slots gets empty by refusing them."""
+    """So long others may be refused unread: a part of the queue gets free, and no slot."""
 
 
 class EngineReplica:

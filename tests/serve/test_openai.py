@@ -53,6 +53,17 @@ def test_answers_as_the_engine_does(client: openai.OpenAI, engine: Engine) -> No
         assert found.usage.completion_tokens == len(expected.token_ids)
 
 
+def test_an_image_of_many_bytes_arrives_whole(client: openai.OpenAI, engine: Engine) -> None:
+    """More than the 4 MiB that a message of gRPC holds by default."""
+    picture = encode(noise(0, (1600, 1300)))
+    assert len(picture) > 5 * 2**20
+    expected = by_engine(engine, "<image>\nHi", picture, max_new_tokens=4)
+    found = client.chat.completions.create(
+        model="tiny", messages=ask("Hi", picture), max_completion_tokens=4
+    )
+    assert found.choices[0].message.content == expected.text
+
+
 def test_streams_the_same_text_in_pieces(client: openai.OpenAI, engine: Engine) -> None:
     expected = by_engine(engine, "<image>\nDescribe the image.", PICTURES[0])
     chunks = list(
