@@ -10,10 +10,10 @@ from typing import Any
 import pyarrow as pa
 from ray.actor import ActorHandle
 
+from flashvl.batch.config import CaptionJob
 from flashvl.batch.gate import enter
-from flashvl.batch.inputs import KEYS
+from flashvl.batch.inputs.source import KEYS
 from flashvl.batch.served import ServedEngine
-from flashvl.batch.settings import CaptionJob
 from flashvl.batch.tiling import FAILURE, append_columns, failure, without_kept
 from flashvl.data.features import Tiles, ask_about_image, tiles_from_bytes
 from flashvl.data.schema import CAPTIONS

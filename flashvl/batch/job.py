@@ -16,9 +16,10 @@ import pyarrow.compute as pc
 import ray
 
 from flashvl import __version__
-from flashvl.batch.files import Location, locate
+from flashvl.batch.config import CaptionJob
 from flashvl.batch.gate import Gate
-from flashvl.batch.inputs import Done, Source, find_source
+from flashvl.batch.inputs.find import find_source
+from flashvl.batch.inputs.source import Done, Source
 from flashvl.batch.lock import held
 from flashvl.batch.manifest import Fingerprint, check_same, claim, has_begun, hash_folder
 from flashvl.batch.outputs import SUMMARY, OutputFolder, Parts, check_output, remove_rows
@@ -26,10 +27,10 @@ from flashvl.batch.pipeline import captioned, check_pool
 from flashvl.batch.progress import Meter, OnProgress
 from flashvl.batch.report import build_report
 from flashvl.batch.served import check_service
-from flashvl.batch.settings import CaptionJob
 from flashvl.batch.stopping import stopped_by_sigterm
 from flashvl.config import StrictModel, pool_of
 from flashvl.data.features import ask_about_image, encode_prompt
+from flashvl.data.storage import Location, locate
 from flashvl.engine.engine import longest_conversation
 from flashvl.errors import ConfigError, FlashVLError
 from flashvl.model import FlashVLConfig

@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-from flashvl.batch.files import Location
+from flashvl.data.storage import Location
 from flashvl.errors import ConfigError
 
 logger = logging.getLogger(__name__)

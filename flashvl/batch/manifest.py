@@ -8,7 +8,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from flashvl.batch.files import Location
+from flashvl.data.storage import Location
 from flashvl.errors import ConfigError
 
 MANIFEST = "_manifest.json"

@@ -24,11 +24,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from flashvl.batch.files import UNFINISHED, Location
-from flashvl.batch.inputs import Done
+from flashvl.batch.inputs.source import Done
 from flashvl.batch.lock import LOCK
 from flashvl.batch.manifest import MANIFEST, has_begun
 from flashvl.data.schema import CAPTIONS, DEAD_LETTERS
+from flashvl.data.storage import UNFINISHED, Location
 from flashvl.errors import ConfigError, FlashVLError
 
 BYTES_PER_FILE = 64 * 2**20

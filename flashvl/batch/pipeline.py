@@ -15,8 +15,8 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayTaskError
 
 from flashvl.batch.captioner import Captioner
-from flashvl.batch.inputs import Done, Source
-from flashvl.batch.settings import CaptionJob
+from flashvl.batch.config import CaptionJob
+from flashvl.batch.inputs.source import Done, Source
 from flashvl.batch.tiling import tile_images
 from flashvl.config import pool_of
 from flashvl.errors import ConfigError, FlashVLError

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from fsspec import AbstractFileSystem
 
-from flashvl.batch.inputs import Source
+from flashvl.batch.inputs.source import Source
 from flashvl.batch.outputs import OutputFolder, written_between
 from flashvl.batch.tiling import read_image_row
 from flashvl.data.images import ImageLimits, decode_image, make_thumbnail

@@ -11,10 +11,10 @@ from typing import Any
 import pyarrow as pa
 from fsspec import AbstractFileSystem
 
-from flashvl.batch.files import Location, locate
 from flashvl.data.features import decode_tiles
 from flashvl.data.images import ImageLimits
 from flashvl.data.schema import DEAD_LETTERS
+from flashvl.data.storage import Location, locate
 from flashvl.errors import ConfigError, DataError
 from flashvl.model import FlashVLProcessor
 from flashvl.model.loading import load_processor

@@ -22,9 +22,9 @@ import ray
 import ray.data
 import torch
 
+from flashvl.batch.config import CaptionJob
 from flashvl.batch.job import run_caption_job
 from flashvl.batch.progress import Progress
-from flashvl.batch.settings import CaptionJob
 from flashvl.bench.contenders import make_photo
 from flashvl.data.features import Tiles, ask_about_image, decode_tiles
 from flashvl.data.images import decode_image

@@ -28,7 +28,7 @@ from flashvl.bench.models import RandomWeights, build_random
 from flashvl.data.features import ask_about_image, decode_tiles
 from flashvl.engine import AsyncEngine, Engine, Request
 from flashvl.model.loading import model_id
-from flashvl.serve.settings import ServiceConfig
+from flashvl.serve.config import ServiceConfig
 
 QUESTION = "Describe the image."
 WAYS = ("engine", "service")

@@ -105,8 +105,8 @@ def caption(
         name: value for name, value in locals().items() if name not in ("dry_run", "as_json")
     }
     with report_errors():
+        from flashvl.batch.config import CaptionJob
         from flashvl.batch.job import check_caption_job, run_plan
-        from flashvl.batch.settings import CaptionJob
         from flashvl.config import validate
 
         options |= {"keep": tuple(keep or ())}
@@ -197,7 +197,7 @@ def serve(
     """
     with report_errors():
         from flashvl.config import validate
-        from flashvl.serve.settings import ServiceConfig
+        from flashvl.serve.config import ServiceConfig
 
         options = {
             "model": model,

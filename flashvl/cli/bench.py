@@ -238,8 +238,8 @@ def serve(
             measure_overload,
             served_model,
         )
+        from flashvl.serve.config import ServiceConfig
         from flashvl.serve.run import deployed
-        from flashvl.serve.settings import ServiceConfig
 
         _check_writable(json_file)
         check_preset(preset, random_weights)

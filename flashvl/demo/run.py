@@ -7,12 +7,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from flashvl.batch.files import locate
+from flashvl.batch.config import CaptionJob
 from flashvl.batch.job import Summary, run_caption_job
 from flashvl.batch.manifest import has_begun
 from flashvl.batch.outputs import check_output
 from flashvl.batch.progress import OnProgress
-from flashvl.batch.settings import CaptionJob
+from flashvl.data.storage import locate
 from flashvl.demo.report import write_report
 from flashvl.demo.results import DeadLetter, Result, read_dead_letters, read_results
 from flashvl.demo.table import write_demo_table

@@ -21,6 +21,7 @@ from flashvl.model.loading import model_id
 from flashvl.model.tiling import describe_tiles
 from flashvl.serve.admission import Admission, as_response, read_api_keys
 from flashvl.serve.batches import Batch, Batches, BatchList, BatchRequest
+from flashvl.serve.config import ServiceConfig
 from flashvl.serve.dispatch import Engines, lost
 from flashvl.serve.prompts import Prompts
 from flashvl.serve.protocol import (
@@ -46,7 +47,6 @@ from flashvl.serve.protocol import (
     now,
 )
 from flashvl.serve.replica import Ask
-from flashvl.serve.settings import ServiceConfig
 
 logger = logging.getLogger("ray.serve")
 

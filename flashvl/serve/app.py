@@ -15,9 +15,9 @@ from ray.serve.handle import DeploymentHandle
 from flashvl.batch.served import DEPLOYMENT
 from flashvl.config import pool_of
 from flashvl.serve.api import make_api
+from flashvl.serve.config import ServiceConfig
 from flashvl.serve.dispatch import Engines
 from flashvl.serve.replica import EngineReplica
-from flashvl.serve.settings import ServiceConfig
 
 TARGET_SHARE = 0.75
 """Of an engine's slots in use, on average, that the autoscaler aims at: a full batch is the best

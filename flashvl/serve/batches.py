@@ -16,14 +16,14 @@ import ray
 from pydantic import BaseModel, Field, PositiveInt, StringConstraints
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from flashvl.batch.files import is_below, locate
+from flashvl.batch.config import CaptionJob
 from flashvl.batch.job import Plan, check_caption_job
 from flashvl.batch.outputs import SUMMARY, Parts
-from flashvl.batch.settings import CaptionJob
 from flashvl.config import Replicas, validate
+from flashvl.data.storage import is_below, locate
 from flashvl.errors import FlashVLError
+from flashvl.serve.config import ServiceConfig
 from flashvl.serve.protocol import Closed, RequestError
-from flashvl.serve.settings import ServiceConfig
 
 logger = logging.getLogger("ray.serve")
 

@@ -11,6 +11,7 @@ from flashvl.engine.engine import longest_conversation
 from flashvl.errors import DataError
 from flashvl.model import FlashVLConfig
 from flashvl.model.loading import load_processor, resolve_checkpoint
+from flashvl.serve.config import ServiceConfig
 from flashvl.serve.media import Fetcher, decode_data_url
 from flashvl.serve.protocol import (
     ChatCompletionRequest,
@@ -20,7 +21,6 @@ from flashvl.serve.protocol import (
     TextPart,
 )
 from flashvl.serve.replica import Ask
-from flashvl.serve.settings import ServiceConfig
 
 
 class Prompts:

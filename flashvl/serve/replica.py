@@ -20,8 +20,8 @@ from flashvl.engine import AsyncEngine, Completion, Delta, Engine, Request
 from flashvl.engine.runner import share_cores
 from flashvl.errors import DataError
 from flashvl.model.loading import Dtype, resolve_checkpoint
+from flashvl.serve.config import ServiceConfig
 from flashvl.serve.metrics import EngineMetrics, refusals
-from flashvl.serve.settings import ServiceConfig
 
 REPORT_S = 2.0
 """Between two reports of the gauges."""

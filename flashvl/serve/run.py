@@ -12,7 +12,7 @@ from ray import serve
 
 from flashvl.model.loading import load_processor, model_id
 from flashvl.serve.app import build_app
-from flashvl.serve.settings import ServiceConfig
+from flashvl.serve.config import ServiceConfig
 
 APPLICATION = "flashvl"
 

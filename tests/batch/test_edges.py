@@ -14,9 +14,9 @@ import ray
 import ray.data
 from ray.data.checkpoint import CheckpointConfig
 
+from flashvl.batch.config import CaptionJob
 from flashvl.batch.job import run_caption_job
 from flashvl.batch.progress import Progress
-from flashvl.batch.settings import CaptionJob
 from flashvl.errors import ConfigError
 from tests.batch.pictures import picture, rows_of
 

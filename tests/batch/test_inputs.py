@@ -19,12 +19,12 @@ from moto.server import ThreadedMotoServer
 from PIL import Image
 from typer.testing import CliRunner
 
-from flashvl.batch.files import locate
-from flashvl.batch.inputs import find_source
+from flashvl.batch.config import CaptionJob
+from flashvl.batch.inputs.find import find_source
 from flashvl.batch.job import check_caption_job, run_caption_job
 from flashvl.batch.lock import held
-from flashvl.batch.settings import CaptionJob
 from flashvl.cli import app
+from flashvl.data.storage import locate
 from flashvl.errors import ConfigError, FlashVLError
 from tests.batch.pictures import picture, rows_of
 

@@ -18,17 +18,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashvl.batch.captioner import CAPTIONED, Captioner
-from flashvl.batch.files import locate
+from flashvl.batch.config import CaptionJob
 from flashvl.batch.gate import Gate
-from flashvl.batch.inputs import IMAGE_SUFFIXES, ParquetFiles, find_source
+from flashvl.batch.inputs.find import find_source
+from flashvl.batch.inputs.images import IMAGE_SUFFIXES
+from flashvl.batch.inputs.parquet import ParquetFiles
 from flashvl.batch.job import Summary, run_caption_job
 from flashvl.batch.outputs import OutputFolder
 from flashvl.batch.progress import Progress
-from flashvl.batch.settings import CaptionJob
 from flashvl.batch.tiling import tile_images
 from flashvl.config import validate
 from flashvl.data.images import ImageLimits, decode_image
 from flashvl.data.schema import CAPTIONS, DEAD_LETTERS
+from flashvl.data.storage import locate
 from flashvl.engine import Engine, Request
 from flashvl.errors import CheckpointError, ConfigError
 from tests.batch.pictures import picture

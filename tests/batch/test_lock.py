@@ -12,8 +12,8 @@ import pytest
 from fsspec.implementations.arrow import ArrowFSWrapper
 
 from flashvl.batch import lock
-from flashvl.batch.files import Location, locate
 from flashvl.batch.lock import held
+from flashvl.data.storage import Location, locate
 from flashvl.errors import ConfigError
 
 FASTER = "import flashvl.batch.lock as lock; lock.RENEW_S, lock.EXPIRES_S, lock.SETTLE_S = {times};"

@@ -20,15 +20,16 @@ from typer.testing import CliRunner
 
 from flashvl.batch import job as job_module
 from flashvl.batch.captioner import CAPTIONED
-from flashvl.batch.files import locate
-from flashvl.batch.inputs import ParquetFiles, find_source
+from flashvl.batch.config import CaptionJob
+from flashvl.batch.inputs.find import find_source
+from flashvl.batch.inputs.parquet import ParquetFiles
 from flashvl.batch.job import run_caption_job
 from flashvl.batch.lock import held
 from flashvl.batch.manifest import MANIFEST
 from flashvl.batch.outputs import OutputFolder
 from flashvl.batch.progress import Progress
-from flashvl.batch.settings import CaptionJob
 from flashvl.cli import app
+from flashvl.data.storage import locate
 from flashvl.errors import ConfigError, FlashVLError
 from tests.batch.pictures import picture, rows_of
 

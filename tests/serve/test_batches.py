@@ -12,7 +12,7 @@ import requests
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashvl.batch.files import is_below
+from flashvl.data.storage import is_below
 from tests.serve.conftest import encode, noise
 
 

@@ -10,7 +10,7 @@ from ray.serve.schema import ServeDeploySchema
 from flashvl.config import load_config, pool_of
 from flashvl.errors import ConfigError
 from flashvl.serve.app import build_app
-from flashvl.serve.settings import ServiceConfig
+from flashvl.serve.config import ServiceConfig
 from tests.serve.conftest import deploying, encode, noise
 
 CONFIGS = sorted((Path(__file__).parents[2] / "serve_configs").glob("*.yaml"))

@@ -1,17 +1,11 @@
-"""What a captioning job reads, found, counted and checked before anything starts.
+"""Image tables in Parquet: their footers, and their rows a few at a time."""
 
-A source knows its rows' number from Parquet footers or from the file list, never from the pipeline,
-so that the closing audit compares two independent counts.
-"""
-
-import glob
-import hashlib
 import os
 import posixpath
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,56 +16,16 @@ import pyarrow.parquet as pq
 import ray.data
 from fsspec import AbstractFileSystem
 
-from flashvl.batch.files import Location, locate, walk
+from flashvl.batch.inputs.source import Done, hash_stats
 from flashvl.data.schema import ImageColumns, find_image_columns, is_binary
+from flashvl.data.storage import Location
 from flashvl.errors import ConfigError
-
-IMAGE_SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2")
-)
-"""Files of a folder with one of these suffixes are its images; what is in them is read later."""
 
 MAX_READ_TASKS = 512
 """Row groups are read by so many tasks at most, several in one where there are more."""
 ROWS_PER_READ = 64
 """Rows that a task holds at once, at most; fewer where they are large."""
 BYTES_PER_READ = 32 * 2**20
-
-Done = npt.NDArray[np.bool_]
-"""(rows of the input,): True where the output holds the row."""
-
-REMEDY = "name a Parquet file, a folder or glob of *.parquet, or a folder of images"
-
-KEYS = [pa.field("id", pa.string()), pa.field("row", pa.int64())]
-"""Which row it is, for people and for certain."""
-
-
-class Source(Protocol):
-    """Rows to caption."""
-
-    @property
-    def store(self) -> AbstractFileSystem:
-        """Where the paths without a scheme are that it reads."""
-
-    @property
-    def num_rows(self) -> int: ...
-
-    @property
-    def kept(self) -> pa.Schema:
-        """The columns that go through to the output."""
-
-    def describe(self) -> str:
-        """What is read, for people."""
-
-    def hash(self) -> str:
-        """Of all files' paths, sizes and times of change: nobody reads 50 million images first."""
-
-    def read(self, is_done: Done) -> ray.data.Dataset:
-        """The rows that are not done yet.
-
-        `id`; `row`, the place in the input, from 0; `image`, encoded, or the `path` of its file;
-        perhaps `prompt`; and, if any, `kept`, a struct of what goes through to the output.
-        """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,7 +71,7 @@ class ParquetFiles:
         return f"{len(self.files)} Parquet files: {', '.join(parts)}"
 
     def hash(self) -> str:
-        return _hash((file.path, file.size, file.mtime) for file in self.files)
+        return hash_stats((file.path, file.size, file.mtime) for file in self.files)
 
     def read(self, is_done: Done) -> ray.data.Dataset:
         pieces = list(self._pieces(is_done))
@@ -251,134 +205,7 @@ def _resolve(path: str, folder: str) -> bytes:
     return os.fsencode(path if "://" in path else posixpath.join(folder, path))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ImageFolder:
-    """Image files below a folder; the id is the path from there."""
-
-    folder: Location
-    files: list[str]
-    file_hash: str
-
-    @property
-    def store(self) -> AbstractFileSystem:
-        return self.folder.store
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.files)
-
-    @property
-    def kept(self) -> pa.Schema:
-        return pa.schema([])
-
-    def describe(self) -> str:
-        return f"image files below {self.folder}: id is the path from there"
-
-    def hash(self) -> str:
-        return self.file_hash
-
-    def read(self, is_done: Done) -> ray.data.Dataset:
-        rows = np.flatnonzero(~is_done)
-        # A file's name may be no valid text: the path keeps its bytes, the id is made readable.
-        names = [os.fsencode(posixpath.relpath(self.files[row], self.folder.path)) for row in rows]
-        table = pa.table(
-            {
-                "id": pa.array([name.decode(errors="replace") for name in names], pa.string()),
-                "row": pa.array(rows, pa.int64()),
-                "image": pa.nulls(len(rows), pa.large_binary()),
-                "path": [os.fsencode(self.files[row]) for row in rows],
-            }
-        )
-        return ray.data.from_arrow(table)
-
-
-def find_source(
-    text: str,
-    *,
-    image_column: str | None = None,
-    id_column: str | None = None,
-    prompt_column: str | None = None,
-    keep: Sequence[str] = (),
-    follow_paths: bool = True,
-) -> Source:
-    """The rows that `text` names: a Parquet file, a folder or glob of them, or a folder of images.
-
-    A folder with a `*.parquet` anywhere below it is a folder of Parquet; else its image files are
-    the rows. Names that begin with a dot (and, for Parquet, `_`) are left out, as everywhere.
-
-    Args:
-        follow_paths: read the files that a table's rows name, wherever they are.
-
-    Raises:
-        ConfigError: there is nothing, or not an image table.
-    """
-    location = locate(text)
-    store = location.store
-    if location.is_folder():
-        tables = [
-            (path, info)
-            for path, info in walk(location, hidden=(".", "_"))
-            if path.lower().endswith(".parquet")
-        ]
-        if not tables:
-            if image_column or id_column or prompt_column or keep:
-                raise ConfigError(
-                    f"input {text!r} is a folder of images, which has no columns; leave out"
-                    " --image-column, --id-column, --prompt-column and --keep"
-                )
-            return _find_images(location, text)
-    elif location.is_file():
-        tables = [(location.path, store.info(location.path))]
-    else:
-        matches = store.glob(location.path) if glob.has_magic(text) else []
-        tables = [(path, store.info(path)) for path in sorted(matches) if store.isfile(path)]
-        if not tables:
-            raise ConfigError(f"input {text!r} does not exist, nor does it match a file; {REMEDY}")
-    for path, _ in tables:
-        if not path.lower().endswith(".parquet"):
-            raise ConfigError(f"input {text!r}: {path} does not end in .parquet; {REMEDY}")
-    files = _read_footers(store, tables)
-    columns = find_image_columns(
-        files[0].schema,
-        source=files[0].path,
-        image=image_column,
-        id=id_column,
-        prompt=prompt_column,
-        kept=keep,
-    )
-    _check_alike(files, columns)
-    if not follow_paths and pa.types.is_string(files[0].schema.field(columns.image).type):
-        raise ConfigError(
-            f"{files[0].path}: column {columns.image!r} holds paths, which may not be followed"
-            " here; put the images' bytes into the table"
-        )
-    columns = replace(columns, follows_paths=follow_paths)
-    return ParquetFiles(store=store, files=files, columns=columns)
-
-
-def _find_images(folder: Location, text: str) -> ImageFolder:
-    files = {
-        path: info
-        for path, info in walk(folder, hidden=(".",))
-        if posixpath.splitext(path)[1].lower() in IMAGE_SUFFIXES
-    }
-    if not files:
-        known = ", ".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))
-        raise ConfigError(
-            f"input {text!r} holds no *.parquet and no image file ({known}); {REMEDY}"
-        )
-    stats = ((path, info["size"], str(info["mtime"])) for path, info in files.items())
-    return ImageFolder(folder=folder, files=list(files), file_hash=_hash(stats))
-
-
-def _hash(stats: Iterable[tuple[str, int, str]]) -> str:
-    whole = hashlib.blake2b(digest_size=16)
-    for path, size, mtime in stats:
-        whole.update(f"{path}\0{size}\0{mtime}\n".encode(errors="surrogateescape"))
-    return whole.hexdigest()
-
-
-def _read_footers(
+def read_footers(
     store: AbstractFileSystem, tables: list[tuple[str, dict[str, Any]]]
 ) -> list[ParquetFile]:
     root = posixpath.commonpath([posixpath.dirname(path) for path, _ in tables])
@@ -422,7 +249,7 @@ def _partition(path: str) -> dict[str, str | None]:
     return ds.get_partition_keys(scheme.parse(path))
 
 
-def _check_alike(files: list[ParquetFile], columns: ImageColumns) -> None:
+def check_alike(files: list[ParquetFile], columns: ImageColumns) -> None:
     """All files have the columns that are read, of one type."""
     first = files[0]
     for file in files:

@@ -1,0 +1,52 @@
+"""What every source of rows offers, whatever its files are."""
+
+import hashlib
+from collections.abc import Iterable
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import ray.data
+from fsspec import AbstractFileSystem
+
+Done = npt.NDArray[np.bool_]
+"""(rows of the input,): True where the output holds the row."""
+
+KEYS = [pa.field("id", pa.string()), pa.field("row", pa.int64())]
+"""Which row it is, for people and for certain."""
+
+
+class Source(Protocol):
+    """Rows to caption."""
+
+    @property
+    def store(self) -> AbstractFileSystem:
+        """Where the paths without a scheme are that it reads."""
+
+    @property
+    def num_rows(self) -> int: ...
+
+    @property
+    def kept(self) -> pa.Schema:
+        """The columns that go through to the output."""
+
+    def describe(self) -> str:
+        """What is read, for people."""
+
+    def hash(self) -> str:
+        """Of all files' paths, sizes and times of change: nobody reads 50 million images first."""
+
+    def read(self, is_done: Done) -> ray.data.Dataset:
+        """The rows that are not done yet.
+
+        `id`; `row`, the place in the input, from 0; `image`, encoded, or the `path` of its file;
+        perhaps `prompt`; and, if any, `kept`, a struct of what goes through to the output.
+        """
+
+
+def hash_stats(stats: Iterable[tuple[str, int, str]]) -> str:
+    whole = hashlib.blake2b(digest_size=16)
+    for path, size, mtime in stats:
+        whole.update(f"{path}\0{size}\0{mtime}\n".encode(errors="surrogateescape"))
+    return whole.hexdigest()
