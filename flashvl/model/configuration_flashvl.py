@@ -3,7 +3,6 @@
 from typing import Any, Literal
 
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
 
 from .tiling import Tiling
 
@@ -19,15 +18,15 @@ class FlashVLConfig(PreTrainedConfig):
     """
 
     model_type = "flashvl"
-    sub_configs_defaults = {
-        "vision_config": SubConfigSpec(AutoConfig, model_type="siglip_vision_model"),
-        "text_config": SubConfigSpec(AutoConfig, model_type="qwen2"),
-    }
+    # This file travels with a checkpoint, to transformers as old as 5.16 (vLLM's own). It does not
+    # know `SubConfigSpec`, by which a newer one builds sections itself.
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
 
     vision_config: Any = None
-    """The tower's own configuration; given as a dict it becomes one."""
+    """The tower's own configuration; given as a dict it becomes one, of SigLIP if it names none."""
     text_config: Any = None
-    """The language model's own configuration; given as a dict it becomes one."""
+    """The language model's own configuration; given as a dict it becomes one, of Qwen2 if it names
+    none."""
     image_token_id: int = 151655
     """Placeholder that a visual token replaces: Qwen2.5's `<|image_pad|>`."""
     tiling: dict[str, Any] | None = None
@@ -46,6 +45,19 @@ class FlashVLConfig(PreTrainedConfig):
     projector_hidden_size: int = 7168
     """Width of the adapter's hidden layers."""
     tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs):
+        self.vision_config = _build_section(self.vision_config, "siglip_vision_model")
+        self.text_config = _build_section(self.text_config, "qwen2")
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def default_config_fields(cls) -> dict[str, Any]:
+        """What is left out when a configuration is saved; transformers asks since 5.23.
+
+        Naming the sections makes it leave out what says nothing inside them, too.
+        """
+        return super().default_config_fields() | {"vision_config": {}, "text_config": {}}
 
     @property
     def tiling_rule(self) -> Tiling:
@@ -69,6 +81,13 @@ class FlashVLConfig(PreTrainedConfig):
     def projector_input_size(self) -> int:
         """Channels of a visual token behind the pixel shuffle (4608 for SigLIP2-so400m)."""
         return int(self.vision_config.hidden_size / self.downsample_ratio**2)
+
+
+def _build_section(section: dict[str, Any] | PreTrainedConfig | None, model_type: str) -> Any:
+    """A section as `config.json` has it -> its configuration; built ones are kept as they are."""
+    if isinstance(section, PreTrainedConfig):
+        return section
+    return AutoConfig.for_model(**{"model_type": model_type} | (section or {}))
 
 
 FlashVLConfig.register_for_auto_class()
