@@ -2,6 +2,24 @@
 
 from flashvl.engine.async_engine import AsyncEngine
 from flashvl.engine.engine import Engine
-from flashvl.engine.request import Completion, Delta, Request, Timing, TokenLogprobs
+from flashvl.engine.request import (
+    Completion,
+    Delta,
+    Request,
+    StructuredOutputs,
+    Timing,
+    TokenLogprobs,
+)
+from flashvl.engine.tokens import token_bytes
 
-__all__ = ["AsyncEngine", "Completion", "Delta", "Engine", "Request", "Timing", "TokenLogprobs"]
+__all__ = [
+    "AsyncEngine",
+    "Completion",
+    "Delta",
+    "Engine",
+    "Request",
+    "StructuredOutputs",
+    "Timing",
+    "TokenLogprobs",
+    "token_bytes",
+]

@@ -8,6 +8,8 @@ import threading
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
+from llguidance import LLMatcher
+
 from flashvl.data.features import Tiles, make_tiles
 from flashvl.engine.engine import Engine
 from flashvl.engine.request import Completion, Delta, Request
@@ -69,6 +71,8 @@ class AsyncEngine:
         if not isinstance(request.images, Tiles):  # cut beside the engine's thread, not in it
             tiles = await asyncio.to_thread(make_tiles, request.images, self.engine.processor)
             request = dataclasses.replace(request, images=tiles)
+        outputs = request.structured_outputs
+        grammar = outputs and await asyncio.to_thread(self.engine.grammars.compile, outputs)
         loop = asyncio.get_running_loop()
         deltas: asyncio.Queue[Delta | BaseException] = asyncio.Queue()
 
@@ -77,7 +81,7 @@ class AsyncEngine:
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(deltas.put_nowait, item)
 
-        call = _Call(request, is_streamed, deliver)
+        call = _Call(request, grammar, is_streamed, deliver)
         self._call(lambda: self._add(call))
         try:
             while True:
@@ -138,7 +142,7 @@ class AsyncEngine:
             call.deliver(self._failure)
             return
         try:
-            call.number = self.engine.add(call.request, call.is_streamed)
+            call.number = self.engine.add(call.request, call.is_streamed, call.grammar)
         except Exception as error:  # the caller's, whatever it is
             call.deliver(error)
         else:
@@ -153,6 +157,7 @@ class AsyncEngine:
 @dataclasses.dataclass(slots=True)
 class _Call:
     request: Request
+    grammar: LLMatcher | None
     is_streamed: bool
     deliver: Deliver
     number: int | None = None

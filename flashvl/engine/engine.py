@@ -13,9 +13,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from llguidance import LLMatcher
 
 from flashvl.data.features import Tiles, encode_prompt, make_tiles
 from flashvl.engine.cache import KVCache, bytes_per_token
+from flashvl.engine.grammars import Grammars
 from flashvl.engine.images import ImageFeatures
 from flashvl.engine.request import Completion, Delta, FinishReason, Request
 from flashvl.engine.runner import Runner
@@ -60,8 +62,10 @@ class Engine:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = model.to(self.device)
         self.processor = processor
-        self.end_token_id: int = processor.tokenizer.eos_token_id
+        self.end_token_ids = end_tokens(model, processor)
         config = model.config.text_config
+        self.vocab_size: int = config.vocab_size
+        self.grammars = Grammars(processor.tokenizer, self.vocab_size, self.end_token_ids)
         self.max_model_len = longest_conversation(model.config, max_model_len)
         cache_bytes = CACHE_SHARE * _free_bytes(self.device)
         tokens_that_fit = int(cache_bytes / bytes_per_token(config, model.dtype))
@@ -137,27 +141,36 @@ class Engine:
         finally:
             self.cancel(number)
 
-    def add(self, request: Request, is_streamed: bool = False) -> int:
+    def add(
+        self, request: Request, is_streamed: bool = False, grammar: LLMatcher | None = None
+    ) -> int:
         """Let a request wait for its turn; returns its number.
 
         Args:
             is_streamed: `take` is to hand out the text as it comes, not only the completion.
+            grammar: of its `structured_outputs`, fresh from `grammars.compile`; None: compiled
+                here, if it has some.
 
         Raises:
-            DataError: images and `<image>`s do not match, or it can never fit the cache.
+            DataError: images and `<image>`s do not match, it can never fit the cache, names tokens
+                that are not there, or its `structured_outputs` cannot be compiled.
         """
+        self._check_tokens(request)
         images = request.images
         tiles = images if isinstance(images, Tiles) else make_tiles(images, self.processor)
-        prompt = encode_prompt(request.messages, tiles.counts, self.processor)
+        prompt = self._encode(request, tiles)
+        if grammar is None and request.structured_outputs is not None:
+            grammar = self.grammars.compile(request.structured_outputs)
         number = next(self._ids)
         sequence = Sequence(
             id=number,
             request=request,
             prompt=prompt,
             tiles=tiles,
-            sampler=Sampler(request, prompt, self.end_token_id),
+            sampler=Sampler(request, prompt, self.end_token_ids),
             text=AnswerText(self.processor.tokenizer, request.stop),
             is_streamed=is_streamed,
+            grammar=grammar,
         )
         if sequence.max_length > self.max_model_len:
             raise DataError(
@@ -168,6 +181,39 @@ class Engine:
         self._outbox[number] = []
         self.scheduler.add(sequence)
         return number
+
+    def _check_tokens(self, request: Request) -> None:
+        """
+        Raises:
+            DataError: an id is not one of the model's tokens, or one that only an image is.
+        """
+        for name, tokens in (
+            ("prompt", () if isinstance(request.prompt, str | None) else request.prompt),
+            ("logit_bias", request.logit_bias),
+            ("stop_token_ids", request.stop_token_ids),
+        ):
+            for token in tokens:
+                if not 0 <= token < self.vocab_size:
+                    raise DataError(
+                        f"{name} must hold ids of tokens, from 0 to {self.vocab_size - 1}, not"
+                        f" {token}"
+                    )
+
+    def _encode(self, request: Request, tiles: Tiles) -> list[int]:
+        """
+        Raises:
+            DataError: a prompt without a token, or with an image's, or images that do not match.
+        """
+        if request.prompt is None:
+            return encode_prompt(request.messages, tiles.counts, self.processor)
+        is_text = isinstance(request.prompt, str)
+        tokens = self.processor.tokenizer.encode(request.prompt) if is_text else request.prompt
+        if not tokens or self.processor.image_token_id in tokens:
+            raise DataError(
+                f"prompt must hold at least one token, and no {self.processor.image_token}; show"
+                " images in messages"
+            )
+        return list(tokens)
 
     def take(self, number: int) -> list[Delta]:
         """What is new of a request since the last call; behind its completion, nothing ever."""
@@ -258,10 +304,11 @@ class Engine:
 
     def _append(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
         """Choose each one's next token; the finished ones leave."""
-        likeliest = logits.argmax(-1).tolist()
-        for sequence, row, token in zip(sequences, logits, likeliest, strict=True):
+        choices = self._admit(sequences, logits)
+        likeliest: list[int | None] = choices.argmax(-1).tolist()
+        for sequence, row, choice, token in zip(sequences, logits, choices, likeliest, strict=True):
             if not sequence.sampler.is_plain:
-                token = sequence.sampler.choose(row, len(sequence.token_ids))
+                token = sequence.sampler.choose(choice, len(sequence.token_ids))
             num_before = len(sequence.logprobs)
             sequence.finish_reason = self._take_token(sequence, token, row)
             logprobs = sequence.logprobs[-1] if len(sequence.logprobs) > num_before else None
@@ -278,19 +325,47 @@ class Engine:
                 text = sequence.text.take(sequence.token_ids)
                 self._outbox[sequence.id].append(Delta(text=text, logprobs=logprobs))
 
+    def _admit(self, sequences: list[Sequence], logits: torch.Tensor) -> torch.Tensor:
+        """(rows, vocabulary) logits, -inf where a sequence's grammar admits no such token."""
+        places = [place for place, each in enumerate(sequences) if each.grammar is not None]
+        if not places:
+            return logits
+        masks = [each.grammar.compute_bitmask() for each in sequences if each.grammar is not None]
+        bits = np.frombuffer(b"".join(masks), np.uint8).reshape(len(places), -1)
+        is_out = np.unpackbits(bits, 1, self.vocab_size, bitorder="little") == 0
+        choices = logits.clone()
+        choices[places] = logits[places].masked_fill(
+            torch.from_numpy(is_out).to(logits.device), -torch.inf
+        )
+        return choices
+
     def _take_token(
-        self, sequence: Sequence, token: int, logits: torch.Tensor
+        self, sequence: Sequence, token: int | None, logits: torch.Tensor
     ) -> FinishReason | None:
         """Add a token to the answer; returns why that ends it, if it does."""
         request = sequence.request
-        if token == self.end_token_id and not request.ignore_eos:
+        if token is None or token in request.stop_token_ids:
+            return "stop"
+        if token in self.end_token_ids and not request.ignore_eos:
             return "stop"
         sequence.token_ids.append(token)
         if request.logprobs is not None:
             sequence.logprobs.append(token_logprobs(logits, token, request.logprobs))
         if (request.stop or sequence.is_streamed) and sequence.text.add(sequence.token_ids):
             return "stop"
+        if sequence.grammar is not None:
+            sequence.grammar.consume_token(token)
+            if sequence.grammar.is_stopped():
+                return "stop"
         return "length" if len(sequence.token_ids) == request.max_new_tokens else None
+
+
+def end_tokens(model: FlashVLForConditionalGeneration, processor: FlashVLProcessor) -> list[int]:
+    """Those that end an answer, by the model's `generation_config`, or else its tokenizer."""
+    tokens = model.generation_config.eos_token_id
+    if tokens is None:
+        tokens = processor.tokenizer.eos_token_id
+    return [tokens] if isinstance(tokens, int) else list(tokens)
 
 
 def longest_conversation(config: FlashVLConfig, max_model_len: int = MAX_LENGTH) -> int:

@@ -1,7 +1,7 @@
 """What goes into the engine and what comes out."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from PIL import Image
@@ -13,12 +13,47 @@ FinishReason = Literal["stop", "length"]
 """The model ended its answer (or said a stop string), or `max_new_tokens` did."""
 
 
+MAX_LOGIT_BIAS = 100.0
+MAX_PENALTY = 2.0
+"""OpenAI's bounds."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StructuredOutputs:
+    """What an answer must look like, in exactly one way; the names are vLLM's."""
+
+    json: str | None = None
+    """A JSON schema, as text. The answer is written as `json.dumps` would write it."""
+    json_object: bool = False
+    """Any JSON object, written likewise."""
+    regex: str | None = None
+    """The whole answer matches it; syntax of Rust's `regex`, without lookaround."""
+    choice: Sequence[str] | None = None
+    """The answer is one of these."""
+    grammar: str | None = None
+    """A context-free grammar, in Lark's syntax or in GBNF."""
+
+    def __post_init__(self) -> None:
+        names = [each.name for each in fields(self)]
+        given = [name for name in names if getattr(self, name) not in (None, False)]
+        if len(given) != 1:
+            raise DataError(
+                "structured_outputs must have exactly one of json, json_object, regex, choice and"
+                f" grammar, not {' and '.join(given) or 'none'}"
+            )
+        if self.choice is not None and not self.choice:
+            raise DataError("structured_outputs.choice must hold at least one text, not none")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
     """One conversation to continue; the sampling parameters have vLLM's names and meanings."""
 
-    messages: Sequence[Message]
+    messages: Sequence[Message] = ()
     """`role` and `content`; an `<image>` in a content stands for the next image."""
+    prompt: str | Sequence[int] | None = None
+    """In place of `messages`: a text or token ids to go on with as they are, without a chat
+    template. Control tokens in the text are control tokens; there are no images."""
     images: Sequence[Image.Image] | Tiles = field(default=())
     """RGB images, or the tiles that `features.make_tiles` made of them."""
     max_new_tokens: int = 128
@@ -32,12 +67,26 @@ class Request:
     """Only the likeliest tokens that together have this probability may be sampled."""
     repetition_penalty: float = 1.0
     """Logits of tokens that stood before are divided by it, or multiplied if negative."""
+    min_p: float = 0.0
+    """Only tokens at least so many times as likely as the likeliest may be sampled."""
+    presence_penalty: float = 0.0
+    """Taken from the logits of tokens that the answer holds already."""
+    frequency_penalty: float = 0.0
+    """Taken from the logits of tokens once for every time that the answer holds them already."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to the logits of these tokens."""
     seed: int = 0
     """Of this request's own random numbers: the same answer whoever shares its batch."""
     stop: Sequence[str] = ()
-    """The answer ends before the first of these."""
+    """The answer ends before the one of these that is complete first; of several that are complete
+    with the same character, the longest."""
+    stop_token_ids: Sequence[int] = ()
+    """The answer ends before any of these tokens, whatever `ignore_eos` says."""
     ignore_eos: bool = False
     """Go on behind the end token, up to `max_new_tokens`."""
+    structured_outputs: StructuredOutputs | None = None
+    """The answer ends where nothing can follow, whatever `min_new_tokens` and `ignore_eos` say; one
+    that `max_new_tokens` or `stop` ends before may be incomplete."""
     logprobs: int | None = None
     """Of every new token report its log-probability, and those of so many likeliest ones."""
 
@@ -58,16 +107,33 @@ class Request:
                 1e-3 <= self.repetition_penalty <= 1e3,
                 "between 0.001 and 1000",
             ),
+            ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
+            ("presence_penalty", abs(self.presence_penalty) <= MAX_PENALTY, "between -2 and 2"),
+            ("frequency_penalty", abs(self.frequency_penalty) <= MAX_PENALTY, "between -2 and 2"),
+            (
+                "logit_bias",
+                all(abs(bias) <= MAX_LOGIT_BIAS for bias in self.logit_bias.values()),
+                "token ids with biases between -100 and 100",
+            ),
             ("logprobs", self.logprobs is None or self.logprobs >= 0, "at least 0, or None"),
             ("stop", all(self.stop), "without empty strings"),
         ):
             if not holds:
                 raise DataError(f"{name} ({getattr(self, name)}) must be {rule}")
+        if self.prompt is not None and (self.messages or self.num_images):
+            raise DataError("prompt must stand alone; leave out messages and images, or prompt")
+
+    @property
+    def num_images(self) -> int:
+        return len(self.images.counts if isinstance(self.images, Tiles) else self.images)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenLogprobs:
-    """Log-probabilities at one place of an answer, by the model's own distribution."""
+    """Log-probabilities at one place of an answer, by the model's own distribution.
+
+    That is before anything which a request asks for; an image's placeholder has no part in it.
+    """
 
     token_id: int
     """That was chosen."""

@@ -119,7 +119,10 @@ class Runner:
             use_cache=False,
             place=place,
         )
-        return self.model.lm_head(outputs.last_hidden_state[:, -1])
+        logits = self.model.lm_head(outputs.last_hidden_state[:, -1])
+        # An image's placeholder stands for what only a user can show.
+        logits[:, self.processor.image_token_id] = -torch.inf
+        return logits
 
 
 def share_cores(engines_per_node: int) -> None:

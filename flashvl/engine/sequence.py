@@ -5,6 +5,7 @@ from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 
 import torch
+from llguidance import LLMatcher
 from transformers import PreTrainedTokenizerBase
 
 from flashvl.data.features import Tiles
@@ -23,6 +24,8 @@ class Sequence:
     sampler: Sampler
     text: "AnswerText"
     is_streamed: bool
+    grammar: LLMatcher | None = None
+    """What may follow, by `structured_outputs`."""
     embeddings: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     """Of the prompt, from its admission until it is in the cache."""
     token_ids: list[int] = field(default_factory=list)

@@ -64,7 +64,7 @@ def make_sequence(number: int, prompt_tokens: int, max_new_tokens: int) -> Seque
         request=request,
         prompt=prompt,
         tiles=Tiles(torch.zeros(0).numpy(), ()),
-        sampler=Sampler(request, prompt, 0),
+        sampler=Sampler(request, prompt, [0]),
         text=AnswerText(None, ()),  # type: ignore[arg-type]
         is_streamed=False,
     )

@@ -181,7 +181,7 @@ def test_top_k_and_top_p_admit_what_their_definitions_say(
     logits: list[float], top_k: int, top_p: float
 ) -> None:
     request = Request(messages=[], temperature=1.0, top_k=top_k, top_p=top_p)
-    kept = Sampler(request, [], 0)._truncate(torch.tensor(logits)).isfinite().tolist()
+    kept = Sampler(request, [], [0])._truncate(torch.tensor(logits)).isfinite().tolist()
     order = sorted(range(len(logits)), key=lambda token: -logits[token])
     least = logits[order[min(top_k or len(order), len(order)) - 1]]
     admitted = [token for token in order if logits[token] >= least]
@@ -201,7 +201,7 @@ def test_top_k_and_top_p_admit_what_their_definitions_say(
 
 def test_repetition_penalty_is_the_librarys() -> None:
     prompt, logits = [1, 4, 4], torch.tensor([0.5, 1.0, -1.0, 2.0, -3.0])
-    sampler = Sampler(Request(messages=[], repetition_penalty=3.0), prompt, 0)
+    sampler = Sampler(Request(messages=[], repetition_penalty=3.0), prompt, [0])
     processors = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(3.0)])
     expected = processors(torch.tensor([prompt]), logits[None]).argmax().item()
     assert sampler.choose(logits, 0) == expected == 3
@@ -273,7 +273,9 @@ def test_logprobs_are_the_models(subject: Subject) -> None:
     )["input_ids"]  # fmt: skip
     with torch.no_grad():
         whole = torch.cat([inputs, torch.tensor([completion.token_ids])], 1)
-        expected = subject.model(input_ids=whole).logits[0, inputs.shape[1] - 1 :].log_softmax(-1)
+        logits = subject.model(input_ids=whole).logits[0, inputs.shape[1] - 1 :]
+    logits[:, subject.processor.image_token_id] = -torch.inf
+    expected = logits.log_softmax(-1)
     for place, (token, found) in enumerate(
         zip(completion.token_ids, completion.logprobs, strict=True)
     ):

@@ -114,7 +114,7 @@ def test_text_only_requests_need_no_image(engine: Engine) -> None:
     alone = [engine.generate([ask(text)])[0] for text in ("Who are you?", "Describe the image.")]
     assert together == alone
     answer, _ = generate_by_hand(engine, ask("Who are you?"))
-    assert together[0].token_ids == [token for token in answer if token != engine.end_token_id]
+    assert together[0].token_ids == [token for token in answer if token not in engine.end_token_ids]
 
 
 def test_tiles_instead_of_images_give_the_same(engine: Engine) -> None:
@@ -178,7 +178,7 @@ def test_an_answer_that_ends_at_the_end_token_stops_there(engine: Engine) -> Non
         if place >= 2 and token not in free[0][:place] and token not in free[1]
     )
     stopping = Engine(engine.model, engine.processor)
-    stopping.end_token_id = end
+    stopping.end_token_ids = [end]
     stopped, full = stopping.generate(asked)
     assert stopped.token_ids == free[0][:place]
     assert stopped.finish_reason == "stop"
