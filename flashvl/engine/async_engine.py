@@ -71,8 +71,9 @@ class AsyncEngine:
         if not isinstance(request.images, Tiles):  # cut beside the engine's thread, not in it
             tiles = await asyncio.to_thread(make_tiles, request.images, self.engine.processor)
             request = dataclasses.replace(request, images=tiles)
-        outputs = request.structured_outputs
-        grammar = outputs and await asyncio.to_thread(self.engine.grammars.compile, outputs)
+        grammar = None
+        if (outputs := request.structured_outputs) is not None:
+            grammar = await asyncio.to_thread(self.engine.grammars.compile, outputs)
         loop = asyncio.get_running_loop()
         deltas: asyncio.Queue[Delta | BaseException] = asyncio.Queue()
 
