@@ -13,13 +13,9 @@ from flashvl.model import FlashVLConfig
 from flashvl.model.loading import load_processor, resolve_checkpoint
 from flashvl.serve.config import ServiceConfig
 from flashvl.serve.media import Fetcher, decode_data_url
-from flashvl.serve.protocol import (
-    ChatCompletionRequest,
-    ChatMessage,
-    ImagePart,
-    RequestError,
-    TextPart,
-)
+from flashvl.serve.protocol.chat import ChatCompletionRequest
+from flashvl.serve.protocol.errors import RequestError
+from flashvl.serve.protocol.messages import ChatMessage, ImagePart, TextPart
 from flashvl.serve.replica import Ask
 
 

@@ -1,0 +1,40 @@
+"""What a client is told in place of an answer."""
+
+from pydantic import BaseModel
+
+
+class APIError(BaseModel):
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorResponse(BaseModel):
+    error: APIError
+
+
+class RequestError(Exception):
+    """Whatever a client is told in place of an answer."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: int | None = None,
+    ):
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.retry_after_s = retry_after_s
+
+    @property
+    def body(self) -> ErrorResponse:
+        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(
+            self.status, "invalid_request_error" if self.status < 500 else "server_error"
+        )
+        return ErrorResponse(
+            error=APIError(message=self.message, type=kind, param=self.param, code=self.code)
+        )
