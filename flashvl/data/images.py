@@ -9,15 +9,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import numpy as np
-import numpy.typing as npt
-from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from pydantic import Field, PositiveInt
 
 from flashvl.config import StrictModel
 from flashvl.errors import ConfigError, DataError
+from flashvl.model.rgb import orientation_of, to_rgb
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000")
 """What is read. Each has a signature, runs no other program (EPS does), and gives its size before
@@ -45,8 +44,6 @@ class ImageLimits(StrictModel):
 
 
 DEFAULT_LIMITS = ImageLimits()
-
-GREY_16_TO_8 = np.rint(np.arange(65536) / 257).astype(np.uint8)
 
 
 def decode_image(data: bytes | None, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
@@ -81,10 +78,7 @@ def decode_reduced(
     """
     with _opened(data, limits) as image:
         size = _reduce_jpeg(image, least_size) if image.format == "JPEG" else None
-        # Loads first, as a PNG may have its EXIF after the pixels.
-        ImageOps.exif_transpose(image, in_place=True)
-        rgb = _to_rgb(image)
-    rgb.info.clear()  # else EXIF, XMP and profiles travel with every pickled copy
+        rgb = to_rgb(image)
     return rgb, size or rgb.size
 
 
@@ -181,7 +175,7 @@ def _reduce_jpeg(image: Image.Image, least_size: Callable[[Size], Size]) -> Size
 
 
 def _lies_on_its_side(image: Image.Image) -> bool:
-    return image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    return orientation_of(image) in (5, 6, 7, 8)
 
 
 def _check_size(width: int, height: int, limits: ImageLimits) -> None:
@@ -201,50 +195,6 @@ def _check_size(width: int, height: int, limits: ImageLimits) -> None:
             f"{size}, shorter than min_image_side={limits.min_image_side}; "
             "leave it out or lower the limit"
         )
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return _grey_to_8bit(image).convert("RGB")
-    if image.mode == "LAB":  # Image.convert cannot
-        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
-        assert converted is not None  # it is None only when done in place
-        return converted
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        canvas = Image.new("RGB", image.size, "white")
-        canvas.paste(rgba, mask=rgba)
-        return canvas
-    return image.convert("RGB")
-
-
-def _grey_to_8bit(image: Image.Image) -> Image.Image:
-    """Scale grey of more than 8 bits, where `Image.convert` would clip it to 255."""
-    values: npt.NDArray[Any] = np.asarray(image)
-    if image.mode in ("I", "F"):
-        return Image.fromarray(_scale(values))
-    grey = GREY_16_TO_8[values]
-    if "transparency" in image.info:  # a PNG's one grey that means transparent
-        grey[values == image.info["transparency"]] = 255
-    return Image.fromarray(grey)
-
-
-def _scale(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """int32 or float32 grey -> 8 bits, although no file format says where its white is.
-
-    White is the least of 1, 255 and 65535 that no value exceeds; where a value is negative or
-    greater, all are stretched from the least to the greatest. NaN is black.
-    """
-    finite = values[np.isfinite(values)]
-    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
-    black, white = low, high
-    if low >= 0 and high <= 65535:
-        black, white = 0.0, next(nominal for nominal in (1.0, 255.0, 65535.0) if high <= nominal)
-    # float64 holds the difference of any two float32
-    scaled = np.nan_to_num(values.astype(np.float64), nan=black, posinf=white, neginf=black)
-    scaled = (scaled - black) * (255 / ((white - black) or 1))
-    return np.rint(scaled).astype(np.uint8)
 
 
 def _one_line(error: BaseException) -> str:

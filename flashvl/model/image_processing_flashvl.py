@@ -1,9 +1,10 @@
-"""Image processor of Flash-VL: RGB image -> tiles -> `pixel_values`, without torchvision.
+"""Image processor of Flash-VL: image -> tiles -> `pixel_values`, without torchvision.
 
 Pixels stay uint8 until they are scaled: `cut_tiles` is all that a CPU has to do for each image, and
 the scaling can wait until the tiles are on the accelerator.
 """
 
+import os
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from transformers.image_transforms import to_pil_image
 from transformers.image_utils import ChannelDimension, PILImageResampling
 from transformers.processing_utils import ImagesKwargs
 
+from .rgb import to_rgb
 from .tiling import Size, Tiling
 
 
@@ -30,6 +32,13 @@ class FlashVLImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
 
 class FlashVLImageProcessor(PilBackend):
     """Cut into tiles, scale to [0, 1], normalise; SigLIP2's settings unless others are given.
+
+    A PIL image of any mode, and a file that is named by its path, become RGB by `to_rgb`, as the
+    engine does it: turned upright, transparency on white, grey of more than 8 bits scaled to 8. Of
+    others the library makes RGB before they come here. A URL, base64 text, and whatever
+    `pipeline(images=...)` is given as text it turns upright, but drops their transparency and clips
+    their 16 bits at 255. An array or a tensor has no orientation and no palette; its fourth channel
+    is laid on white.
 
     Returns `pixel_values`, (tiles of all images, 3, height, width); `image_grid_thw`, (images, 3),
     whose rows are (tiles of the image, 1, 1), for whoever splits `pixel_values` by image; and
@@ -78,10 +87,16 @@ class FlashVLImageProcessor(PilBackend):
         width, height = self.tiling_rule.needed_size(size)
         return round(width * self.reducing_gap), round(height * self.reducing_gap)
 
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
+        """As the library's, but files come as they are: `process_image` makes them RGB."""
+        if isinstance(image_url_or_urls, str) and os.path.isfile(image_url_or_urls):
+            return Image.open(image_url_or_urls)
+        return super().fetch_images(image_url_or_urls)
+
     def process_image(self, image: Any, **kwargs) -> Image.Image:
         """Whatever the library takes for an image -> RGB image, transparent parts white."""
-        if isinstance(image, Image.Image) and image.mode == "RGB":
-            return image
+        if isinstance(image, Image.Image):
+            return to_rgb(image)
         channels_first = super().process_image(image, **kwargs)
         return to_pil_image(channels_first, input_data_format=ChannelDimension.FIRST)
 

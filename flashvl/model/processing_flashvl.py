@@ -37,6 +37,9 @@ class FlashVLProcessor(ProcessorMixin):
     between, as vLLM needs it, unless `tile_wrappers` is set. The text is expanded by the base
     class, which calls `replace_image_token` for every image, and so can report the replacement
     offsets that vLLM's Transformers backend asks for.
+
+    Batches are padded on the left, where a prompt does not end, and `tokenizer` is set to it: what
+    it says itself goes before what a processor says, and `pipeline` asks nobody else.
     """
 
     text_kwargs = {"padding": False, "padding_side": "left"}
@@ -66,6 +69,8 @@ class FlashVLProcessor(ProcessorMixin):
         self.image_token = image_token
         self.tile_wrappers = tile_wrappers
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        tokenizer.padding_side = "left"
+        tokenizer.init_kwargs["padding_side"] = "left"  # what is saved of it
 
     @property
     def unused_input_names(self) -> list[str]:

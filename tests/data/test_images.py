@@ -331,7 +331,7 @@ def test_running_out_of_memory_is_not_the_image_s_fault(monkeypatch: pytest.Monk
     def exhausted(image: Image.Image) -> Image.Image:
         raise MemoryError
 
-    monkeypatch.setattr(images, "_to_rgb", exhausted)
+    monkeypatch.setattr(images, "to_rgb", exhausted)
     with pytest.raises(MemoryError):
         decode_image(encode(flat("RGB", RED)))
 
