@@ -6,13 +6,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from flashvl.data.features import Message, encode_prompt
+from flashvl.data.fetching import Fetcher
 from flashvl.data.images import read_header
 from flashvl.engine.engine import longest_conversation
 from flashvl.errors import DataError
 from flashvl.model import FlashVLConfig
 from flashvl.model.loading import load_processor, resolve_checkpoint
 from flashvl.serve.config import ServiceConfig
-from flashvl.serve.media import Fetcher, decode_data_url
+from flashvl.serve.media import decode_data_url
 from flashvl.serve.protocol.chat import ChatCompletionRequest
 from flashvl.serve.protocol.errors import RequestError
 from flashvl.serve.protocol.messages import ChatMessage, ImagePart, TextPart
@@ -32,7 +33,7 @@ class Prompts:
         self.max_model_len = longest_conversation(
             FlashVLConfig.from_pretrained(resolve_checkpoint(config.model))
         )
-        self.fetcher = Fetcher(config.media_hosts)
+        self.fetcher = Fetcher(config.media_hosts, remedy="send the image as a data URL")
         # One thread, beside the event loop: a tokenizer is not made for several.
         self._thread = ThreadPoolExecutor(1, "flashvl-prompts")
 
