@@ -1,5 +1,6 @@
 """The architecture holds: floors, light imports, and pinned dependencies."""
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -32,6 +33,23 @@ def test_imports_keep_to_the_floors() -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 kept, 0 broken" in done.stdout
+
+
+def test_contributing_names_the_floors_that_the_linter_holds() -> None:
+    linter = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    layers = [
+        {part for part in re.findall(r"\w+", layer) if part != "__main__"}
+        for layer in linter["contracts"][0]["layers"]
+    ]
+    floors = [layer for layer in layers if layer]
+    # What starts a command shares the top floor of the table, and a linter's layer each.
+    floors = [floors[0] | floors[1], *floors[2:-2], floors[-2] | floors[-1]]
+    table = re.findall(
+        r"^\| (\d) \| (.*?) \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE
+    )
+    named = [set(re.findall(r"`(\w+)`", parts)) for _, parts in table]
+    assert named == floors
+    assert [int(number) for number, _ in table] == list(range(len(floors), 0, -1))
 
 
 def test_command_line_starts_without_the_heavy_libraries() -> None:

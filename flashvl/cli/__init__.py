@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from flashvl import __version__
 from flashvl.cli.bench import bench_app
 from flashvl.cli.options import (
     DtypeOption,
@@ -34,6 +35,23 @@ app = typer.Typer(
 eval_app = typer.Typer(no_args_is_help=True, help="Measure how good a model is.")
 app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"flashvl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def flashvl(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and end."
+        ),
+    ] = False,
+) -> None: ...
 
 
 @app.command()
