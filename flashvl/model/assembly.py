@@ -24,10 +24,9 @@ from transformers.utils import logging
 from flashvl.errors import CheckpointError, ConfigError
 from flashvl.model.chat_formats import CHAT_FORMATS
 from flashvl.model.configuration_flashvl import FlashVLConfig
+from flashvl.model.end_tokens import build_generation_config
 from flashvl.model.image_processing_flashvl import FlashVLImageProcessor
-from flashvl.model.modeling_flashvl import (
-    FlashVLMultiModalProjector,
-)
+from flashvl.model.modeling_flashvl import FlashVLMultiModalProjector
 from flashvl.model.processing_flashvl import FlashVLProcessor
 from flashvl.model.tiling import TilingMode
 from flashvl.model.weights import (
@@ -105,6 +104,7 @@ def assemble(
     for name, weight in llm_weights.items():
         weights[name.replace("model.", "model.language_model.", 1)] = weight
     processor = build_processor(config, tokenizer, read_pixels(vision, vision_config))
+    model.generation_config = build_generation_config(config, tokenizer, llm)
     save_model(model, weights, processor, output)
 
 

@@ -9,6 +9,7 @@ from transformers import AutoProcessor
 
 from flashvl.errors import CheckpointError
 from flashvl.model.configuration_flashvl import FlashVLConfig
+from flashvl.model.end_tokens import end_at, find_end_token
 from flashvl.model.modeling_flashvl import FlashVLForConditionalGeneration
 from flashvl.model.processing_flashvl import FlashVLProcessor
 from flashvl.model.released import OWNER, fetch_folder, import_once, is_released
@@ -81,6 +82,8 @@ def load_model(
 ) -> FlashVLForConditionalGeneration:
     """The model, in evaluation mode on the CPU; every weight comes from the folder.
 
+    Its `generation_config` has the chat template's end token first, whoever wrote the folder.
+
     Raises:
         CheckpointError: see `resolve_checkpoint`; or a weight is missing, unknown or misshapen.
     """
@@ -97,6 +100,10 @@ def load_model(
             raise CheckpointError(
                 f"{folder}: {problem.replace('_keys', '')} weight {name}; save the folder anew"
             )
+    end_token = find_end_token(folder, loaded.config.text_config.model_type)
+    if end_token is not None:
+        ends = loaded.generation_config.eos_token_id
+        loaded.generation_config.eos_token_id = end_at(end_token, ends)
     return loaded.eval()
 
 

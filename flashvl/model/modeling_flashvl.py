@@ -7,13 +7,22 @@ PEFT, TRL, `pipeline("image-text-to-text")` and vLLM's Transformers backend find
 Dimensions: N tiles of all images, S patches a side, C tower channels, L text length, D LLM width.
 """
 
+import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoModel,
+    Cache,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    PreTrainedModel,
+    SuppressTokensLogitsProcessor,
+)
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     BaseModelOutputWithPooling,
@@ -21,6 +30,7 @@ from transformers.modeling_outputs import (
 )
 
 from .configuration_flashvl import FlashVLConfig
+from .saving import share_mode
 
 
 def pixel_shuffle(
@@ -89,6 +99,11 @@ class FlashVLPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args, **kwargs) -> None:
+        """As the library's; the umask says who may read it."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        share_mode(save_directory, "config.json")
 
 
 class FlashVLModel(FlashVLPreTrainedModel):
@@ -233,6 +248,15 @@ def _flatten_features(features: torch.Tensor | Sequence[torch.Tensor]) -> torch.
     return torch.cat([part.flatten(0, -2) for part in features])
 
 
+class ImageTokenSuppressor(SuppressTokensLogitsProcessor):
+    """Keeps the image's own placeholder from being chosen.
+
+    A type of its own, for a caller's processor replaces the library's of the same type.
+    """
+
+    supports_continuous_batching = True
+
+
 class FlashVLForConditionalGeneration(FlashVLPreTrainedModel, GenerationMixin):
     """Flash-VL with its head: answers about images, `AutoModelForImageTextToText`."""
 
@@ -249,6 +273,28 @@ class FlashVLForConditionalGeneration(FlashVLPreTrainedModel, GenerationMixin):
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
+
+    def _get_logits_processor(
+        self,
+        generation_config: GenerationConfig,
+        *args,
+        logits_processor: LogitsProcessorList | None = None,
+        device: str | torch.device | None = None,
+        **kwargs,
+    ) -> LogitsProcessorList:
+        """As the library's, with `ImageTokenSuppressor`.
+
+        Here every way to generate passes; what `self.generation_config` suppresses, a caller's own
+        would forget.
+        """
+        suppressor = ImageTokenSuppressor([self.config.image_token_id], device=device)
+        return super()._get_logits_processor(
+            generation_config,
+            *args,
+            logits_processor=LogitsProcessorList([*(logits_processor or []), suppressor]),
+            device=device,
+            **kwargs,
+        )
 
     def get_image_features(
         self,

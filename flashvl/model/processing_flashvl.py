@@ -1,7 +1,11 @@
 """Processor of Flash-VL: messages and images -> `input_ids`, `attention_mask`, `pixel_values`."""
 
+import os
+
 from transformers import ProcessorMixin
 from transformers.processing_utils import MultiModalData
+
+from .saving import share_mode
 
 # As Qwen2.5 and the published checkpoints; a system message is put first where none is given.
 CHAT_TEMPLATE = (
@@ -42,7 +46,7 @@ class FlashVLProcessor(ProcessorMixin):
     it says itself goes before what a processor says, and `pipeline` asks nobody else.
     """
 
-    text_kwargs = {"padding": False, "padding_side": "left"}
+    text_kwargs = {"padding": False}
 
     def __init__(
         self,
@@ -71,6 +75,12 @@ class FlashVLProcessor(ProcessorMixin):
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         tokenizer.padding_side = "left"
         tokenizer.init_kwargs["padding_side"] = "left"  # what is saved of it
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs) -> list[str]:
+        """As the library's; the umask says who may read it."""
+        saved = super().save_pretrained(save_directory, **kwargs)
+        share_mode(save_directory, "processor_config.json")
+        return saved
 
     @property
     def unused_input_names(self) -> list[str]:

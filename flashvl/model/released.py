@@ -26,6 +26,7 @@ from flashvl.model.assembly import (
     tower_config,
 )
 from flashvl.model.configuration_flashvl import FlashVLConfig
+from flashvl.model.end_tokens import build_generation_config
 from flashvl.model.tiling import TilingMode
 from flashvl.model.weights import (
     apple_name,
@@ -42,6 +43,8 @@ OWNER = "FlashVL/"
 """Of the published repositories on the hub."""
 IMPORTED = Path.home() / ".cache" / "flashvl" / "imported"
 """Imports of folders and repositories that were named as models."""
+IMPORT_VERSION = 2
+"""Of what an import writes; raise it where an older import will no longer do."""
 ADAPTER_NAMES = {
     "layer_norm": "adp.p0.0",
     "linear_1": "adp.p0.1",
@@ -101,6 +104,7 @@ def import_released(source: Path, output: Path) -> None:
         return f"llm.model.{rest}" if part == "language_model" else f"llm.{name}"
 
     model = build_empty(config)
+    model.generation_config = build_generation_config(config, tokenizer, source)
     wanted = model.state_dict()
     if config.tie_word_embeddings:
         del wanted["lm_head.weight"]
@@ -114,7 +118,7 @@ def import_once(source: Path) -> Path:
         ConfigError, CheckpointError: as `import_released`.
     """
     source = source.resolve()
-    digest = hashlib.sha256(str(source).encode())
+    digest = hashlib.sha256(f"{IMPORT_VERSION} {source}".encode())
     for path in sorted(source.glob("*.json")) + sorted(source.glob("*.safetensors")):
         stat = path.stat()
         digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())

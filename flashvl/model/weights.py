@@ -5,7 +5,7 @@ read_weights -> rename_weights -> save_model
 
 import json
 import shutil
-import tempfile
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -158,14 +158,14 @@ def _new_folder(output: Path) -> Iterator[Path]:
     """A folder to write in that becomes `output` at the end, whole or not at all."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+        partial = output.parent / f".{output.name}-{uuid.uuid4().hex[:8]}"
+        partial.mkdir()  # not tempfile's, which are the owner's alone
     except OSError as error:
         raise ConfigError(
             f"{output} cannot be written: {error.strerror}; name another folder"
         ) from None
     try:
         yield partial
-        partial.chmod(0o755)  # mkdtemp's is the owner's alone
         try:
             partial.rename(output)
         except OSError:
@@ -183,7 +183,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is no readable JSON object; download the folder anew")

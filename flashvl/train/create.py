@@ -10,6 +10,7 @@ from flashvl.data.tokenizer import train_tokenizer
 from flashvl.errors import ConfigError
 from flashvl.model import FlashVLForConditionalGeneration
 from flashvl.model.assembly import build_processor
+from flashvl.model.end_tokens import build_generation_config
 from flashvl.model.loading import load_model, load_processor
 from flashvl.model.presets import build_config
 from flashvl.model.weights import refuse_existing
@@ -34,7 +35,9 @@ def create_random(preset: str, output: Path, seed: int = 0) -> None:
         )
     processor = build_processor(config, tokenizer)
     torch.manual_seed(seed)
-    save_pretrained(FlashVLForConditionalGeneration(config), processor, output)
+    model = FlashVLForConditionalGeneration(config)
+    model.generation_config = build_generation_config(config, tokenizer)
+    save_pretrained(model, processor, output)
 
 
 def create_variant(model: str | Path, preset: str, output: Path, seed: int = 0) -> None:
@@ -68,7 +71,9 @@ def create_variant(model: str | Path, preset: str, output: Path, seed: int = 0) 
         fitting = {name: weight for name, weight in fitting.items() if name not in adapter}
     variant.load_state_dict(fitting, strict=False)
     tokenizer = load_processor(model).tokenizer
-    save_pretrained(variant, build_processor(config, tokenizer), output)
+    processor = build_processor(config, tokenizer)
+    variant.generation_config = build_generation_config(config, tokenizer)
+    save_pretrained(variant, processor, output)
 
 
 def world_texts() -> Iterator[str]:

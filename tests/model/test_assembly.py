@@ -249,6 +249,26 @@ def test_the_chat_of_llama(parts: Path, tmp_path: Path) -> None:
     assert tokenizer.decode(answer) == "A dog.<|eot_id|>"
 
 
+@pytest.mark.parametrize(("llm", "end"), [("qwen", "<|im_end|>"), ("llama", "<|eot_id|>")])
+def test_answers_end_as_the_template_says_or_as_the_llms_own(
+    parts: Path, tmp_path: Path, llm: str, end: str
+) -> None:
+    source = Path(shutil.copytree(parts / llm, tmp_path / llm))
+    stored = {"eos_token_id": [7, 9], "pad_token_id": 11, "do_sample": True, "temperature": 0.6}
+    (source / "generation_config.json").write_text(json.dumps(stored))
+    model, processor = make(parts, tmp_path / "out", llm=str(source))
+    config = model.generation_config
+    end_token = processor.tokenizer.convert_tokens_to_ids(end)
+    assert (config.eos_token_id, config.pad_token_id) == ([end_token, 7, 9], 11)
+    assert (config.do_sample, config.temperature) == (None, None)
+    assert processor.tokenizer.padding_side == "left"
+
+    (source / "generation_config.json").unlink()
+    model, processor = make(parts, tmp_path / "without", llm=str(source))
+    assert model.generation_config.eos_token_id[0] == end_token
+    assert model.generation_config.pad_token_id == processor.tokenizer.pad_token_id
+
+
 def test_the_settings_of_the_tower_are_kept(parts: Path, tmp_path: Path) -> None:
     vision = Path(shutil.copytree(parts / "siglip", tmp_path / "siglip"))
     settings = {"size": {"shortest_edge": 32}, "image_std": [0.1, 0.2, 0.3]}

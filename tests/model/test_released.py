@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
 from flashvl.data.tokenizer import train_tokenizer
 from flashvl.errors import CheckpointError, ConfigError
@@ -328,6 +328,56 @@ def test_weights_stay_as_stored(static: Path, tmp_path: Path) -> None:
     assert torch.equal(after["lm_head.weight"], before["llm.lm_head.weight"])
     name = "model.multi_modal_projector.linear_3.weight"
     assert torch.equal(after[name], before["adp.proj.weight"])
+
+
+def test_the_tokenizer_pads_on_the_left_whatever_the_source_says(
+    static: Path, tmp_path: Path
+) -> None:
+    edit_config(static, "tokenizer_config.json", padding_side="right")
+    import_released(static, tmp_path / "ours")
+    assert AutoTokenizer.from_pretrained(tmp_path / "ours").padding_side == "left"
+    padded = load_processor(tmp_path / "ours")(text=["a", "a red circle"], padding=True)
+    assert padded["attention_mask"][0][0] == 0
+
+
+ADVICE = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "repetition_penalty": 1.1}
+
+
+@pytest.mark.parametrize(
+    ("stored", "ends", "pad"),
+    [
+        (None, [2, 7], 0),
+        ({}, [2, 7], 0),
+        ({"eos_token_id": 5}, [2, 5], 0),
+        ({"eos_token_id": [5, 2, 6], "pad_token_id": 9, **ADVICE}, [2, 5, 6], 9),
+    ],
+)
+def test_end_and_pad_tokens_are_kept_the_templates_first(
+    static: Path, tmp_path: Path, stored: dict[str, Any] | None, ends: list[int], pad: int
+) -> None:
+    edit_config(static, llm_config=LLM | {"eos_token_id": 7})
+    if stored is not None:
+        (static / "generation_config.json").write_text(json.dumps(stored))
+    import_released(static, tmp_path / "ours")
+    written = json.loads((tmp_path / "ours" / "generation_config.json").read_text())
+    assert written.keys() == {"eos_token_id", "pad_token_id", "transformers_version"}
+    for config in (
+        GenerationConfig.from_pretrained(tmp_path / "ours"),
+        load_model(tmp_path / "ours").generation_config,
+    ):
+        assert (config.eos_token_id, config.pad_token_id) == (ends, pad)
+
+
+@pytest.mark.parametrize("token", [-1, 300, 1.5, "2", True, [[2]]])
+@pytest.mark.parametrize("key", ["eos_token_id", "pad_token_id"])
+def test_an_end_token_outside_the_vocabulary_is_refused(static: Path, key: str, token: Any) -> None:
+    (static / "generation_config.json").write_text(json.dumps({key: token}))
+    assert "its vocabulary has the tokens 0 to 299" in refusal(static)
+
+
+def test_a_broken_generation_config_is_refused(static: Path) -> None:
+    (static / "generation_config.json").write_text("[")
+    assert "generation_config.json is no readable JSON object" in refusal(static)
 
 
 def test_without_a_head_the_embedding_is_the_head(static: Path, tmp_path: Path) -> None:
