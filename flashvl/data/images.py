@@ -5,22 +5,26 @@ It does not know where the bytes come from, nor what size the model wants.
 
 import base64
 import io
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
 from PIL import Image, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 from pydantic import Field, PositiveInt
 
 from flashvl.config import StrictModel
+from flashvl.data.salvage import JPEG_SIGNATURE, strip_metadata
 from flashvl.errors import ConfigError, DataError
 from flashvl.model.rgb import orientation_of, to_rgb
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "HEIF")
 """What is read. Each has a signature, runs no other program (EPS does), and gives its size before
-it decodes a pixel (ICO and ICNS do not)."""
+it decodes a pixel (ICO and ICNS do not). HEIF takes the extra `heif`."""
+
+HEIF_BRANDS = frozenset((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"))
+AVIF_BRANDS = frozenset((b"avif", b"avis"))
 
 PILLOW_MAX_PIXELS = 178_956_970
 """Pillow's own limit, twice `Image.MAX_IMAGE_PIXELS`, which is the whole process's to change."""
@@ -45,12 +49,15 @@ class ImageLimits(StrictModel):
 
 DEFAULT_LIMITS = ImageLimits()
 
+T = TypeVar("T")
+
 
 def decode_image(data: bytes | None, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
     """Decode one image of any of `FORMATS`; safe to call from many threads.
 
     EXIF orientation is applied, transparency lies on white, an animation gives its first frame, and
-    16-bit, 32-bit and float grey is scaled to 8 bits. Colour profiles are not applied.
+    16-bit, 32-bit and float grey is scaled to 8 bits. Colour profiles are not applied. Metadata
+    that cannot be read counts as absent; pixels that are cut off or damaged are an error.
 
     Returns:
         A loaded RGB image without metadata.
@@ -76,10 +83,20 @@ def decode_reduced(
     Returns:
         The image, and the size that it has in full.
     """
-    with _opened(data, limits) as image:
+
+    def decode(image: Image.Image) -> tuple[Image.Image, Size]:
         size = _reduce_jpeg(image, least_size) if image.format == "JPEG" else None
+        declared = image.size
+        image.load()
+        if image.size != declared:  # a HEIF's pixels need not be as many as its header says
+            raise DataError(
+                f"image has {image.width}x{image.height} pixels where its header says"
+                f" {declared[0]}x{declared[1]}; replace the damaged file"
+            )
         rgb = to_rgb(image)
-    return rgb, size or rgb.size
+        return rgb, size or rgb.size
+
+    return _with_image(data, limits, decode)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,14 +115,29 @@ def read_header(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> ImageHeade
     Raises:
         DataError: as `decode_image`; but what is behind the header may be damaged all the same.
     """
-    with _opened(data, limits) as image:
-        size = image.size[::-1] if _lies_on_its_side(image) else image.size
-        return ImageHeader(Image.MIME[image.format or ""], size)
+
+    def read(image: Image.Image) -> ImageHeader:
+        media_type = Image.MIME.get(image.format or "", "image/heif")
+        if image.format == "PNG":
+            # Its own `getexif` decodes all pixels, for what may come after them.
+            told, bare = Image.new("L", (1, 1)), strip_metadata(data)
+            told.info = image.info | (bare.info if bare else {})
+            return ImageHeader(media_type, _turned(image.size, orientation_of(told)))
+        return ImageHeader(media_type, _upright_size(image))
+
+    return _with_image(data, limits, read)
 
 
-@contextmanager
-def _opened(data: bytes | None, limits: ImageLimits) -> Iterator[Image.Image]:
-    """An image within limits, not decoded yet; what goes wrong with it is a DataError."""
+def _with_image(data: bytes | None, limits: ImageLimits, use: Callable[[Image.Image], T]) -> T:
+    """What `use` makes of an image that is within limits, and not decoded yet.
+
+    If that fails, it is tried without the file's metadata: Pillow refuses a file for what no pixel
+    depends on. Its limits, and whether it takes what is damaged, are settings of the process, which
+    is not ours to change.
+
+    Raises:
+        DataError: whatever goes wrong with the image.
+    """
     if not data:
         what = "null" if data is None else "empty"
         raise DataError(f"image is {what}; it must hold the bytes of an image file")
@@ -115,25 +147,73 @@ def _opened(data: bytes | None, limits: ImageLimits) -> Iterator[Image.Image]:
             "compress it or raise the limit"
         )
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            _check_size(image.width, image.height, limits)
-            yield image
+        return _use_image(data, {}, limits, use)
     except (DataError, MemoryError):  # out of memory is the machine's fault, not the row's
         raise
-    except UnidentifiedImageError:
-        raise DataError(
-            f"image is in no known format: its {len(data)} bytes begin with {data[:12]!r}; "
-            f"give a whole file of {', '.join(FORMATS)}"
-        ) from None
+    except Exception as error:  # bad bytes make Pillow raise nearly anything
+        if isinstance(data, bytes) and (bare := strip_metadata(data)):
+            try:
+                return _use_image(bare.data, bare.info, limits, use)
+            except (DataError, MemoryError):
+                raise
+            except Exception:  # so it was not the metadata
+                pass
+        raise _explain(error, data) from error
+
+
+def _use_image(
+    data: bytes, info: dict[str, Any], limits: ImageLimits, use: Callable[[Image.Image], T]
+) -> T:
+    try:
+        with _open(data) as image:
+            _check_size(image.width, image.height, limits)
+            image.info |= info
+            return use(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(
             f"image is too large for Pillow ({_one_line(error)}); "
             f"shrink it to max_image_pixels={limits.max_image_pixels}"
         ) from error
-    except Exception as error:  # bad bytes make Pillow raise nearly anything
+
+
+def _explain(error: Exception, data: bytes) -> DataError:
+    if isinstance(error, UnidentifiedImageError):
+        return DataError(
+            f"image is in no known format: its {len(data)} bytes begin with {data[:12]!r}; "
+            f"give a whole file of {', '.join(FORMATS)}"
+        )
+    return DataError(f"image cannot be decoded ({_one_line(error)}); replace the damaged file")
+
+
+def _open(data: bytes) -> Image.Image:
+    """An image of which no pixel is decoded."""
+    file = io.BytesIO(data)
+    if data.startswith(JPEG_SIGNATURE):
+        # Pillow's own opener reads an index of further pictures, and warns where it is damaged.
+        return JpegImageFile(file)
+    if _is_heif(data):
+        return _open_heif(file)
+    return Image.open(file, formats=[name for name in FORMATS if name != "HEIF"])
+
+
+def _is_heif(data: bytes) -> bool:
+    """Whether the brands that an ISO media file begins with say HEIF, and not AVIF."""
+    if data[4:8] != b"ftyp":
+        return False
+    end = min(int.from_bytes(data[:4], "big"), 256)
+    brands = {data[8:12], *(data[place : place + 4] for place in range(16, end, 4))}
+    return bool(brands & HEIF_BRANDS) and not brands & AVIF_BRANDS
+
+
+def _open_heif(file: io.BytesIO) -> Image.Image:
+    try:
+        from pillow_heif import HeifImageFile
+    except ImportError:
         raise DataError(
-            f"image cannot be decoded ({_one_line(error)}); replace the damaged file"
-        ) from error
+            "image is HEIF (HEIC), which takes pillow-heif; install it: pip install 'flashvl[heif]'"
+        ) from None
+    # Not registered with Pillow: what `Image.open` reads in this process is not ours to say.
+    return HeifImageFile(file)
 
 
 def read_image(path: Path) -> Image.Image:
@@ -163,19 +243,20 @@ def make_thumbnail(image: Image.Image, side: int) -> str:
 
 def _reduce_jpeg(image: Image.Image, least_size: Callable[[Size], Size]) -> Size:
     """Have `image` decoded at a fraction of its size, if any; returns its whole, upright size."""
-    width, height = image.size
-    if _lies_on_its_side(image):
-        least_height, least_width = least_size((height, width))
-        size = (height, width)
-    else:
-        least_width, least_height = least_size((width, height))
-        size = (width, height)
-    image.draft(None, (least_width, least_height))
+    size = _upright_size(image)
+    least = least_size(size)
+    image.draft(None, least if size == image.size else least[::-1])
     return size
 
 
-def _lies_on_its_side(image: Image.Image) -> bool:
-    return orientation_of(image) in (5, 6, 7, 8)
+def _upright_size(image: Image.Image) -> Size:
+    if image.format in ("TIFF", "HEIF"):  # their readers turn the size before the pixels
+        return image.size
+    return _turned(image.size, orientation_of(image))
+
+
+def _turned(size: Size, orientation: int) -> Size:
+    return size[::-1] if orientation >= 5 else size
 
 
 def _check_size(width: int, height: int, limits: ImageLimits) -> None:

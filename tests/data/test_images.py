@@ -319,14 +319,6 @@ def test_bad_bytes(data: Any, reason: str) -> None:
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 
-def test_a_text_chunk_that_unpacks_to_gigabytes_is_refused() -> None:
-    text = png_chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(1 << 24)))
-    pixels = png_chunk(b"IDAT", zlib.compress(bytes(9 * 8)))
-    decode_image(png(8, 8, pixels))
-    with pytest.raises(DataError, match="cannot be decoded"):
-        decode_image(png(8, 8, text, pixels))
-
-
 def test_running_out_of_memory_is_not_the_image_s_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     def exhausted(image: Image.Image) -> Image.Image:
         raise MemoryError

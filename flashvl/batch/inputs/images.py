@@ -13,7 +13,10 @@ from flashvl.batch.inputs.source import Done
 from flashvl.data.storage import Location
 
 IMAGE_SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2")
+    (
+        *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp"),
+        *(".tif", ".tiff", ".avif", ".heic", ".heif", ".hif", ".jp2", ".j2k", ".jpx"),
+    )
 )
 """Files of a folder with one of these suffixes are its images; what is in them is read later."""
 

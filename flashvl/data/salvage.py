@@ -1,0 +1,337 @@
+"""An image file's bytes without its metadata, for a file whose metadata cannot be read.
+
+Viewers show such a file, as its pixels are whole: image generators write megabytes of text into a
+PNG, editors leave broken profiles, and disks and transfers damage whatever lies there. What decides
+about pixels stays: sizes, palettes, transparency and, where it can be read, the orientation.
+
+It does not decode, and judges no pixels: what is damaged beyond metadata, the decoder refuses.
+"""
+
+import io
+import re
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL.PngImagePlugin import PngStream
+
+JPEG_SIGNATURE = b"\xff\xd8"
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BareFile:
+    """An image file without metadata."""
+
+    data: bytes
+    info: dict[str, Any] = field(default_factory=dict)
+    """What was left out and may say the orientation, as in `Image.info`."""
+
+
+def strip_metadata(data: bytes) -> BareFile | None:
+    """The same picture without metadata; None where there is nothing to leave out.
+
+    That is also said of a file in no known format, or whose parts cannot be told apart.
+    """
+    for signature, strip in STRIPPERS:
+        if re.match(signature, data, re.DOTALL):
+            try:
+                bare = strip(data)
+            except (struct.error, LookupError, OSError, SyntaxError, ValueError):
+                return None  # it ends within a header, or that makes no sense
+            return None if bare.data == data else bare
+    return None
+
+
+# PNG (https://www.w3.org/TR/png-3/): chunks of length, name, content, checksum
+
+PNG_PIXELS = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
+PNG_ORIENTATIONS = (
+    (b"eXIf", b""),
+    (b"iTXt", b"XML:com.adobe.xmp\0"),
+    (b"tEXt", b"Raw profile type exif\0"),
+    (b"zTXt", b"Raw profile type exif\0"),
+)
+"""Chunks that may say the orientation, and what they begin with."""
+
+
+def _strip_png(data: bytes) -> BareFile:
+    file = io.BytesIO(data)
+    stream = PngStream(file)
+    kept = [PNG_SIGNATURE]
+    for name, start, end in _png_chunks(data):
+        if name in PNG_PIXELS:
+            kept.append(data[start : end + 4])
+            if name == b"IHDR":
+                file.seek(start + 8)
+                stream.chunk_IHDR(start + 8, end - start - 8)
+            continue
+        checksum = data[end : end + 4]
+        if checksum != struct.pack(">I", zlib.crc32(data[start + 4 : end])):
+            continue
+        is_transparency = name == b"tRNS"
+        if is_transparency or any(
+            name == known and data.startswith(beginning, start + 8)
+            for known, beginning in PNG_ORIENTATIONS
+        ):
+            file.seek(start + 8)
+            try:
+                stream.call(name, start + 8, end - start - 8)
+            except (SyntaxError, ValueError):  # it cannot be read, so it is not there
+                continue
+            if is_transparency:
+                kept.append(data[start : end + 4])
+    if not kept[-1].startswith(b"\0\0\0\0IEND"):
+        kept.append(b"\0\0\0\0IEND\xae\x42\x60\x82")
+    return BareFile(data=b"".join(kept), info=dict(stream.im_info))
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Name, start, and end without checksum of each chunk up to IEND, or to one that is cut off."""
+    start = len(PNG_SIGNATURE)
+    while len(head := data[start : start + 8]) == 8:
+        length, name = struct.unpack(">I4s", head)
+        yield name, start, start + 8 + length
+        if name == b"IEND":
+            return
+        start += 12 + length
+
+
+# JPEG (ITU-T T.81, annex B): segments of marker, length, content, up to the first scan
+
+
+def _strip_jpeg(data: bytes) -> BareFile:
+    kept = [data[:2]]
+    info: dict[str, Any] = {}
+    at = 2
+    while True:
+        at = data.find(b"\xff", at)
+        if at < 0:
+            break
+        marker = data[at + 1]
+        if marker == 0xFF:  # a fill byte
+            at += 1
+            continue
+        if marker in (0xDA, 0xD9):  # the scan: pixels to the end
+            kept.append(data[at:])
+            break
+        if marker < 0xC0 or 0xD0 <= marker <= 0xD8:  # junk, or what has no content
+            at += 2
+            continue
+        # As libjpeg, which takes a length that is too short for none.
+        end = at + 2 + max(2, struct.unpack_from(">H", data, at + 2)[0])
+        content = data[at + 4 : end]
+        if not (0xE0 <= marker <= 0xEF or marker == 0xFE):
+            kept.append(data[at:end])
+        elif _says_colors(marker, content):
+            kept.append(data[at:end])
+        elif marker == 0xE1 and content.startswith(b"Exif\0\0"):
+            info.setdefault("exif", content)
+        elif marker == 0xE1 and content.startswith(b"http://ns.adobe.com/xap/1.0/\0"):
+            info.setdefault("xmp", content.partition(b"\0")[2])
+        at = end
+    return BareFile(data=b"".join(kept), info=info)
+
+
+def _says_colors(marker: int, content: bytes) -> bool:
+    """Whether libjpeg infers from a segment how the pixels' colours are coded."""
+    if marker == 0xE0:
+        return content.startswith(b"JFIF\0") and len(content) >= 14
+    return marker == 0xEE and content.startswith(b"Adobe") and len(content) >= 12
+
+
+# WebP (RFC 9649): RIFF chunks of name, length, content, padded to even lengths
+
+WEBP_PIXELS = (b"VP8X", b"VP8 ", b"VP8L", b"ALPH", b"ANIM", b"ANMF")
+WEBP_METADATA = {b"EXIF": "exif", b"XMP ": "xmp"}
+WEBP_ALPHA, WEBP_ANIMATION = 0x10, 0x02
+
+
+def _strip_webp(data: bytes) -> BareFile:
+    kept = []
+    info: dict[str, Any] = {}
+    start = 12
+    while len(head := data[start : start + 8]) == 8:
+        name, length = struct.unpack("<4sI", head)
+        end = start + 8 + length + length % 2
+        if name == b"VP8X":
+            flags = data[start + 8] & (WEBP_ALPHA | WEBP_ANIMATION)
+            kept.append(head + bytes([flags]) + data[start + 9 : end])
+        elif name in WEBP_PIXELS:
+            kept.append(data[start:end])
+        elif name in WEBP_METADATA:
+            info[WEBP_METADATA[name]] = data[start + 8 : start + 8 + length]
+        start = end
+    content = b"WEBP" + b"".join(kept)
+    return BareFile(data=b"RIFF" + struct.pack("<I", len(content)) + content, info=info)
+
+
+# GIF (GIF89a specification): extensions before an image
+
+
+def _strip_gif(data: bytes) -> BareFile:
+    """The first image only, as no more is decoded."""
+    at = 13 + _gif_palette(data[10])
+    kept = [data[:at]]
+    while at < len(data) and data[at] != ord(";"):
+        if data[at] == ord("!"):
+            end = _end_of_gif_blocks(data, at + 2)
+            if data[at + 1 : at + 3] == b"\xf9\x04" and end == at + 8:  # transparency
+                kept.append(data[at:end])
+            at = end
+        elif data[at] == ord(","):
+            pixels = at + 10 + _gif_palette(data[at + 9]) + 1
+            kept.append(data[at : _end_of_gif_blocks(data, pixels)])
+            break
+        else:
+            at += 1
+    return BareFile(data=b"".join([*kept, b";"]))
+
+
+def _gif_palette(flags: int) -> int:
+    """The size of a palette in bytes."""
+    return 3 << ((flags & 7) + 1) if flags & 0x80 else 0
+
+
+def _end_of_gif_blocks(data: bytes, at: int) -> int:
+    while at < len(data) and data[at]:
+        at += 1 + data[at]
+    return at + 1
+
+
+# TIFF 6.0, and BigTIFF: a directory of tags, whose values may lie anywhere
+
+TIFF_PIXELS = frozenset(
+    (
+        *(254, 255, 256, 257, 258, 259, 262, 263, 266, 273, 274, 277, 278, 279, 284, 292, 293),
+        *(301, 317, 320, 322, 323, 324, 325, 332, 334, 338, 339, 340, 341, 347),  # tiles, palettes
+        *(512, 513, 514, 515, 517, 518, 519, 520, 521, 529, 530, 531, 532),  # JPEG, YCbCr
+    )
+)
+"""Tags without which pixels cannot be decoded, and the orientation (274)."""
+TIFF_SIZES = dict(enumerate((1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 0, 0, 8, 8, 8), 1))
+"""Bytes of a value of each type."""
+
+
+def _strip_tiff(data: bytes) -> BareFile:
+    """The first picture's directory is written anew, behind the rest, which stays where it is."""
+    order = "<" if data.startswith(b"II") else ">"
+    is_big = struct.unpack_from(order + "H", data, 2)[0] == 43
+    offset, count_format, entry_format = ("Q", "Q", "HHQ8s") if is_big else ("L", "H", "HHL4s")
+    place = 8 if is_big else 4
+    (at,) = struct.unpack_from(order + offset, data, place)
+    (count,) = struct.unpack_from(order + count_format, data, at)
+    at += struct.calcsize(order + count_format)
+    entry_size = struct.calcsize(order + entry_format)
+    kept = []
+    for start in range(at, min(at + count * entry_size, len(data) - entry_size + 1), entry_size):
+        tag, kind, number, value = struct.unpack_from(order + entry_format, data, start)
+        size = TIFF_SIZES.get(kind, 0) * number
+        end = size if size <= len(value) else struct.unpack(order + offset, value)[0] + size
+        if tag in TIFF_PIXELS and size and end <= len(data):
+            kept.append(data[start : start + entry_size])
+    directory = struct.pack(order + count_format, len(kept)) + b"".join(kept)
+    directory += struct.pack(order + offset, 0)  # no next one
+    whole = data + bytes(-len(data) % 8)
+    header = data[:place] + struct.pack(order + offset, len(whole))
+    return BareFile(data=header + whole[len(header) :] + directory)
+
+
+# BMP: a palette's length, which some leave undefined
+
+
+def _strip_bmp(data: bytes) -> BareFile:
+    header_size, bits = struct.unpack_from("<I", data, 14)[0], struct.unpack_from("<H", data, 28)[0]
+    colors = struct.unpack_from("<I", data, 46)[0] if header_size >= 40 else 0
+    if bits <= 8 and colors > 1 << bits:
+        data = data[:46] + bytes(4) + data[50:]  # 0 means all that the depth has
+    return BareFile(data=data)
+
+
+# JPEG 2000 (ITU-T T.800, annex I): boxes of length, name, content
+
+JP2_PIXELS = (b"jP  ", b"ftyp", b"jp2h", b"jp2c")
+JP2_HEADER = (b"ihdr", b"bpcc", b"colr", b"pclr", b"cmap", b"cdef")
+
+
+def _strip_jp2(data: bytes) -> BareFile:
+    kept = []
+    for name, start, content, end in _boxes(data, 0, len(data)):
+        if name == b"jp2h":
+            inner = [
+                data[a:d]
+                for label, a, b, d in _boxes(data, content, end)
+                if label in JP2_HEADER and not (label == b"colr" and d - b < 7)
+            ]
+            header = b"".join(inner)
+            kept.append(struct.pack(">I4s", 8 + len(header), name) + header)
+        elif name in JP2_PIXELS:
+            kept.append(data[start:end])
+    return BareFile(data=b"".join(kept))
+
+
+def _boxes(data: bytes, start: int, stop: int) -> Iterator[tuple[bytes, int, int, int]]:
+    """Name, start, start of the content, and end of each box, up to one that makes no sense."""
+    while start + 8 <= stop:
+        length, name = struct.unpack_from(">I4s", data, start)
+        content = start + 8
+        if length == 1:
+            (length,) = struct.unpack_from(">Q", data, content)
+            content += 8
+        end = start + length if length else stop
+        if end < content:
+            return
+        yield name, start, content, min(end, stop)
+        start = end
+
+
+# AVIF and HEIF (ISO/IEC 23008-12): items, of which some are metadata
+
+ITEM_METADATA = (b"Exif", b"mime", b"uri ")
+ICC_PROFILES = (b"prof", b"rICC")
+
+
+def _strip_items(data: bytes) -> BareFile:
+    """Metadata gets a type that no reader knows; nothing moves, as all is found by its place."""
+    bare = bytearray(data)
+    for start, name, content in _walk_items(data):
+        if name == b"infe":
+            version = data[content]
+            place = content + (10 if version == 3 else 8)
+            if version >= 2 and bytes(data[place : place + 4]) in ITEM_METADATA:
+                bare[place : place + 4] = b"skip"
+        elif name == b"colr" and data[content : content + 4] in ICC_PROFILES:
+            bare[start + 4 : start + 8] = b"free"
+    return BareFile(data=bytes(bare))
+
+
+ITEM_HEADS = {b"meta": 4, b"iinf": 6, b"iprp": 0, b"ipco": 0}
+"""Boxes of boxes, and what their content begins with, in bytes."""
+
+
+def _walk_items(data: bytes) -> Iterator[tuple[int, bytes, int]]:
+    """Start, name, and start of the content of each box down to an item's own."""
+    todo = [(0, len(data))]
+    while todo:
+        for name, start, content, end in _boxes(data, *todo.pop()):
+            yield start, name, content
+            if name in ITEM_HEADS:
+                head = ITEM_HEADS[name]
+                if name == b"iinf" and data[content]:
+                    head += 2  # a count of 32 bits
+                todo.append((content + head, end))
+
+
+STRIPPERS: tuple[tuple[bytes, Callable[[bytes], BareFile]], ...] = (
+    (re.escape(JPEG_SIGNATURE), _strip_jpeg),
+    (re.escape(PNG_SIGNATURE), _strip_png),
+    (rb"RIFF....WEBP", _strip_webp),
+    (rb"GIF8[79]a", _strip_gif),
+    (rb"II[\x2a\x2b]\0|MM\0[\x2a\x2b]", _strip_tiff),
+    (rb"BM", _strip_bmp),
+    (rb"\0\0\0\x0cjP  ", _strip_jp2),
+    (rb"....ftyp", _strip_items),
+)
+"""What a file begins with, and how its metadata is left out."""
