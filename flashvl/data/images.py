@@ -8,14 +8,14 @@ import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 from PIL import Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 from pydantic import Field, PositiveInt
 
 from flashvl.config import StrictModel
-from flashvl.data.salvage import JPEG_SIGNATURE, strip_metadata
+from flashvl.data.salvage import JPEG_SIGNATURE, Info, strip_metadata
 from flashvl.errors import ConfigError, DataError
 from flashvl.model.rgb import orientation_of, to_rgb
 
@@ -161,9 +161,7 @@ def _with_image(data: bytes | None, limits: ImageLimits, use: Callable[[Image.Im
         raise _explain(error, data) from error
 
 
-def _use_image(
-    data: bytes, info: dict[str, Any], limits: ImageLimits, use: Callable[[Image.Image], T]
-) -> T:
+def _use_image(data: bytes, info: Info, limits: ImageLimits, use: Callable[[Image.Image], T]) -> T:
     try:
         with _open(data) as image:
             _check_size(image.width, image.height, limits)

@@ -21,13 +21,17 @@ JPEG_SIGNATURE = b"\xff\xd8"
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
+Info = dict[str | tuple[int, int], Any]
+"""`PIL.Image.Image.info`."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BareFile:
     """An image file without metadata."""
 
     data: bytes
-    info: dict[str, Any] = field(default_factory=dict)
-    """What was left out and may say the orientation, as in `Image.info`."""
+    info: Info = field(default_factory=dict)
+    """What was left out and may say the orientation."""
 
 
 def strip_metadata(data: bytes) -> BareFile | None:
@@ -39,7 +43,7 @@ def strip_metadata(data: bytes) -> BareFile | None:
         if re.match(signature, data, re.DOTALL):
             try:
                 bare = strip(data)
-            except (struct.error, LookupError, OSError, SyntaxError, ValueError):
+            except (struct.error, ArithmeticError, LookupError, OSError, SyntaxError, ValueError):
                 return None  # it ends within a header, or that makes no sense
             return None if bare.data == data else bare
     return None
@@ -85,7 +89,7 @@ def _strip_png(data: bytes) -> BareFile:
                 kept.append(data[start : end + 4])
     if not kept[-1].startswith(b"\0\0\0\0IEND"):
         kept.append(b"\0\0\0\0IEND\xae\x42\x60\x82")
-    return BareFile(data=b"".join(kept), info=dict(stream.im_info))
+    return BareFile(data=b"".join(kept), info=stream.im_info)
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
@@ -104,7 +108,7 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
 
 def _strip_jpeg(data: bytes) -> BareFile:
     kept = [data[:2]]
-    info: dict[str, Any] = {}
+    info: Info = {}
     at = 2
     while True:
         at = data.find(b"\xff", at)
@@ -151,7 +155,7 @@ WEBP_ALPHA, WEBP_ANIMATION = 0x10, 0x02
 
 def _strip_webp(data: bytes) -> BareFile:
     kept = []
-    info: dict[str, Any] = {}
+    info: Info = {}
     start = 12
     while len(head := data[start : start + 8]) == 8:
         name, length = struct.unpack("<4sI", head)

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import pillow_heif
 from PIL import Image
+from pillow_heif import as_plugin
 
 Damaged = dict[str, tuple[bytes, bytes]]
 """What is damaged -> the file without it, and the file with it."""
@@ -22,14 +22,15 @@ ZERO_GARBAGE = b"\0" * 50
 GARBAGE = random.Random(1).randbytes(300)
 
 
+# Only for writing: reading HEIF must not take a plugin that someone has registered.
+Image.register_save("HEIF", as_plugin._save_heif)
+Image.register_save_all("HEIF", as_plugin._save_all_heif)
+
+
 def encode(picture: Image.Image, file_format: str, **options: Any) -> bytes:
     file = io.BytesIO()
-    if file_format == "HEIF":  # not registered with Pillow
-        pillow_heif.from_pillow(picture).save(file, **options)
-    else:
-        picture.copy().save(
-            file, file_format, **options
-        )  # a saved image keeps its encoder's settings
+    # A copy, as an image that was saved keeps its encoder's settings.
+    picture.copy().save(file, file_format, **options)
     return file.getvalue()
 
 

@@ -1,7 +1,7 @@
 """Decoding: pictures come back as they were made; bad bytes give `DataError` and nothing else."""
 
-import io
 import struct
+import sys
 import time
 import warnings
 import zlib
@@ -20,6 +20,7 @@ from flashvl.data import images
 from flashvl.data.images import ImageLimits, decode_image
 from flashvl.errors import DataError
 from flashvl.model import FlashVLImageProcessor
+from tests.data import damage
 
 RED, GREEN, BLUE, YELLOW = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
@@ -28,9 +29,7 @@ WHITE, BLACK = (255, 255, 255), (0, 0, 0)
 def encode(picture: Image.Image | np.ndarray, file_format: str = "PNG", **options: Any) -> bytes:
     if isinstance(picture, np.ndarray):
         picture = Image.fromarray(picture)
-    file = io.BytesIO()
-    picture.save(file, file_format, **options)
-    return file.getvalue()
+    return damage.encode(picture, file_format, **options)
 
 
 def flat(mode: str, color: Any, size: tuple[int, int] = (8, 6)) -> Image.Image:
@@ -87,6 +86,8 @@ STORED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
         ("WEBP", {"lossless": True}),
         ("TIFF", {}),
         ("TIFF", {"compression": "tiff_lzw"}),
+        ("HEIF", {"quality": -1, "chroma": 444}),
+        ("AVIF", {"quality": 100, "subsampling": "4:4:4"}),
     ],
 )
 def test_orientation_is_applied_once(
@@ -95,7 +96,7 @@ def test_orientation_is_applied_once(
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored = np.ascontiguousarray(STORED[orientation](CORNERS))
-    upright = decode_image(encode(stored, file_format, exif=exif, **options))
+    upright = decode_image(encode(stored, file_format, exif=exif.tobytes(), **options))
     assert upright.size == (64, 32)
     assert np.abs(np.asarray(upright).astype(int) - CORNERS).max() <= 8
     assert 0x0112 not in upright.getexif()
@@ -115,6 +116,8 @@ def test_orientation_of_a_transparent_palette() -> None:
 MODES = {
     "RGB": (encode(flat("RGB", (10, 20, 30))), (10, 20, 30)),
     "RGB JPEG2000": (encode(flat("RGB", (10, 20, 30)), "JPEG2000"), (10, 20, 30)),
+    "RGB HEIF": (encode(flat("RGB", (10, 20, 30)), "HEIF", quality=-1), (10, 20, 30)),
+    "grey HEIF": (encode(flat("L", 77), "HEIF", quality=-1), (77, 77, 77)),
     "RGB BMP": (encode(flat("RGB", (10, 20, 30)), "BMP"), (10, 20, 30)),
     "grey": (encode(flat("L", 77)), (77, 77, 77)),
     "1-bit black": (encode(flat("1", 0)), BLACK),
@@ -131,6 +134,7 @@ MODES = {
     "RGBA 51": (encode(flat("RGBA", (*RED, 51))), (255, 204, 204)),
     "RGBA 255": (encode(flat("RGBA", (*RED, 255))), RED),
     "RGBA WebP": (encode(flat("RGBA", (*RED, 51)), "WEBP", lossless=True), (255, 204, 204)),
+    "RGBA HEIF": (encode(flat("RGBA", (*RED, 51)), "HEIF", quality=-1), (255, 204, 204)),
     "RGBA TIFF": (encode(flat("RGBA", (*RED, 51)), "TIFF"), (255, 204, 204)),
     "palette, index": (encode(flat("RGB", RED).quantize(4), transparency=0), WHITE),
     "palette, table": (encode(flat("RGB", RED).quantize(4), transparency=b"\x33"), (255, 204, 204)),
@@ -208,7 +212,7 @@ def test_16_bit_color_keeps_its_high_byte() -> None:
     assert color_of(data) == (0xFF, 0x80, 0x12)
 
 
-@pytest.mark.parametrize("file_format", ["GIF", "WEBP", "PNG", "TIFF", "AVIF"])
+@pytest.mark.parametrize("file_format", ["GIF", "WEBP", "PNG", "TIFF", "AVIF", "HEIF"])
 def test_first_frame(file_format: str) -> None:
     rest = [flat("RGB", BLUE), flat("RGB", GREEN)]
     data = encode(flat("RGB", RED), file_format, save_all=True, append_images=rest)
@@ -291,6 +295,46 @@ def test_limits_that_cannot_be_kept_are_refused() -> None:
             ImageLimits(**wrong)
 
 
+# HEIF
+
+
+def test_heif_is_known_by_its_brands() -> None:
+    data = encode(noise(64, 48), "HEIF", quality=90)
+    assert data[4:12] == b"ftypheic"
+    expected = decode_image(data).tobytes()
+    for brand in (b"mif1", b"heix", b"msf1", b"miaf"):  # what a file begins with; others follow
+        assert decode_image(data[:8] + brand + data[12:]).tobytes() == expected
+    assert images.read_header(data) == images.ImageHeader("image/heif", (64, 48))
+    avif = encode(noise(64, 48), "AVIF")
+    assert images.read_header(avif[:8] + b"mif1" + avif[12:]).media_type == "image/avif"
+
+
+def test_heif_with_more_bits_keeps_its_high_ones() -> None:
+    grey = Image.frombytes("I;16", (4, 2), np.full((2, 4), 0x8000, "<u2").tobytes())
+    assert color_of(encode(grey, "HEIF", quality=-1)) == (128, 128, 128)
+
+
+def test_heif_is_refused_in_one_line_where_its_library_is_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = encode(noise(64, 48), "HEIF")
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    for use in (decode_image, images.read_header):
+        with pytest.raises(DataError, match=r"HEIF.*pip install 'flashvl\[heif\]'$"):
+            use(data)
+    decode_image(encode(noise(64, 48)))
+
+
+def test_a_heif_whose_header_lies_about_its_size_is_refused() -> None:
+    """What was checked against the limits, and counted in tiles, must be what is decoded."""
+    data = encode(noise(64, 48), "HEIF", quality=90)
+    size = data.index(b"ispe") + 8
+    for width, height in ((32, 24), (640, 480), (65_535, 65_535)):
+        lying = data[:size] + struct.pack(">II", width, height) + data[size + 8 :]
+        with pytest.raises(DataError, match="pixels|size"):
+            decode_image(lying)
+
+
 # Bad bytes
 
 
@@ -349,6 +393,8 @@ VALID = [
     encode(PICTURE.convert("YCbCr"), "TIFF", compression="tiff_deflate"),
     encode(PICTURE, "AVIF", exif=EXIF),
     encode(PICTURE, "JPEG2000"),
+    encode(PICTURE, "HEIF", exif=EXIF.tobytes()),
+    encode(PICTURE.convert("RGBA"), "HEIF"),
 ]
 LIMITS = ImageLimits(max_image_pixels=40_000, max_image_side=1_000)
 
