@@ -1,4 +1,4 @@
-"""Small pictures and tables that the tests of this folder share."""
+"""Small pictures, tables and jobs that the tests of this folder share."""
 
 import io
 from pathlib import Path
@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
+
+from flashvl.batch.config import CaptionJob
 
 
 def picture(seed: int, file_format: str = "PNG") -> bytes:
@@ -27,3 +29,16 @@ def rows_of(folder: Path) -> dict[int, dict[str, Any]]:
     by_row = {row["row"]: row for row in found}
     assert len(by_row) == len(found)
     return by_row
+
+
+NUM_ROWS = 12
+PICTURES = [picture(seed) for seed in range(NUM_ROWS)]
+
+
+def make_job(model: Path, source: Any, output: Any, **options: Any) -> CaptionJob:
+    values = {"dtype": "float32", "max_new_tokens": 4, "max_num_seqs": 8} | options
+    return CaptionJob(input=str(source), output=str(output), model=str(model), **values)
+
+
+def captions_of(folder: Path) -> dict[int, str]:
+    return {place: row["caption"] for place, row in rows_of(folder).items()}

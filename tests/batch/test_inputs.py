@@ -4,9 +4,7 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import datasets
 import duckdb
@@ -15,7 +13,6 @@ import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
-from moto.server import ThreadedMotoServer
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -26,32 +23,7 @@ from flashvl.batch.lock import held
 from flashvl.cli import app
 from flashvl.data.storage import locate
 from flashvl.errors import ConfigError, FlashVLError
-from tests.batch.pictures import picture, rows_of
-
-NUM_ROWS = 12
-PICTURES = [picture(seed) for seed in range(NUM_ROWS)]
-
-
-def make_job(model: Path, source: Any, output: Any, **options: Any) -> CaptionJob:
-    values = {"dtype": "float32", "max_new_tokens": 4, "max_num_seqs": 8} | options
-    return CaptionJob(input=str(source), output=str(output), model=str(model), **values)
-
-
-@pytest.fixture(scope="module")
-def plain(
-    ray_cluster: None, tiny_random: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[int, str]:
-    """The captions of `PICTURES` by their place."""
-    folder = tmp_path_factory.mktemp("plain")
-    pq.write_table(pa.table({"id": range(NUM_ROWS), "image": PICTURES}), folder / "in.parquet")
-    run_caption_job(make_job(tiny_random, folder / "in.parquet", folder / "out"))
-    captions = {place: row["caption"] for place, row in rows_of(folder / "out").items()}
-    assert len(set(captions.values())) > NUM_ROWS // 2
-    return captions
-
-
-def captions_of(folder: Path) -> dict[int, str]:
-    return {place: row["caption"] for place, row in rows_of(folder).items()}
+from tests.batch.pictures import NUM_ROWS, PICTURES, captions_of, make_job, rows_of
 
 
 @pytest.mark.ray
@@ -148,20 +120,6 @@ def test_what_datasets_wrote_is_read_and_what_is_written_is_read_by_others(
     )
     assert loaded.sort("row")["caption"][:] == wanted
     assert pd.read_parquet(output / "captions").sort_values("row").caption.tolist() == wanted
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[str]:
-    """A bucket of a real S3 server: its URI and its query."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    port = server.get_host_and_port()[1]
-    query = f"endpoint_override=http://127.0.0.1:{port}&region=us-east-1"
-    uri = f"s3://key:secret@bucket/{{}}?{query}&allow_bucket_creation=true"
-    store, _ = pa.fs.FileSystem.from_uri(uri.format("x"))
-    store.create_dir("bucket")
-    yield uri
-    server.stop()
 
 
 @pytest.mark.ray
