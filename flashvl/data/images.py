@@ -15,7 +15,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from pydantic import Field, PositiveInt
 
 from flashvl.config import StrictModel
-from flashvl.data.salvage import JPEG_SIGNATURE, Info, strip_metadata
+from flashvl.data.salvage import JPEG_SIGNATURE, BareFile, Info, end_jpeg, strip_metadata
 from flashvl.errors import ConfigError, DataError
 from flashvl.model.rgb import orientation_of, to_rgb
 
@@ -151,14 +151,25 @@ def _with_image(data: bytes | None, limits: ImageLimits, use: Callable[[Image.Im
     except (DataError, MemoryError):  # out of memory is the machine's fault, not the row's
         raise
     except Exception as error:  # bad bytes make Pillow raise nearly anything
-        if isinstance(data, bytes) and (bare := strip_metadata(data)):
-            try:
-                return _use_image(bare.data, bare.info, limits, use)
-            except (DataError, MemoryError):
-                raise
-            except Exception:  # so it was not the metadata
-                pass
+        try:
+            if isinstance(data, bytes) and (mended := _mend(data, limits)):
+                return _use_image(mended.data, mended.info, limits, use)
+        except (DataError, MemoryError):
+            raise
+        except Exception:  # so it was not only the metadata
+            pass
         raise _explain(error, data) from error
+
+
+def _mend(data: bytes, limits: ImageLimits) -> BareFile | None:
+    """A file that Pillow does not take, without its metadata and, if a JPEG's pixels are all there,
+    with its end mark; None where there is nothing to be done."""
+    bare = strip_metadata(data)
+    ends = end_jpeg(bare.data if bare else data)
+    if not ends:
+        return bare
+    pixels = [_use_image(end, {}, limits, lambda image: to_rgb(image).tobytes()) for end in ends]
+    return BareFile(data=ends[0], info=bare.info if bare else {}) if len(set(pixels)) == 1 else None
 
 
 def _use_image(data: bytes, info: Info, limits: ImageLimits, use: Callable[[Image.Image], T]) -> T:

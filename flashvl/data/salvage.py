@@ -23,6 +23,8 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 Info = dict[str | tuple[int, int], Any]
 """`PIL.Image.Image.info`."""
+ORIENTATION_INFO = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
+"""Of that, what Pillow looks for the orientation in."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,9 +67,12 @@ def _strip_png(data: bytes) -> BareFile:
     file = io.BytesIO(data)
     stream = PngStream(file)
     kept = [PNG_SIGNATURE]
+    num_colors = 256
     for name, start, end in _png_chunks(data):
         if name in PNG_PIXELS:
             kept.append(data[start : end + 4])
+            if name == b"PLTE":
+                num_colors = (end - start - 8) // 3
             if name == b"IHDR":
                 file.seek(start + 8)
                 stream.chunk_IHDR(start + 8, end - start - 8)
@@ -85,11 +90,12 @@ def _strip_png(data: bytes) -> BareFile:
                 stream.call(name, start + 8, end - start - 8)
             except (SyntaxError, ValueError):  # it cannot be read, so it is not there
                 continue
-            if is_transparency:
+            if is_transparency and end - start - 8 <= num_colors:
                 kept.append(data[start : end + 4])
+    info = {key: value for key, value in stream.im_info.items() if key in ORIENTATION_INFO}
     if not kept[-1].startswith(b"\0\0\0\0IEND"):
         kept.append(b"\0\0\0\0IEND\xae\x42\x60\x82")
-    return BareFile(data=b"".join(kept), info=stream.im_info)
+    return BareFile(data=b"".join(kept), info=info)
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
@@ -139,6 +145,23 @@ def _strip_jpeg(data: bytes) -> BareFile:
     return BareFile(data=b"".join(kept), info=info)
 
 
+def end_jpeg(data: bytes) -> tuple[bytes, bytes] | None:
+    """A JPEG that ends without its end mark, with one; each time after other noise.
+
+    Webcams and cut streams leave the mark out. Whether pixels are missing as well shows in the
+    pixels: then the noise, of which no bit is the same, is taken for them. None where it need not
+    show, as there are several scans or restarts, and where a mark is there.
+    """
+    scans = [at.start() for at in re.finditer(rb"\xff\xda", data)]
+    is_plain = re.search(rb"\xff[\xc0\xc1]", data) and not re.search(rb"\xff\xdd", data)
+    if not data.startswith(JPEG_SIGNATURE) or len(scans) != 1 or not is_plain:
+        return None
+    if b"\xff\xd9" in data[scans[0] :]:
+        return None
+    whole = data.rstrip(b"\xff")  # half a mark
+    return whole + b"\x55" * 64 + b"\xff\xd9", whole + b"\xaa" * 64 + b"\xff\xd9"
+
+
 def _says_colors(marker: int, content: bytes) -> bool:
     """Whether libjpeg infers from a segment how the pixels' colours are coded."""
     if marker == 0xE0:
@@ -164,7 +187,8 @@ def _strip_webp(data: bytes) -> BareFile:
             flags = data[start + 8] & (WEBP_ALPHA | WEBP_ANIMATION)
             kept.append(head + bytes([flags]) + data[start + 9 : end])
         elif name in WEBP_PIXELS:
-            kept.append(data[start:end])
+            is_unpadded = length % 2 and end == len(data) + 1
+            kept.append(data[start:end] + (b"\0" if is_unpadded else b""))
         elif name in WEBP_METADATA:
             info[WEBP_METADATA[name]] = data[start + 8 : start + 8 + length]
         start = end

@@ -134,6 +134,10 @@ def png_damages() -> Damaged:
         if not name.startswith("fdAT"):
             damaged[name] = (clean, clean[:pixels] + chunk + clean[pixels:])
         damaged[f"{name}, behind"] = (clean, clean[:end] + chunk + clean[end:])
+    palette = encode(PICTURE.quantize(8), "PNG")
+    at = palette.index(b"IDAT") - 4
+    longer = png_chunk(b"tRNS", bytes(range(256)) + GARBAGE)
+    damaged["tRNS of more colours"] = (palette, palette[:at] + longer + palette[at:])
     text = png_chunk(b"tEXt", b"Comment\0" + GARBAGE)
     damaged["cut off in a text"] = (clean, clean[:end] + text[:100])
     damaged["cut off in a length"] = (clean, clean[:end] + text[:2])
@@ -241,6 +245,11 @@ def jpeg_damages() -> Damaged:
         damaged[name] = (clean, clean[:2] + damage + clean[2:])
         damaged[f"{name}, later"] = (clean, clean[:tables] + damage + clean[tables:])
     damaged["more behind the end"] = (clean, clean + GARBAGE)
+    thumbnail = segment(0xE1, b"Exif\0\0" + exif_of(1)[6:] + clean)
+    damaged["no end"] = (clean, clean[:-2])
+    damaged["half an end"] = (clean, clean[:-1])
+    damaged["no end, and a thumbnail"] = (clean, clean[:2] + thumbnail + clean[2:-2])
+    damaged["no end, and a bad profile"] = (clean, clean[:2] + damages["ICC short"] + clean[2:-2])
     kept = {
         "orientation": encode(PICTURE, "JPEG", exif=exif_of(6)),
         "CMYK": encode(PICTURE.convert("CMYK"), "JPEG"),
@@ -299,7 +308,13 @@ def webp_damages() -> Damaged:
     )
     alpha = encode(PICTURE.convert("RGBA").rotate(30), "WEBP")
     cut = encode(PICTURE, "WEBP", lossless=True, exif=exif_of(6), xmp=XMP + GARBAGE)
+    odd = next(
+        data
+        for width in range(30, 40)
+        if (data := encode(PICTURE.resize((width, 30)), "WEBP"))[16] % 2
+    )
     kept = {
+        "no padding": (odd, odd[:-1]),
         "orientation": (turned, cut[:-100]),
         "animation": (moving, moving + b"XMP \xff\xff\0\0"),
         "animation, length": (moving, moving[:4] + b"\xff\xff\0\0" + moving[8:]),

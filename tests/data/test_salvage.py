@@ -8,6 +8,7 @@ import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -96,6 +97,16 @@ def test_pixels_that_are_cut_off_stay_an_error(file_format: str) -> None:
     for lost in (len(data) // 4, len(data) // 2):
         with pytest.raises(DataError):
             decode_image(data[:-lost])
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_rows": 1}])
+def test_a_jpeg_without_its_last_pixels_stays_an_error(options: dict[str, Any]) -> None:
+    """Wherever it is cut: behind the first bytes of a scan only the end mark may be missing."""
+    data = encode(PICTURE, "JPEG", **options)
+    scan = data.index(b"\xff\xda")
+    for end in range(scan, len(data) - 4):
+        with pytest.raises(DataError):
+            decode_image(data[:end])
 
 
 def test_settings_of_the_process_stay_as_they_are() -> None:
