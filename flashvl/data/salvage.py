@@ -92,7 +92,7 @@ def _strip_png(data: bytes) -> BareFile:
                 continue
             if is_transparency and end - start - 8 <= num_colors:
                 kept.append(data[start : end + 4])
-    info = {key: value for key, value in stream.im_info.items() if key in ORIENTATION_INFO}
+    info: Info = {key: value for key, value in stream.im_info.items() if key in ORIENTATION_INFO}
     if not kept[-1].startswith(b"\0\0\0\0IEND"):
         kept.append(b"\0\0\0\0IEND\xae\x42\x60\x82")
     return BareFile(data=b"".join(kept), info=info)

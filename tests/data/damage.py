@@ -311,7 +311,7 @@ def webp_damages() -> Damaged:
     odd = next(
         data
         for width in range(30, 40)
-        if (data := encode(PICTURE.resize((width, 30)), "WEBP"))[16] % 2
+        if (data := encode(PICTURE.resize((width, 30)), "WEBP", lossless=True))[16] % 2
     )
     kept = {
         "no padding": (odd, odd[:-1]),
