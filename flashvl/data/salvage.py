@@ -55,47 +55,51 @@ def strip_metadata(data: bytes) -> BareFile | None:
 
 PNG_PIXELS = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
 PNG_ORIENTATIONS = (
-    (b"eXIf", b""),
-    (b"iTXt", b"XML:com.adobe.xmp\0"),
-    (b"tEXt", b"Raw profile type exif\0"),
-    (b"zTXt", b"Raw profile type exif\0"),
+    b"eXIf",
+    b"iTXtXML:com.adobe.xmp\0",
+    b"tEXtRaw profile type exif\0",
+    b"zTXtRaw profile type exif\0",
 )
-"""Chunks that may say the orientation, and what they begin with."""
+"""What the chunks begin with, behind their length, that may say the orientation."""
 
 
 def _strip_png(data: bytes) -> BareFile:
-    file = io.BytesIO(data)
-    stream = PngStream(file)
+    reader = PngStream(io.BytesIO(data))
     kept = [PNG_SIGNATURE]
+    unread = set(PNG_ORIENTATIONS)  # the first of each is read, so that many cost no more
     num_colors = 256
     for name, start, end in _png_chunks(data):
+        whole = data[start : end + 4]
         if name in PNG_PIXELS:
-            kept.append(data[start : end + 4])
-            if name == b"PLTE":
-                num_colors = (end - start - 8) // 3
+            kept.append(whole)
             if name == b"IHDR":
-                file.seek(start + 8)
-                stream.chunk_IHDR(start + 8, end - start - 8)
+                _read_png_chunk(reader, name, start, end)
+            elif name == b"PLTE":
+                num_colors = (end - start - 8) // 3
+        elif whole[-4:] != struct.pack(">I", zlib.crc32(data[start + 4 : end])):
             continue
-        checksum = data[end : end + 4]
-        if checksum != struct.pack(">I", zlib.crc32(data[start + 4 : end])):
-            continue
-        is_transparency = name == b"tRNS"
-        if is_transparency or any(
-            name == known and data.startswith(beginning, start + 8)
-            for known, beginning in PNG_ORIENTATIONS
-        ):
-            file.seek(start + 8)
-            try:
-                stream.call(name, start + 8, end - start - 8)
-            except (SyntaxError, ValueError):  # it cannot be read, so it is not there
-                continue
-            if is_transparency and end - start - 8 <= num_colors:
-                kept.append(data[start : end + 4])
-    info: Info = {key: value for key, value in stream.im_info.items() if key in ORIENTATION_INFO}
+        elif name == b"tRNS":
+            if end - start - 8 <= num_colors and _read_png_chunk(reader, name, start, end):
+                kept.append(whole)
+        else:
+            for known in [each for each in unread if whole.startswith(each, 4)]:
+                unread.remove(known)
+                _read_png_chunk(reader, name, start, end)
     if not kept[-1].startswith(b"\0\0\0\0IEND"):
         kept.append(b"\0\0\0\0IEND\xae\x42\x60\x82")
+    info: Info = {key: value for key, value in reader.im_info.items() if key in ORIENTATION_INFO}
     return BareFile(data=b"".join(kept), info=info)
+
+
+def _read_png_chunk(reader: PngStream, name: bytes, start: int, end: int) -> bool:
+    """Have a chunk read into `reader.im_info`; whether Pillow can."""
+    assert reader.fp is not None
+    reader.fp.seek(start + 8)
+    try:
+        reader.call(name, start + 8, end - start - 8)
+    except (SyntaxError, ValueError):
+        return False
+    return True
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
