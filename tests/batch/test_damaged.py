@@ -76,7 +76,7 @@ def damaged(number: int) -> dict[str, bytes]:
 
 
 @pytest.mark.ray
-@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_folder_of_damaged_files(ray_cluster: None, tiny_random: Path, tmp_path: Path) -> None:
     files = damaged(90)
     files |= {f"whole{suffix}": encode(PICTURE, "JPEG") for suffix in IMAGE_SUFFIXES}
@@ -86,7 +86,7 @@ def test_a_folder_of_damaged_files(ray_cluster: None, tiny_random: Path, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.ray
-@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("write", [write_folder, write_table])
 def test_2000_damaged_files(
     ray_cluster: None, write: Callable[[Path, dict[str, bytes]], Path], tmp_path: Path

@@ -494,6 +494,14 @@ def item_damages(file_format: str) -> Damaged:
         start = exif - len(b"Exif\0\0") - 4  # it says that there are 6 bytes to TIFF's header
         patched = whole[:start] + struct.pack(">I", offset) + whole[start + 4 :]
         damaged[f"EXIF offset {offset}"] = (whole, patched)
+    for name, start in (("EXIF", exif - 10), ("XMP", whole.index(XMP))):
+        place = struct.pack(">I", start)
+        assert whole.count(place) == 1
+        damaged[f"{name} beyond the end"] = (whole, whole.replace(place, struct.pack(">I", 2**31)))
+        damaged[f"{name} partly there"] = (
+            whole,
+            whole.replace(place, struct.pack(">I", len(whole) - 20)),
+        )
     at = whole.rindex(XMP)
     damaged["XMP noise"] = (whole, whole[:at] + GARBAGE[: len(XMP)] + whole[at + len(XMP) :])
     turned = whole.replace(b'tiff:Orientation="1"', b'tiff:Orientation="0"')

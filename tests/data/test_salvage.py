@@ -38,7 +38,7 @@ def test_every_format_is_damaged_below() -> None:
     assert {name.split()[0] for name in damage.whole_files()} == set(FORMATS) | {"MPO", "APNG"}
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("file_format", DAMAGED)
 def test_bad_metadata_counts_as_absent(file_format: str) -> None:
     """The pixels are to the bit those of the file without the damage."""
@@ -190,6 +190,7 @@ def decode_damaged(number: int, tmp_path: Path) -> list[tuple[str, str | None]]:
         [sys.executable, "-c", DECODE, str(number), str(progress)],
         capture_output=True,
         text=True,
+        cwd=Path(__file__).parents[2],
         timeout=540,
     )
     assert done.returncode == 0, f"{progress.read_text()}: {done.stderr[-2000:]}"
