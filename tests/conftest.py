@@ -3,6 +3,7 @@
 import functools
 import os
 import secrets
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -44,6 +45,20 @@ def tiny_random(random_folder: Callable[[str], Path]) -> Path:
 def tiny_iss_random(random_folder: Callable[[str], Path]) -> Path:
     """One to five tiles an image."""
     return random_folder("tiny-iss")
+
+
+@pytest.fixture(params=[0o022, 0o027, 0o002], ids=oct)
+def assert_obeys_umask(request: pytest.FixtureRequest) -> Iterator[Callable[[Path], None]]:
+    """Sets a umask; the function refuses a tree in which anything has another mode than it says."""
+
+    def check(folder: Path) -> None:
+        for path in (folder, *folder.rglob("*")):
+            usual = 0o777 if path.is_dir() else 0o666
+            assert stat.S_IMODE(path.stat().st_mode) == usual & ~request.param, path
+
+    before = os.umask(request.param)
+    yield check
+    os.umask(before)
 
 
 def write_random(preset: str, folder: Path) -> Path:

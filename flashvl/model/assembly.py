@@ -5,9 +5,10 @@ It knows what belongs to which tower and to which LLM, and no network: parts are
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, FiniteFloat, field_validator
 from transformers import (
     Aimv2VisionConfig,
     Aimv2VisionModel,
@@ -19,13 +20,16 @@ from transformers import (
     SiglipVisionModel,
 )
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling
+from transformers.processing_utils import TextKwargs
 from transformers.utils import logging
 
+from flashvl.config import StrictModel, validate
 from flashvl.errors import CheckpointError, ConfigError
 from flashvl.model.chat_formats import CHAT_FORMATS
+from flashvl.model.checks import check_shapes, check_sizes, shorten, usable
 from flashvl.model.configuration_flashvl import FlashVLConfig
 from flashvl.model.end_tokens import build_generation_config
-from flashvl.model.image_processing_flashvl import FlashVLImageProcessor
+from flashvl.model.image_processing_flashvl import FlashVLImageProcessor, FlashVLImagesKwargs
 from flashvl.model.modeling_flashvl import FlashVLMultiModalProjector
 from flashvl.model.processing_flashvl import FlashVLProcessor
 from flashvl.model.tiling import TilingMode
@@ -91,6 +95,7 @@ def assemble(
             f"{vision} has a grid of {side}x{side} patches, whose side pixel shuffle cannot halve;"
             " use a tower with an even grid, or the tiling iss"
         )
+    check_shapes(llm, config)
 
     model = build_empty(config)
     torch.manual_seed(seed)
@@ -145,7 +150,8 @@ def read_pixels(folder: Path, vision_config: PreTrainedConfig) -> dict[str, Any]
     """The settings of `folder`'s preprocessor_config.json, else those of `PIXELS`.
 
     Raises:
-        CheckpointError: the file is unreadable, or its size is not the tower's.
+        CheckpointError: the file is unreadable, its size is not the tower's, or a value is
+            impossible.
     """
     pixels = dict(PIXELS[vision_config.model_type])
     if not (folder / "preprocessor_config.json").is_file():
@@ -156,13 +162,33 @@ def read_pixels(folder: Path, vision_config: PreTrainedConfig) -> dict[str, Any]
         size = size.get("height") or size.get("shortest_edge")
     if size != vision_config.image_size:
         raise CheckpointError(
-            f"{folder}: preprocessor_config.json has size {size}, config.json image_size"
+            f"{folder}: preprocessor_config.json has size {shorten(size)}, config.json image_size"
             f" {vision_config.image_size}; correct the one that is wrong"
         )
-    return pixels | {key: stored[key] for key in _PIXEL_KEYS if key in stored}
+    given = {key: stored[key] for key in _Pixels.model_fields if stored.get(key) is not None}
+    try:
+        validated = validate(_Pixels, given, f"{folder}/preprocessor_config.json")
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+    return pixels | validated.model_dump(exclude_unset=True)
 
 
-_PIXEL_KEYS = ("resample", "image_mean", "image_std")
+Channels = Annotated[list[FiniteFloat], Field(min_length=3, max_length=3)]
+
+
+class _Pixels(StrictModel):
+    """What a preprocessor_config.json may say of how its tower was trained to see."""
+
+    resample: PILImageResampling | None = None
+    image_mean: Channels | None = None
+    image_std: Channels | None = None
+
+    @field_validator("image_std")
+    @classmethod
+    def _divides(cls, value: list[float]) -> list[float]:
+        if min(value) <= 0:
+            raise ValueError("must be above zero, for pixels are divided by it")
+        return value
 
 
 def tiling_fields(mode: TilingMode, vision_config: PreTrainedConfig) -> dict[str, Any]:
@@ -211,9 +237,13 @@ def load_tokenizer(folder: Path, tokenizer_class: Any = AutoTokenizer) -> PreTra
         )
     try:
         tokenizer = tokenizer_class.from_pretrained(folder)
+        tokenizer("a")
     except Exception as error:  # whatever a broken file makes the libraries raise
         raise CheckpointError(f"{folder} has no usable tokenizer: {one_line(error)}") from error
     tokenizer.chat_template = None
+    # What it would have a processor do with a call, with its images too, is the processor's to say.
+    for key in {**TextKwargs.__annotations__, **FlashVLImagesKwargs.__annotations__}:
+        tokenizer.init_kwargs.pop(key, None)
     return tokenizer
 
 
@@ -245,32 +275,36 @@ _TOWER_KEYS = (
 def _load_tower(folder: Path) -> tuple[PreTrainedConfig, dict[str, torch.Tensor]]:
     """A tower's configuration and its weights by transformers' names, without a pooling head."""
     values = read_json(folder / "config.json")
+    check_sizes(folder, values)
     model_type = values.get("model_type")
-    if model_type == "aimv2" and "vision_config" not in values:
-        config = tower_config(values, is_aimv2=True)
-        with torch.device("meta"):
-            wanted = Aimv2VisionModel(config).state_dict()
-        return config, rename_weights(folder, read_weights(folder), wanted, apple_name)
-    if model_type in ("siglip", "siglip_vision_model"):
-        config = SiglipVisionConfig.from_pretrained(folder)
-        config.vision_use_head = False
-        return config, _load(SiglipVisionModel, folder, config).state_dict()
-    if model_type in ("aimv2", "aimv2_vision_model"):
-        config = Aimv2VisionConfig.from_pretrained(folder)
-        config.use_head = False
-        return config, _load(Aimv2VisionModel, folder, config).state_dict()
+    with usable(f"{folder}: config.json"):
+        if model_type == "aimv2" and "vision_config" not in values:
+            config = tower_config(values, is_aimv2=True)
+            with torch.device("meta"):
+                wanted = Aimv2VisionModel(config).state_dict()
+            return config, rename_weights(folder, read_weights(folder), wanted, apple_name)
+        if model_type in ("siglip", "siglip_vision_model"):
+            config = SiglipVisionConfig.from_pretrained(folder)
+            config.vision_use_head = False
+            return config, _load(SiglipVisionModel, folder, config).state_dict()
+        if model_type in ("aimv2", "aimv2_vision_model"):
+            config = Aimv2VisionConfig.from_pretrained(folder)
+            config.use_head = False
+            return config, _load(Aimv2VisionModel, folder, config).state_dict()
     raise CheckpointError(
-        f"{folder} holds a {model_type!r} model, no tower; name a siglip, siglip_vision_model,"
-        " aimv2 or aimv2_vision_model folder"
+        f"{folder} holds a {shorten(model_type)} model, no tower; name a siglip,"
+        " siglip_vision_model, aimv2 or aimv2_vision_model folder"
     )
 
 
 def _load_llm(folder: Path) -> tuple[PreTrainedConfig, dict[str, torch.Tensor]]:
     """An LLM's configuration and its weights, without a head that is tied."""
-    model_type = read_json(folder / "config.json").get("model_type")
-    if model_type not in CHAT_FORMATS:
+    values = read_json(folder / "config.json")
+    check_sizes(folder, values)
+    model_type = values.get("model_type")
+    if not isinstance(model_type, str) or model_type not in CHAT_FORMATS:
         raise CheckpointError(
-            f"{folder} holds a {model_type!r} model, no LLM that is known;"
+            f"{folder} holds a {shorten(model_type)} model, no LLM that is known;"
             f" name a folder of type {' or '.join(CHAT_FORMATS)}"
         )
     model = _load(AutoModelForCausalLM, folder)
@@ -287,7 +321,7 @@ def _load(model_class: Any, folder: Path, config: PreTrainedConfig | None = None
     logging.set_verbosity_error()  # else a table of all that stays behind, a line a weight
     try:
         model, report = model_class.from_pretrained(
-            folder, dtype="auto", output_loading_info=True, **given
+            folder, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True, **given
         )
     except Exception as error:  # whatever a broken folder makes the libraries raise
         raise CheckpointError(f"{folder} cannot be loaded: {one_line(error)}") from error
@@ -296,5 +330,11 @@ def _load(model_class: Any, folder: Path, config: PreTrainedConfig | None = None
     if report["missing_keys"]:
         raise CheckpointError(
             f"{folder} lacks the weight {min(report['missing_keys'])}; download it anew"
+        )
+    if report["mismatched_keys"]:
+        name, stored, wanted = min(report["mismatched_keys"])
+        raise CheckpointError(
+            f"{folder}: {name} has shape {tuple(stored)}, not {tuple(wanted)} as its config.json"
+            " says; correct that, or download the weights anew"
         )
     return model

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoProcessor
 
 from flashvl.errors import CheckpointError
+from flashvl.model.checks import check_shapes, check_sizes, shorten
 from flashvl.model.configuration_flashvl import FlashVLConfig
 from flashvl.model.end_tokens import end_at, find_end_token
 from flashvl.model.modeling_flashvl import FlashVLForConditionalGeneration
@@ -39,15 +40,18 @@ def resolve_checkpoint(model: str | Path) -> Path:
     if not folder.is_dir():
         raise CheckpointError(f"no model folder {str(model)!r}; {remedy}")
     try:
-        model_type = json.loads((folder / "config.json").read_text())["model_type"]
-    except (OSError, ValueError, KeyError, TypeError):
+        values = json.loads((folder / "config.json").read_text())
+        model_type = values["model_type"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise CheckpointError(f"{folder} has no readable config.json; {remedy}") from None
     if is_released(model_type):
         return import_once(folder)
     if model_type != FlashVLConfig.model_type:
         raise CheckpointError(
-            f"{folder} holds a {model_type!r} model, not {FlashVLConfig.model_type!r}; {remedy}"
+            f"{folder} holds a {shorten(model_type)} model, not {FlashVLConfig.model_type!r};"
+            f" {remedy}"
         )
+    check_sizes(folder, values)
     return folder
 
 
@@ -100,6 +104,7 @@ def load_model(
             raise CheckpointError(
                 f"{folder}: {problem.replace('_keys', '')} weight {name}; save the folder anew"
             )
+    check_shapes(folder, loaded.config)
     end_token = find_end_token(folder, loaded.config.text_config.model_type)
     if end_token is not None:
         ends = loaded.generation_config.eos_token_id

@@ -25,6 +25,7 @@ from flashvl.model.assembly import (
     tiling_fields,
     tower_config,
 )
+from flashvl.model.checks import check_shapes, check_sizes, shorten, usable
 from flashvl.model.configuration_flashvl import FlashVLConfig
 from flashvl.model.end_tokens import build_generation_config
 from flashvl.model.tiling import TilingMode
@@ -51,6 +52,7 @@ ADAPTER_NAMES = {
     "linear_2": "adp.p0.3",
     "linear_3": "adp.proj",
 }
+LLM_TYPE = "qwen2"
 FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
 """Of a repository: weights, settings and tokenizer, no code."""
 
@@ -79,14 +81,18 @@ def import_released(source: Path, output: Path) -> None:
     values = read_json(source / "config.json")
     if not is_released(values.get("model_type")):
         raise CheckpointError(
-            f"{source} holds a {values.get('model_type')!r} model, no published one;"
+            f"{source} holds a {shorten(values.get('model_type'))} model, no published one;"
             f" name a folder of a {OWNER}* repository"
         )
     stored = read_weights(source)
     tokenizer = load_tokenizer(source, Qwen2Tokenizer)
-    image_token_id = find_image_token(source, tokenizer, "qwen2")
+    image_token_id = find_image_token(source, tokenizer, LLM_TYPE)
     config = _config(source, values, stored, image_token_id)
-    processor = build_processor(config, tokenizer, read_pixels(source, config.vision_config))
+    pixels = read_pixels(source, config.vision_config)
+    with usable(str(source)):
+        processor = build_processor(config, tokenizer, pixels)
+        model = build_empty(config)
+    model.generation_config = build_generation_config(config, tokenizer, source)
 
     is_aimv2 = config.vision_config.model_type == "aimv2_vision_model"
     if not is_aimv2:  # ours has no pooling head: nothing reads what it makes
@@ -103,8 +109,6 @@ def import_released(source: Path, output: Path) -> None:
             return f"{ADAPTER_NAMES[layer]}.{kind}"
         return f"llm.model.{rest}" if part == "language_model" else f"llm.{name}"
 
-    model = build_empty(config)
-    model.generation_config = build_generation_config(config, tokenizer, source)
     wanted = model.state_dict()
     if config.tie_word_embeddings:
         del wanted["lm_head.weight"]
@@ -161,9 +165,17 @@ def _config(
     for key in ("vision_config", "llm_config", "intermediate_size"):
         if key not in values:
             raise CheckpointError(f"{source}: config.json has no {key}; download it anew")
+    check_sizes(source, values)
     is_static = "Static" in values["model_type"]
     is_tied = "llm.lm_head.weight" not in stored
-    try:
+    with usable(f"{source}: config.json"):
+        llm_config = values["llm_config"] | {"tie_word_embeddings": is_tied}
+        llm_type = llm_config.setdefault("model_type", LLM_TYPE)
+        if llm_type != LLM_TYPE:
+            raise CheckpointError(
+                f"{source}: config.json's llm_config is of a {shorten(llm_type)} model, but a"
+                f" published one's is {LLM_TYPE!r}; correct its model_type"
+            )
         vision_config = tower_config(values["vision_config"], is_aimv2=not is_static)
         mode: TilingMode = "static"
         if not is_static:
@@ -171,26 +183,23 @@ def _config(
             mode = "dynamic" if is_folded else "iss"
             if ("ISS" in values["model_type"]) == is_folded:
                 raise CheckpointError(
-                    f"{source}: config.json says {values['model_type']}, but the input width of"
-                    f" adp.p0.1.weight is that of a {mode} model; correct model_type"
+                    f"{source}: config.json says {shorten(values['model_type'])}, but the input"
+                    f" width of adp.p0.1.weight is that of a {mode} model; correct model_type"
                 )
         config = FlashVLConfig(
             vision_config=vision_config,
-            text_config=values["llm_config"] | {"tie_word_embeddings": is_tied},
+            text_config=llm_config,
             image_token_id=image_token_id,
             **tiling_fields(mode, vision_config),
             projector_hidden_size=values["intermediate_size"],
             tie_word_embeddings=is_tied,
         )
+        check_shapes(source, config)
         num_tokens = config.image_seq_length
-    except CheckpointError:
-        raise
-    except Exception as error:  # whatever a broken value makes the libraries raise
-        raise CheckpointError(f"{source}: config.json is not usable: {one_line(error)}") from error
     if values.get("image_token_num", num_tokens) != num_tokens:
         raise CheckpointError(
-            f"{source}: config.json has image_token_num {values['image_token_num']}, but a tile of"
-            f" its {mode} model makes {num_tokens}; correct the one that is wrong"
+            f"{source}: config.json has image_token_num {shorten(values['image_token_num'])}, but a"
+            f" tile of its {mode} model makes {num_tokens}; correct the one that is wrong"
         )
     return config
 

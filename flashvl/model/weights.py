@@ -4,6 +4,7 @@ read_weights -> rename_weights -> save_model
 """
 
 import json
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from flashvl.errors import CheckpointError, ConfigError
 from flashvl.model.configuration_flashvl import FlashVLConfig
@@ -38,6 +39,10 @@ AIMV2_NAMES = {
 """transformers' names of AIMv2's weights -> those of Apple's own code, to be applied in order."""
 
 
+BUFFERS = re.compile(r"(^|\.)(position_ids|inv_freq|cos_cached|sin_cached)$")
+"""What older transformers stored beside the weights, and a model makes for itself."""
+
+
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """The tensors of `model.safetensors`, or of the shards of its index.
 
@@ -51,13 +56,15 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     files = ["model.safetensors"]
     if index.is_file():
         places = read_json(index).get("weight_map", {})
+        if not isinstance(places, dict) or not all(isinstance(n, str) for n in places.values()):
+            raise CheckpointError(f"{index}: its weight_map names no files; download it anew")
         files = sorted(set(places.values()))
     weights: dict[str, torch.Tensor] = {}
     for name in files:
         try:
             with safe_open(folder / name, "pt") as file:
                 weights |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
+        except Exception as error:  # a broken header makes safetensors raise nearly anything
             raise CheckpointError(
                 f"{folder / name} cannot be read: {one_line(error)}; download it anew"
             ) from None
@@ -75,6 +82,8 @@ def rename_weights(
 ) -> dict[str, torch.Tensor]:
     """`stored` under the names of `wanted`, each checked; views, no copies.
 
+    `BUFFERS` are left behind.
+
     Apple's fused attn.qkv, (3 * C, C), is split into q, k and v, and its pos_embed, (1, S, C), into
     an embedding's weight.
 
@@ -84,10 +93,10 @@ def rename_weights(
         stored_name: of a weight that `wanted` calls so.
 
     Raises:
-        CheckpointError: a weight is missing, unknown or misshapen.
+        CheckpointError: a weight is missing, unknown, misshapen or of whole numbers.
     """
     weights: dict[str, torch.Tensor] = {}
-    unknown = set(stored)
+    unknown = {name for name in stored if not BUFFERS.search(name)}
     for name, weight in wanted.items():
         source, shape = stored_name(name), tuple(weight.shape)
         if source not in stored:
@@ -102,6 +111,11 @@ def rename_weights(
             raise CheckpointError(
                 f"{folder}: {source} has shape {tuple(tensor.shape)}, not {shape} as its"
                 " config.json says; correct that, or download the weights anew"
+            )
+        if not tensor.is_floating_point():
+            raise CheckpointError(
+                f"{folder}: {source} holds {str(tensor.dtype).removeprefix('torch.')} numbers;"
+                " take weights that are not quantised"
             )
         if is_fused:
             tensor = tensor.chunk(3)["qkv".index(name.removesuffix("_proj.weight")[-1])]
@@ -192,4 +206,5 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def one_line(error: Exception) -> str:
     """The message of another library's error, cut to one line."""
-    return " ".join(str(error).split())[:300]
+    text = " ".join(str(error).split())[:300] or type(error).__name__
+    return "".join(character if character.isprintable() else "?" for character in text)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -301,11 +302,62 @@ def test_a_tower_that_lacks_a_weight_is_refused(parts: Path, tmp_path: Path) -> 
         assemble(vision, parts / "qwen", tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("part", "name", "values", "reason"),
+    [
+        ("siglip_vision_model", "config.json", {"num_attention_heads": 3}, "divisible"),
+        ("siglip_vision_model", "config.json", {"hidden_size": "wide"}, "hidden_size 'wide'"),
+        ("siglip_vision_model", "config.json", {"num_hidden_layers": 10**9}, "1 to 1000"),
+        ("siglip_vision_model", "config.json", {"hidden_act": "nonesuch"}, "nonesuch"),
+        ("siglip", "config.json", {"vision_config": 3}, "is not usable"),
+        ("aimv2_vision_model", "config.json", {"patch_size": 0}, "patch_size 0"),
+        ("qwen", "config.json", {"num_attention_heads": -4}, "num_attention_heads -4"),
+        (
+            "qwen",
+            "config.json",
+            {"num_attention_heads": 5},
+            "k_proj.bias has shape (12,), not (8,)",
+        ),
+        ("qwen", "config.json", {"layer_types": ["nonesuch"]}, "cannot be loaded"),
+        ("llama", "config.json", {"rope_parameters": 3}, "cannot be loaded"),
+        ("siglip", "preprocessor_config.json", {"image_std": [0, 1, 1]}, "above zero"),
+        ("siglip", "preprocessor_config.json", {"image_mean": 0.5}, "image_mean=0.5"),
+        ("siglip", "preprocessor_config.json", {"resample": 77}, "resample=77"),
+        ("qwen", "generation_config.json", {"eos_token_id": 300}, "token 300, but"),
+        ("qwen", "tokenizer_config.json", {"model_max_length": "long"}, "no usable tokenizer"),
+    ],
+)
+def test_a_part_with_an_impossible_setting_is_refused_in_one_line(
+    parts: Path, tmp_path: Path, part: str, name: str, values: dict[str, Any], reason: str
+) -> None:
+    folder = Path(shutil.copytree(parts / part, tmp_path / "broken"))
+    before = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+    (folder / name).write_text(json.dumps(before | values))
+    is_llm = part in ("qwen", "llama")
+    with pytest.raises(CheckpointError) as caught:
+        assemble(
+            parts / "siglip" if is_llm else folder,
+            folder if is_llm else parts / "qwen",
+            tmp_path / "out",
+        )
+    message = str(caught.value)
+    assert reason in message
+    assert str(folder) in message and message.isprintable()
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_tokenizer_without_the_placeholder_is_refused(parts: Path, tmp_path: Path) -> None:
     llm = Path(shutil.copytree(parts / "llama", tmp_path / "llama"))
     train_tokenizer(["a"], 262).save_pretrained(llm)
     with pytest.raises(CheckpointError, match=r"no <\|reserved_special_token_0\|>"):
         assemble(parts / "siglip", llm, tmp_path / "out")
+
+
+def test_an_assembly_obeys_the_umask(
+    parts: Path, tmp_path: Path, assert_obeys_umask: Callable[[Path], None]
+) -> None:
+    make(parts, tmp_path / "made" / "out")
+    assert_obeys_umask(tmp_path / "made")
 
 
 def test_an_existing_output_is_left_alone(parts: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""How `generate` answers: in batches, up to the right end, and never with an image's placeholder."""
+"""How `generate` answers: in batches, up to the right end, never with an image's placeholder."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ IMAGE, END = 3, 2
 
 @pytest.fixture(scope="module")
 def questions() -> Questions:
-    """Pictures, questions and answers of the held-out world; prompts and answers of many lengths."""
+    """Pictures, questions and answers of the held-out world, of different lengths."""
     drawn = [next(synthetic.samples("heldout", 0, 1, (task,))) for task in TASKS]
     return [(d.image(), d.turns[0].question, d.turns[0].answer) for d in drawn]
 

@@ -166,7 +166,36 @@ def test_config_of_an_unknown_language_model(folder: Path) -> None:
 
 def test_config_with_a_value_of_the_wrong_type(folder: Path) -> None:
     edit_config(folder, projector_hidden_size="wide")
-    assert "cannot be loaded" in message_of(load_model, folder)
+    message = message_of(load_model, folder)
+    assert "projector_hidden_size 'wide'; it must be a whole number" in message
+
+
+@pytest.mark.parametrize("load", [load_model, load_processor])
+@pytest.mark.parametrize("section", ["vision_config", "text_config"])
+@pytest.mark.parametrize("layers", [0, -1, 10**9, 10**30, "2", 1.5, True])
+def test_config_with_an_impossible_number_of_layers(
+    load: Callable[[Path], Any], folder: Path, section: str, layers: Any
+) -> None:
+    values = json.loads((folder / "config.json").read_text())[section]
+    edit_config(folder, **{section: values | {"num_hidden_layers": layers}})
+    assert f"{section}.num_hidden_layers {layers!r}; it must be" in message_of(load, folder)
+
+
+def test_a_config_that_makes_no_usable_model(folder: Path) -> None:
+    values = json.loads((folder / "config.json").read_text())
+    values["text_config"] |= {"num_attention_heads": 16, "num_key_value_heads": 8}
+    (folder / "config.json").write_text(json.dumps(values))
+    assert "heads have 1 channels" in message_of(load_model, folder)
+
+
+def test_buffers_that_older_transformers_stored_are_ignored(folder: Path) -> None:
+    buffers = {
+        "model.vision_tower.embeddings.position_ids": torch.arange(16)[None],
+        "model.language_model.rotary_emb.inv_freq": torch.ones(4),
+        "model.language_model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+    }
+    edit_weights(folder, lambda weights: weights.update(buffers))
+    assert load_model(folder).config.image_seq_length == 4
 
 
 def test_no_weights(folder: Path) -> None:

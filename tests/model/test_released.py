@@ -15,6 +15,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
@@ -333,11 +336,17 @@ def test_weights_stay_as_stored(static: Path, tmp_path: Path) -> None:
 def test_the_tokenizer_pads_on_the_left_whatever_the_source_says(
     static: Path, tmp_path: Path
 ) -> None:
-    edit_config(static, "tokenizer_config.json", padding_side="right")
+    says = {"padding_side": "right", "max_length": 3, "truncation": True, "resample": 0}
+    edit_config(static, "tokenizer_config.json", **says)
     import_released(static, tmp_path / "ours")
     assert AutoTokenizer.from_pretrained(tmp_path / "ours").padding_side == "left"
-    padded = load_processor(tmp_path / "ours")(text=["a", "a red circle"], padding=True)
+    processor = load_processor(tmp_path / "ours")
+    padded = processor(text=["a", "a red circle, a red circle"], padding=True)
     assert padded["attention_mask"][0][0] == 0
+    assert len(padded["input_ids"][1]) > 3
+    image = Image.effect_mandelbrot((50, 40), (-3, -2.5, 2, 2.5), 100).convert("RGB")
+    seen = processor(images=[image], text=["<|image_pad|>"], return_tensors="pt")["pixel_values"]
+    assert torch.equal(seen, processor.image_processor(image, return_tensors="pt")["pixel_values"])
 
 
 ADVICE = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "repetition_penalty": 1.1}
@@ -415,6 +424,136 @@ def test_a_missing_weight_is_named(static: Path, name: str) -> None:
     assert f"lacks the weight {name}" in refusal(static)
 
 
+@pytest.mark.parametrize("layout", ["static", "iss"])
+def test_buffers_that_older_transformers_stored_are_ignored(
+    published: Path, tmp_path: Path, layout: str
+) -> None:
+    source = Path(shutil.copytree(published / layout, tmp_path / layout))
+    (source / "model.safetensors.index.json").unlink(missing_ok=True)
+    buffers = {
+        "vit.embeddings.position_ids": torch.arange(64)[None],
+        "llm.model.position_ids": torch.arange(512)[None],
+        "llm.model.rotary_emb.inv_freq": torch.ones(3),
+        "llm.model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(3),
+        "llm.model.layers.1.self_attn.rotary_emb.cos_cached": torch.ones(1, 1, 512, 6),
+    }
+    edit(source, lambda weights: weights.update(buffers))
+    import_released(source, tmp_path / "ours")
+    assert not any("position_ids" in name for name in stored_weights(tmp_path / "ours"))
+    load_model(tmp_path / "ours")
+
+
+@pytest.mark.parametrize("size", [0, 4, 100, -100])
+def test_truncated_weights_are_refused(static: Path, size: int) -> None:
+    path = static / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:size])
+    assert "model.safetensors cannot be read" in refusal(static)
+
+
+@pytest.mark.parametrize("weight_map", [None, 3, [], {"a": 3}, {"a": ["b"]}], ids=str)
+def test_an_index_without_files_is_refused(static: Path, weight_map: Any) -> None:
+    index = {"weight_map": weight_map}
+    (static / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "weight_map names no files" in refusal(static)
+
+
+def test_quantised_weights_are_refused(static: Path) -> None:
+    name = "llm.model.norm.weight"
+    edit(static, lambda weights: weights.update({name: weights[name].to(torch.int8)}))
+    assert f"{name} holds int8 numbers" in refusal(static)
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "reason"),
+    [
+        ("vision_config", {"num_attention_heads": 3}, "num_attention_heads (3) does not divide"),
+        ("vision_config", {"image_size": 36}, "a grid of 9x9 patches"),
+        ("vision_config", {"patch_size": 0}, "vision_config.patch_size 0; it must be"),
+        ("vision_config", {"hidden_act": "nonesuch"}, "is not usable"),
+        ("llm_config", {"num_attention_heads": 5}, "no even number"),
+        ("llm_config", {"num_attention_heads": 8, "num_key_value_heads": 4}, "have 3 channels"),
+        ("llm_config", {"num_key_value_heads": 3}, "num_key_value_heads (3) does not divide"),
+        ("llm_config", {"num_hidden_layers": 10**12}, "num_hidden_layers 1000000000000; it must"),
+        ("llm_config", {"hidden_size": -24}, "llm_config.hidden_size -24; it must"),
+        ("llm_config", {"vocab_size": 3}, "the id 3, but the LLM's vocabulary ends at 2"),
+        ("llm_config", {"model_type": "gpt2"}, "is of a 'gpt2' model"),
+    ],
+)
+def test_a_config_of_no_usable_model_is_refused(
+    static: Path, section: str, values: dict[str, Any], reason: str
+) -> None:
+    config = json.loads((static / "config.json").read_text())
+    edit_config(static, **{section: config[section] | values})
+    assert reason in refusal(static)
+
+
+ANYTHING = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-5, 70),
+    st.integers(-(10**30), 10**30),
+    st.floats(),
+    st.text(max_size=8),
+    st.lists(st.integers(-3, 9), max_size=4),
+    st.dictionaries(st.text(max_size=4), st.integers(), max_size=2),
+)
+FILES = [f"{name}config.json" for name in ("", "preprocessor_", "generation_", "tokenizer_")]
+
+
+@settings(
+    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_whatever_a_config_says_is_imported_or_refused_in_one_line(
+    static: Path, data: st.DataObject
+) -> None:
+    """And what is imported can be asked."""
+    name = data.draw(st.sampled_from(FILES))
+    path, output = static / name, static.parent / "fuzzed"
+    whole = json.loads(path.read_text()) if path.exists() else {}
+    section = whole
+    if name == "config.json":
+        whole["llm_config"] = MORE | whole["llm_config"]
+        section = data.draw(st.sampled_from([whole, whole["vision_config"], whole["llm_config"]]))
+    keys = list(section) + ["eos_token_id", "pad_token_id", "resample", "image_std", "padding_side"]
+    for key in data.draw(st.lists(st.sampled_from(keys), min_size=1, max_size=2)):
+        if data.draw(st.booleans()):
+            section[key] = data.draw(ANYTHING)
+        else:
+            section.pop(key, None)
+    before = path.read_text() if path.exists() else None
+    path.write_text(json.dumps(whole))
+    try:
+        import_released(static, output)
+    except CheckpointError as error:
+        assert str(error).isprintable() and str(static) in str(error)
+        assert not list(static.parent.glob("*fuzzed*"))
+    else:
+        inputs = load_processor(output)(
+            images=[Image.new("RGB", (9, 7))], text=["<|image_pad|>What?"], return_tensors="pt"
+        )
+        load_model(output).generate(**inputs, max_new_tokens=2)
+    finally:
+        shutil.rmtree(output, ignore_errors=True)
+        path.unlink()
+        if before is not None:
+            path.write_text(before)
+
+
+MORE = {
+    "head_dim": None,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_scaling": None,
+    "sliding_window": None,
+    "use_sliding_window": False,
+    "max_window_layers": 28,
+    "layer_types": ["full_attention", "full_attention"],
+    "attention_dropout": 0.0,
+}
+"""What the published one may say besides; to be fuzzed."""
+
+
 def test_a_missing_shard_is_named(published: Path, tmp_path: Path) -> None:
     source = Path(shutil.copytree(published / "iss", tmp_path / "iss"))
     (source / "model-00002-of-00002.safetensors").unlink()
@@ -481,6 +620,13 @@ def test_no_tokenizer_is_refused(static: Path) -> None:
     for file in static.glob("*token*"):
         file.unlink()
     assert "no tokenizer.json" in refusal(static)
+
+
+def test_an_import_obeys_the_umask(
+    published: Path, tmp_path: Path, assert_obeys_umask: Callable[[Path], None]
+) -> None:
+    import_released(published / "iss", tmp_path / "made" / "ours")
+    assert_obeys_umask(tmp_path / "made")
 
 
 def test_an_existing_output_is_left_alone(static: Path) -> None:
