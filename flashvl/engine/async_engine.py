@@ -8,11 +8,11 @@ import threading
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
-from llguidance import LLMatcher
-
 from flashvl.data.features import Tiles, make_tiles
 from flashvl.engine.engine import Engine
+from flashvl.engine.grammars import Grammar
 from flashvl.engine.request import Completion, Delta, Request
+from flashvl.errors import DataError
 
 Deliver = Callable[[Delta | BaseException], None]
 """Hands a delta, or what went wrong, to the coroutine that waits for it."""
@@ -133,7 +133,12 @@ class AsyncEngine:
 
     def _hand_out(self) -> None:
         for number in list(self._waiting):
-            for delta in self.engine.take(number):
+            try:
+                deltas = self.engine.take(number)
+            except DataError as error:
+                self._waiting.pop(number)(error)
+                continue
+            for delta in deltas:
                 self._waiting[number](delta)
                 if delta.completion is not None:
                     del self._waiting[number]
@@ -158,7 +163,7 @@ class AsyncEngine:
 @dataclasses.dataclass(slots=True)
 class _Call:
     request: Request
-    grammar: LLMatcher | None
+    grammar: Grammar | None
     is_streamed: bool
     deliver: Deliver
     number: int | None = None

@@ -5,6 +5,7 @@ ones leave. Steps take turns: a piece of a prefill, if one waits, and one token 
 """
 
 import itertools
+import math
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
@@ -13,17 +14,17 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from llguidance import LLMatcher
 
 from flashvl.data.features import Tiles, encode_prompt, make_tiles
 from flashvl.engine.cache import KVCache, bytes_per_token
-from flashvl.engine.grammars import Grammars
+from flashvl.engine.grammars import Grammar, Grammars
 from flashvl.engine.images import ImageFeatures
 from flashvl.engine.request import Completion, Delta, FinishReason, Request
 from flashvl.engine.runner import Runner
 from flashvl.engine.sampling import Sampler, token_logprobs
 from flashvl.engine.scheduler import Scheduler
 from flashvl.engine.sequence import AnswerText, Sequence
+from flashvl.engine.tokens import TokenTable
 from flashvl.errors import DataError
 from flashvl.model import FlashVLConfig, FlashVLForConditionalGeneration, FlashVLProcessor
 from flashvl.model.loading import Dtype, inference_dtype, load_model, load_processor
@@ -65,6 +66,7 @@ class Engine:
         self.end_token_ids = end_tokens(model, processor)
         config = model.config.text_config
         self.vocab_size: int = config.vocab_size
+        self.tokens = TokenTable(processor.tokenizer)
         self.grammars = Grammars(processor.tokenizer, self.vocab_size, self.end_token_ids)
         self.max_model_len = longest_conversation(model.config, max_model_len)
         cache_bytes = CACHE_SHARE * _free_bytes(self.device)
@@ -90,6 +92,8 @@ class Engine:
         self._ids = itertools.count()
         self._sequences: dict[int, Sequence] = {}
         self._outbox: dict[int, list[Delta]] = {}
+        self._errors: dict[int, DataError] = {}
+        """Of requests that could not be answered to their end."""
 
     @classmethod
     def from_pretrained(
@@ -142,7 +146,7 @@ class Engine:
             self.cancel(number)
 
     def add(
-        self, request: Request, is_streamed: bool = False, grammar: LLMatcher | None = None
+        self, request: Request, is_streamed: bool = False, grammar: Grammar | None = None
     ) -> int:
         """Let a request wait for its turn; returns its number.
 
@@ -168,7 +172,7 @@ class Engine:
             prompt=prompt,
             tiles=tiles,
             sampler=Sampler(request, prompt, self.end_token_ids),
-            text=AnswerText(self.processor.tokenizer, request.stop),
+            text=AnswerText(self.tokens, request.stop),
             is_streamed=is_streamed,
             grammar=grammar,
         )
@@ -216,7 +220,14 @@ class Engine:
         return list(tokens)
 
     def take(self, number: int) -> list[Delta]:
-        """What is new of a request since the last call; behind its completion, nothing ever."""
+        """What is new of a request since the last call; behind its completion, nothing ever.
+
+        Raises:
+            DataError: it cannot be answered to its end; behind that, nothing either.
+        """
+        if error := self._errors.pop(number, None):
+            del self._outbox[number]
+            raise error
         deltas = self._outbox.get(number, [])
         if deltas and deltas[-1].completion is not None:
             del self._outbox[number]
@@ -227,6 +238,7 @@ class Engine:
     def cancel(self, number: int) -> None:
         """Forget a request; nothing happens where it is finished or was never added."""
         self._outbox.pop(number, None)
+        self._errors.pop(number, None)
         sequence = self._sequences.pop(number, None)
         if sequence is not None:
             self.scheduler.remove(sequence)
@@ -305,39 +317,64 @@ class Engine:
     def _append(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
         """Choose each one's next token; the finished ones leave."""
         choices = self._admit(sequences, logits)
-        likeliest: list[int | None] = choices.argmax(-1).tolist()
-        for sequence, row, choice, token in zip(sequences, logits, choices, likeliest, strict=True):
-            if not sequence.sampler.is_plain:
-                token = sequence.sampler.choose(choice, len(sequence.token_ids))
-            num_before = len(sequence.logprobs)
-            sequence.finish_reason = self._take_token(sequence, token, row)
-            logprobs = sequence.logprobs[-1] if len(sequence.logprobs) > num_before else None
-            sequence.first_token_s = sequence.first_token_s or time.perf_counter()
-            if sequence.finish_reason is not None:
-                text = sequence.text.take(sequence.token_ids, is_last=True)
-                completion = sequence.complete()
-                self._outbox[sequence.id].append(
-                    Delta(text=text, logprobs=logprobs, completion=completion)
-                )
-                del self._sequences[sequence.id]
-                self.scheduler.remove(sequence)
-            elif sequence.is_streamed:
-                text = sequence.text.take(sequence.token_ids)
-                self._outbox[sequence.id].append(Delta(text=text, logprobs=logprobs))
+        best, likeliest = choices.max(-1)
+        tokens = zip(best.tolist(), likeliest.tolist(), strict=True)
+        for sequence, row, choice, (value, token) in zip(
+            sequences, logits, choices, tokens, strict=True
+        ):
+            try:
+                self._go_on(sequence, row, choice, None if value == -math.inf else token)
+            except DataError as error:
+                self._errors[sequence.id] = error
+                self._remove(sequence)
 
     def _admit(self, sequences: list[Sequence], logits: torch.Tensor) -> torch.Tensor:
         """(rows, vocabulary) logits, -inf where a sequence's grammar admits no such token."""
-        places = [place for place, each in enumerate(sequences) if each.grammar is not None]
-        if not places:
+        masks = {
+            place: sequence.grammar.mask
+            for place, sequence in enumerate(sequences)
+            if sequence.grammar is not None
+        }
+        if not masks:
             return logits
-        masks = [each.grammar.compute_bitmask() for each in sequences if each.grammar is not None]
-        bits = np.frombuffer(b"".join(masks), np.uint8).reshape(len(places), -1)
-        is_out = np.unpackbits(bits, 1, self.vocab_size, bitorder="little") == 0
-        choices = logits.clone()
-        choices[places] = logits[places].masked_fill(
-            torch.from_numpy(is_out).to(logits.device), -torch.inf
-        )
+        choices = logits.clone()  # what they were is asked for by `logprobs`
+        is_out = torch.from_numpy(self.grammars.left_out(masks.values())).to(logits.device)
+        places = list(masks)
+        choices[places] = logits[places].masked_fill(is_out, -torch.inf)
         return choices
+
+    def _go_on(
+        self, sequence: Sequence, logits: torch.Tensor, choice: torch.Tensor, token: int | None
+    ) -> None:
+        """
+        Args:
+            choice: the (vocabulary,) logits, as its grammar leaves them.
+            token: the likeliest; None where there is none.
+
+        Raises:
+            DataError: what its grammar admits has become too much to tell.
+        """
+        if not sequence.sampler.is_plain:
+            token = sequence.sampler.choose(choice, len(sequence.token_ids))
+        num_before = len(sequence.logprobs)
+        sequence.finish_reason = self._take_token(sequence, token, logits)
+        logprobs = sequence.logprobs[-1] if len(sequence.logprobs) > num_before else None
+        sequence.first_token_s = sequence.first_token_s or time.perf_counter()
+        if sequence.finish_reason is not None:
+            sequence.text.close()
+            text = sequence.text.take()
+            completion = sequence.complete()
+            self._outbox[sequence.id].append(
+                Delta(text=text, logprobs=logprobs, completion=completion)
+            )
+            self._remove(sequence)
+        elif sequence.is_streamed:
+            text = sequence.text.take()
+            self._outbox[sequence.id].append(Delta(text=text, logprobs=logprobs))
+
+    def _remove(self, sequence: Sequence) -> None:
+        del self._sequences[sequence.id]
+        self.scheduler.remove(sequence)
 
     def _take_token(
         self, sequence: Sequence, token: int | None, logits: torch.Tensor
@@ -351,11 +388,11 @@ class Engine:
         sequence.token_ids.append(token)
         if request.logprobs is not None:
             sequence.logprobs.append(token_logprobs(logits, token, request.logprobs))
-        if (request.stop or sequence.is_streamed) and sequence.text.add(sequence.token_ids):
+        if sequence.text.add(token):
             return "stop"
         if sequence.grammar is not None:
-            sequence.grammar.consume_token(token)
-            if sequence.grammar.is_stopped():
+            sequence.grammar.add(token)
+            if sequence.grammar.is_over:
                 return "stop"
         return "length" if len(sequence.token_ids) == request.max_new_tokens else None
 

@@ -1,23 +1,53 @@
 """From what an answer must look like to the tokens that may come next, by llguidance."""
 
 import json
-from typing import Any, NoReturn
+from collections.abc import Iterable
 
-import llguidance.hf
-from llguidance import LLMatcher, LLParserLimits
-from llguidance.gbnf_to_lark import any_to_lark
+import numpy as np
+import numpy.typing as npt
+from llguidance import LLMatcher, LLTokenizer
 from transformers import PreTrainedTokenizerBase
 
+from flashvl.data.features import BREAK
+from flashvl.engine.grammar_check import LIMITS, GrammarError, checked
 from flashvl.engine.request import StructuredOutputs
+from flashvl.engine.tokens import TokenTable
 from flashvl.errors import DataError
 
-JSON_STYLE: Any = {
-    "item_separator": ", ",
-    "key_separator": ": ",
-    "whitespace_flexible": False,
-    "whitespace_pattern": None,
-}
-"""As `json.dumps` writes it. Where any white space is admitted, a weak model says nothing else."""
+
+class Grammar:
+    """What may follow in one answer; for one thread."""
+
+    mask: bytes
+    """Of every token one bit, the lowest first: whether it may be next."""
+
+    def __init__(self, matcher: LLMatcher):
+        """
+        Raises:
+            DataError: nothing may follow, not even the end.
+        """
+        self._matcher = matcher
+        self._look_ahead()
+
+    @property
+    def is_over(self) -> bool:
+        """Nothing but the end may follow."""
+        return self._matcher.is_stopped()
+
+    def add(self, token: int) -> None:
+        """Go on by a token that was admitted.
+
+        Raises:
+            DataError: to tell what may follow has become too much.
+        """
+        self._matcher.consume_token(token)
+        self._look_ahead()
+
+    def _look_ahead(self) -> None:
+        self.mask = self._matcher.compute_bitmask()
+        if self._matcher.is_error():
+            line = " ".join(self._matcher.get_error().split())
+            raise DataError(f"structured_outputs are too complex ({line[:200]}); make them simpler")
 
 
 class Grammars:
@@ -30,54 +60,61 @@ class Grammars:
         Args:
             vocab_size: the model's, which may be greater than the tokenizer's.
         """
-        self.tokenizer = llguidance.hf.from_tokenizer(
-            tokenizer, n_vocab=vocab_size, eos_token=end_token_ids
+        self.vocab_size = vocab_size
+        self._control_tokens = sorted(TokenTable(tokenizer).control_tokens - set(end_token_ids))
+        self._tokenizer = LLTokenizer(
+            _without_names(tokenizer), n_vocab=vocab_size, eos_token=end_token_ids
         )
-        self.limits = LLParserLimits(verbose_errors=False)
 
-    def compile(self, outputs: StructuredOutputs) -> LLMatcher:
-        """What follows one answer, from its beginning on.
+    def compile(self, outputs: StructuredOutputs) -> Grammar:
+        """For one answer, from its beginning on.
 
         Raises:
             DataError: it has an error, or is too much.
         """
-        name, text = _as_llguidance(outputs)
-        matcher = LLMatcher(self.tokenizer, text, log_level=0, limits=self.limits)
-        if matcher.is_error():
-            _refuse(name, matcher.get_error())
-        return matcher
+        kind, text = _as_text(outputs)
+        try:
+            grammar = checked(kind, text)
+        except GrammarError as error:
+            raise DataError(f"structured_outputs.{kind} cannot be used: {error}") from None
+        return Grammar(LLMatcher(self._tokenizer, grammar, log_level=0, limits=LIMITS))
+
+    def left_out(self, masks: Iterable[bytes]) -> npt.NDArray[np.bool_]:
+        """(masks, vocabulary), True where a token may not be next.
+
+        Control tokens are none of an answer's text, though a grammar may name them.
+        """
+        rows = list(masks)
+        bits = np.frombuffer(b"".join(rows), np.uint8).reshape(len(rows), -1)
+        is_out = np.unpackbits(bits, 1, self.vocab_size, bitorder="little") == 0
+        is_out[:, self._control_tokens] = True
+        return is_out
 
 
-def _as_llguidance(outputs: StructuredOutputs) -> tuple[str, str]:
-    """The field that is set, and what it says in llguidance's own form.
+def _without_names(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A tokenizer's JSON, its control tokens without the names by which a text could call them.
 
-    Raises:
-        DataError: it has an error.
+    Else where a form leaves only the text `<|im_end|>` to say, the token would be taken for it.
     """
-    if outputs.json is not None:
-        return "json", _from_schema(outputs.json)
+    whole = json.loads(tokenizer.backend_tokenizer.to_str())
+    whole |= {"padding": None, "truncation": None}
+    vocab = whole["model"]["vocab"]
+    for token in whole["added_tokens"]:
+        if token["special"]:
+            name = f"{BREAK}{token['id']}"
+            if token["content"] in vocab:
+                vocab[name] = vocab.pop(token["content"])
+            token["content"] = name
+    return json.dumps(whole)
+
+
+def _as_text(outputs: StructuredOutputs) -> tuple[str, str]:
+    """What `grammar_check.checked` takes."""
     if outputs.json_object:
-        return "json_object", _from_schema('{"type": "object"}')
-    if outputs.regex is not None:
-        return "regex", LLMatcher.grammar_from_regex(outputs.regex)
+        return "json", '{"type": "object"}'
     if outputs.choice is not None:
-        texts = " | ".join(json.dumps(text, ensure_ascii=False) for text in outputs.choice)
-        return "choice", LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {texts}")
-    assert outputs.grammar is not None
-    try:
-        return "grammar", LLMatcher.grammar_from_lark(any_to_lark(outputs.grammar))
-    except Exception as error:  # of GBNF; it has classes of its own for some
-        _refuse("grammar", str(error))
-
-
-def _from_schema(text: str) -> str:
-    try:
-        schema = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        _refuse("json", f"not valid JSON: {error}")
-    return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=JSON_STYLE)
-
-
-def _refuse(name: str, reason: str) -> NoReturn:
-    line = " ".join(reason.split()) or "unknown"
-    raise DataError(f"structured_outputs.{name} cannot be used: {line[:500]}; mend it") from None
+        return "choice", json.dumps(list(outputs.choice))
+    for kind in ("json", "regex", "grammar"):
+        if (text := getattr(outputs, kind)) is not None:
+            return kind, text
+    raise AssertionError("exactly one is set")

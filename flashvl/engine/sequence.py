@@ -1,16 +1,17 @@
 """One request on its way through the engine."""
 
+import codecs
 import time
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 
 import torch
-from llguidance import LLMatcher
-from transformers import PreTrainedTokenizerBase
 
 from flashvl.data.features import Tiles
+from flashvl.engine.grammars import Grammar
 from flashvl.engine.request import Completion, FinishReason, Request, Timing, TokenLogprobs
 from flashvl.engine.sampling import Sampler
+from flashvl.engine.tokens import TokenTable
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
@@ -24,7 +25,7 @@ class Sequence:
     sampler: Sampler
     text: "AnswerText"
     is_streamed: bool
-    grammar: LLMatcher | None = None
+    grammar: Grammar | None = None
     """What may follow, by `structured_outputs`."""
     embeddings: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     """Of the prompt, from its admission until it is in the cache."""
@@ -49,7 +50,7 @@ class Sequence:
     def complete(self) -> Completion:
         assert self.finish_reason is not None
         return Completion(
-            text=self.text.whole(self.token_ids),
+            text=self.text.text,
             token_ids=self.token_ids,
             prompt_tokens=len(self.prompt),
             finish_reason=self.finish_reason,
@@ -63,50 +64,50 @@ class Sequence:
 
 
 class AnswerText:
-    """The text of an answer that grows token by token, cut before the first stop string."""
+    """The text of an answer that grows token by token, cut before the stop string that ends it.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Many[str]):
-        self.tokenizer, self.stop = tokenizer, tuple(stop)
+    That is the one that is complete first; of several that are complete with the same character,
+    the longest. So neither where tokens begin nor who reads along decides.
+    """
+
+    def __init__(self, tokens: TokenTable, stop: Many[str]):
+        self.tokens, self.stop = tokens, tuple(stop)
         self.text = ""
-        """Decoded so far, whole characters only."""
-        self.num_given = 0
-        """Characters of it that `take` has returned."""
+        """So far; whole characters only, until `close`."""
         self.is_stopped = False
-        self._start = self._end = 0
+        self._num_taken = 0
+        """Characters of it that `take` has returned."""
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def add(self, token_ids: list[int]) -> bool:
-        """Decode what `token_ids`, the whole answer, has on top; returns whether it is stopped.
-
-        Some tokens are parts of a character, and some decode otherwise behind others, so the last
-        decoded ones are decoded again with the new ones.
-        """
-        before = self._decode(token_ids[self._start : self._end])
-        now = self._decode(token_ids[self._start :])
-        if len(now) > len(before) and not now.endswith("\N{REPLACEMENT CHARACTER}"):
-            self.text += now[len(before) :]
-            self._start, self._end = self._end, len(token_ids)
-        places = [place for place in map(self.text.find, self.stop) if place >= 0]
-        if places:
-            self.text = self.text[: min(places)]
+    def add(self, token: int) -> bool:
+        """Go on by a token; returns whether a stop string has ended the answer."""
+        num_before = len(self.text)
+        self.text += self._decoder.decode(self.tokens.text_bytes(token))
+        ends = []
+        for stop in self.stop:
+            start = self.text.find(stop, max(num_before - len(stop) + 1, 0))
+            if start >= 0:
+                ends.append((start + len(stop), start))
+        if ends:
+            _, start = min(ends)
+            self.text = self.text[:start]
             self.is_stopped = True
         return self.is_stopped
 
-    def take(self, token_ids: list[int], is_last: bool = False) -> str:
+    def close(self) -> None:
+        """No token follows; a character that is incomplete becomes U+FFFD."""
+        if not self.is_stopped:
+            self.text += self._decoder.decode(b"", final=True)
+            self.stop = ()  # whatever could become one of them will not
+
+    def take(self) -> str:
         """What is new since the last call and cannot become part of a stop string any more."""
-        text = self.whole(token_ids) if is_last else self.text
-        end = len(text)
-        if not is_last:
-            end -= max((_overlap(text, stop) for stop in self.stop), default=0)
-        new = text[self.num_given : end]
-        self.num_given = max(end, self.num_given)
+        end = len(self.text)
+        if not self.is_stopped:
+            end -= max((_overlap(self.text, stop) for stop in self.stop), default=0)
+        new = self.text[self._num_taken : end]
+        self._num_taken = end
         return new
-
-    def whole(self, token_ids: list[int]) -> str:
-        """The answer's text."""
-        return self.text if self.is_stopped else self._decode(token_ids)
-
-    def _decode(self, token_ids: list[int]) -> str:
-        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -9,8 +9,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 def token_bytes(tokenizer: PreTrainedTokenizerBase, token_id: int) -> bytes:
     """A token's own bytes: a character's, several characters', or a part of one's.
 
-    A control token's are its name's; those of an id that the model has and the tokenizer does not
-    are none.
+    A control token's are its name's; an id that the model has and the tokenizer does not has none.
 
     Args:
         tokenizer: byte-level, as Qwen2's and Llama 3's are.
@@ -27,3 +26,18 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, token_id: int) -> bytes:
 @functools.cache
 def _byte_of_character() -> dict[str, int]:
     return {character: byte for byte, character in bytes_to_unicode().items()}
+
+
+class TokenTable:
+    """The tokens of one tokenizer."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+        added = tokenizer.added_tokens_decoder.items()
+        self.control_tokens = frozenset(number for number, token in added if token.special)
+
+    def text_bytes(self, token_id: int) -> bytes:
+        """A token's part of an answer's text, in which a control token has none."""
+        if token_id in self.control_tokens:
+            return b""
+        return token_bytes(self.tokenizer, token_id)

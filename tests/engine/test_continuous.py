@@ -16,7 +16,6 @@ from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 from flashvl.engine import Completion, Engine, Request
 from flashvl.engine.images import ImageFeatures
 from flashvl.engine.sampling import Sampler
-from flashvl.engine.sequence import AnswerText
 from flashvl.errors import DataError
 from flashvl.model import FlashVLForConditionalGeneration, FlashVLProcessor
 from flashvl.model.loading import load_model, load_processor
@@ -238,26 +237,6 @@ def test_a_stream_joined_is_the_completion(subject: Subject, stop: tuple[str, ..
         assert "".join(delta.text for delta in deltas) == completion.text
         assert [delta.completion for delta in deltas[:-1]] == [None] * (len(deltas) - 1)
         assert deltas[-1].completion == completion
-
-
-@settings(deadline=None, max_examples=60)
-@given(text=st.text(max_size=20), stop=st.lists(st.text(min_size=1, max_size=4), max_size=2))
-def test_text_comes_in_whole_characters_and_never_beyond_a_stop(
-    text: str, stop: list[str], tiny_random: Path
-) -> None:
-    tokenizer = load_processor(tiny_random).tokenizer
-    ids = tokenizer.encode(text)
-    text = tokenizer.decode(ids, skip_special_tokens=True)
-    answer, given_out = AnswerText(tokenizer, stop), ""
-    said: list[int] = []
-    for token in ids:
-        said.append(token)
-        if answer.add(said):
-            break
-        given_out += answer.take(said)
-    given_out += answer.take(said, is_last=True)
-    places = [text.find(each) for each in stop if each in text]
-    assert given_out == (text[: min(places)] if places else text)
 
 
 def test_logprobs_are_the_models(subject: Subject) -> None:
