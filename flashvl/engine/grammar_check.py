@@ -99,12 +99,15 @@ def _check(kind: str, text: str) -> dict[str, str]:
         LLTokenizer(TokenizerWrapper(_Bytes())), grammar, log_level=0, limits=LIMITS
     )
     matcher.compute_bitmask()
-    error = matcher.get_error()
+    return {"grammar": grammar, "error": _told(matcher.get_error())}
+
+
+def _told(error: str) -> str:
     if error.startswith("NoExtension"):
-        error = "nothing satisfies it"
-    elif error.startswith("panic"):
-        error = "it breaks the compiler; control tokens are none of an answer's text"
-    return {"grammar": grammar, "error": error}
+        return "nothing satisfies it"
+    if error.startswith("panic"):
+        return "it breaks the compiler; control tokens are none of an answer's text"
+    return error
 
 
 def _as_llguidance(kind: str, text: str) -> str:
