@@ -12,9 +12,9 @@ from ray.actor import ActorHandle
 
 from flashvl.batch.config import CaptionJob
 from flashvl.batch.gate import enter
-from flashvl.batch.inputs.source import KEYS
+from flashvl.batch.inputs.source import FAILURE, KEYS
 from flashvl.batch.served import ServedEngine
-from flashvl.batch.tiling import FAILURE, append_columns, failure, without_kept
+from flashvl.batch.tiling import append_columns, failure, without_kept
 from flashvl.data.features import Tiles, ask_about_image, tiles_from_bytes
 from flashvl.data.schema import CAPTIONS
 from flashvl.engine import AsyncEngine, Completion, Engine, Request
@@ -107,8 +107,8 @@ class Captioner:
         try:
             completion = await engine.complete(
                 Request(
-                    messages=ask_about_image(row.get("prompt", job.prompt)),
-                    images=Tiles(pixels, (len(pixels),)),
+                    messages=ask_about_image(row.get("prompt", job.prompt), len(row["counts"])),
+                    images=Tiles(pixels, tuple(row["counts"])),
                     max_new_tokens=job.max_new_tokens,
                     temperature=job.temperature,
                     top_p=job.top_p,

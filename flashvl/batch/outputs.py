@@ -25,6 +25,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from flashvl.batch.inputs.source import Done
+from flashvl.batch.kept import unbundle
 from flashvl.batch.lock import LOCK
 from flashvl.batch.manifest import MANIFEST, has_begun
 from flashvl.data.schema import CAPTIONS, DEAD_LETTERS
@@ -53,7 +54,7 @@ class OutputFolder:
             ConfigError: it cannot be made or written to.
             FlashVLError: a row is in it twice, or is none of the input's.
         """
-        self.folder = folder
+        self.folder, self.kept = folder, kept
         self.captions = Parts(folder / "captions", pa.schema([*CAPTIONS, *kept]))
         self.dead_letters = Parts(folder / "dead_letters", pa.schema([*DEAD_LETTERS, *kept]))
         try:
@@ -120,8 +121,8 @@ class OutputFolder:
         rows = rows.take(np.sort(firsts[~self.is_done[places[firsts]]]))
         self.is_done[places] = True
         if "kept" in rows.column_names:
-            flat = rows["kept"].combine_chunks().flatten()
-            for field, column in zip(rows["kept"].type, flat, strict=True):
+            kept = unbundle(rows["kept"], self.kept)
+            for field, column in zip(kept.schema, kept.columns, strict=True):
                 rows = rows.append_column(field, column)
         is_well = pc.is_null(rows["stage"])
         dead = rows.filter(pc.invert(is_well))

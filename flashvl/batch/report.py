@@ -17,7 +17,7 @@ from fsspec import AbstractFileSystem
 
 from flashvl.batch.inputs.source import Source
 from flashvl.batch.outputs import OutputFolder, written_between
-from flashvl.batch.tiling import read_image_row
+from flashvl.batch.tiling import read_images, without_kept
 from flashvl.data.images import ImageLimits, decode_image, make_thumbnail
 from flashvl.errors import DataError
 
@@ -181,9 +181,9 @@ def _samples(source: Source, limits: ImageLimits, output: OutputFolder) -> list[
 
 def _draw(rows: pa.Table, *, limits: ImageLimits, store: AbstractFileSystem) -> pa.Table:
     drawn = []
-    for row in rows.select(["row", "image", "path"]).to_pylist():
+    for row in without_kept(rows).to_pylist():
         try:
-            image = decode_image(read_image_row(row, limits, store), limits)
+            image = decode_image(next(read_images(row, limits, store)), limits)
         except DataError:
             continue  # it was there when it was captioned
         drawn.append({"row": row["row"], "picture": make_thumbnail(image, THUMBNAIL_SIDE)})

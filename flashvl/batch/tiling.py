@@ -6,37 +6,37 @@ A row that cannot go on carries `FAILURE` from then on, and is passed through. A
 
 import functools
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
 from fsspec import AbstractFileSystem
 
+from flashvl.batch.inputs.source import FAILURE
 from flashvl.data.features import decode_tiles
 from flashvl.data.images import ImageLimits
-from flashvl.data.schema import DEAD_LETTERS
-from flashvl.data.storage import Location, locate
-from flashvl.errors import ConfigError, DataError
+from flashvl.data.row_files import read_row_file
+from flashvl.errors import DataError
 from flashvl.model import FlashVLProcessor
 from flashvl.model.loading import load_processor
 
-FAILURE = [DEAD_LETTERS.field(name) for name in ("stage", "error", "reason")]
-"""Null in rows that are well."""
-TILED = pa.schema([("tiles", pa.large_binary()), *FAILURE])
-"""`tiles`: uint8 (tiles, 3, height, width) in C order, a fraction of what float pixels take."""
+TILED = pa.schema([("tiles", pa.large_binary()), ("counts", pa.list_(pa.int32())), *FAILURE])
+"""`tiles`: uint8 (tiles, 3, height, width) in C order, a fraction of what float pixels take;
+`counts`: tiles of each image."""
 
 
 def tile_images(
     rows: pa.Table, *, model: str, limits: ImageLimits, store: AbstractFileSystem
 ) -> pa.Table:
-    """What a `Source` reads -> the same with `TILED` in place of `image` and `path`.
+    """What a `Source` reads -> the same with `TILED` in place of the images.
 
     Args:
         store: where paths without a scheme are.
     """
     processor = _processor(model)
     tiled = [_tile_row(row, processor, limits, store) for row in without_kept(rows).to_pylist()]
-    keys = rows.drop_columns(["image", "path"])
-    return append_columns(keys, pa.Table.from_pylist(tiled, schema=TILED))
+    keys = [name for name in ("id", "row", "prompt", "kept") if name in rows.column_names]
+    return append_columns(rows.select(keys), pa.Table.from_pylist(tiled, schema=TILED))
 
 
 def without_kept(rows: pa.Table) -> pa.Table:
@@ -57,62 +57,50 @@ def _tile_row(
     limits: ImageLimits,
     store: AbstractFileSystem,
 ) -> dict[str, Any]:
+    if row.get("stage") is not None:
+        return row
     stage = "read"
     try:
         if row["id"] is None:
             raise DataError("id is null; give every row an id")
         if "prompt" in row and row["prompt"] is None:
             raise DataError("prompt is null; give every row a prompt")
-        image = read_image_row(row, limits, store)
-        stage = "decode"
-        return {"tiles": decode_tiles([image], processor, limits).pixels.tobytes()}
+        tiles = []
+        for image in read_images(row, limits, store):
+            stage = "decode"
+            tiles.append(decode_tiles([image], processor, limits))
+            stage = "read"
     except DataError as error:
         return failure(stage, error)
+    return {
+        "tiles": b"".join(each.pixels.tobytes() for each in tiles),
+        "counts": [count for each in tiles for count in each.counts],
+    }
 
 
 def failure(stage: str, error: DataError) -> dict[str, str]:
     """What `FAILURE` is to say: the class is that of the error that it came from, if from any."""
     cause = error.__cause__ or error.__context__ or error
-    return {"stage": stage, "error": type(cause).__name__, "reason": str(error)}
+    reason = str(error).encode(errors="backslashreplace").decode()  # a path may be no text
+    return {"stage": stage, "error": type(cause).__name__, "reason": reason}
 
 
-def read_image_row(
+def read_images(
     row: dict[str, Any], limits: ImageLimits, store: AbstractFileSystem
-) -> bytes | None:
-    """The encoded image of a row that a `Source` read: its own bytes, or those of its file.
+) -> Iterator[bytes | None]:
+    """The encoded images of a row that a `Source` read, one at a time: in the row, or in files.
 
     Raises:
-        DataError: see `read_file`.
+        DataError: a file cannot be read, or there is no image.
     """
-    path: bytes | None = row["path"]
-    return row["image"] if path is None else read_file(os.fsdecode(path), limits, store)
-
-
-def read_file(path: str, limits: ImageLimits, store: AbstractFileSystem) -> bytes:
-    """An image file's bytes.
-
-    Args:
-        path: in `store`, or a URI.
-
-    Raises:
-        DataError: there is no such file, or it is too large, of which no more is read.
-    """
-    try:
-        file = locate(path) if "://" in path else Location(store, path)
-        size = file.store.info(file.path)["size"]
-        if size > limits.max_image_bytes:
-            raise DataError(
-                f"file has {size} bytes, more than max_image_bytes={limits.max_image_bytes}; "
-                "compress it or raise the limit"
-            )
-        return file.read()
-    except ConfigError as error:
-        raise DataError(str(error)) from error
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise DataError(
-            f"file {path!r} cannot be read ({error.strerror or error});"
-            " restore it or its permissions"
-        ) from error
+    images = row["images"] if "images" in row else [row]
+    if not images:
+        raise DataError("row has no image; give it one")
+    for image in images:
+        if image["path"] is not None:
+            yield read_row_file(os.fsdecode(image["path"]), store, limits.max_image_bytes)
+        else:
+            yield image["image"]
 
 
 @functools.lru_cache(maxsize=1)

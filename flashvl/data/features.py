@@ -83,9 +83,9 @@ def normalize_tiles(tiles: torch.Tensor, processor: FlashVLProcessor) -> torch.T
     return (tiles.float() * image_processor.rescale_factor - mean) / std
 
 
-def ask_about_image(question: str) -> list[Message]:
-    """A conversation that begins with one image and a question about it."""
-    return [{"role": "user", "content": f"{IMAGE_MARKER}\n{question}"}]
+def ask_about_image(question: str, num_images: int = 1) -> list[Message]:
+    """A conversation that begins with one image, or several, and a question about them."""
+    return [{"role": "user", "content": f"{IMAGE_MARKER}\n" * num_images + question}]
 
 
 def encode_prompt(

@@ -3,11 +3,12 @@
 It knows column names and types, not what is in the rows, nor where a table is kept.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
 
+from flashvl.data.plain import is_list, plain_type
 from flashvl.errors import ConfigError
 
 IMAGE_MARKER = "<image>"
@@ -82,30 +83,42 @@ def find_image_columns(
     id: str | None = None,
     prompt: str | None = None,
     kept: Sequence[str] = (),
+    partition: Collection[str] = (),
 ) -> ImageColumns:
     """The columns of a table that is to be captioned: those named, else those found.
 
     The image's is `image`, else the only one that holds images; it may hold encoded bytes, the
-    `struct<bytes, path>` that Hugging Face datasets write, or paths. The id's is `id`, if there is
-    one, a string or an integer. Order and further columns do not matter.
+    `struct<bytes, path>` that Hugging Face datasets write, paths, or lists of any of these. The
+    id's is `id`, if there is one. Order and further columns do not matter.
 
     Args:
         source: the table's path, which begins the error's line.
+        partition: columns that folders' names tell; none of them holds images unless it is named.
 
     Raises:
         ConfigError: a column is missing, is there twice, has another type, or has a name that the
             output needs.
     """
     names = schema.names
-    if image is None:
-        images = [field.name for field in schema if is_binary(field.type) or _is_pair(field.type)]
-        image = images[0] if "image" not in names and len(images) == 1 else "image"
     if id is None and "id" in names:
         id = "id"
+    if image is None:
+        images = [
+            field.name
+            for field in schema
+            if _is_surely_image(field.type) and field.name not in (id, prompt)
+        ]
+        is_named = "image" in names and "image" not in partition
+        image = images[0] if not is_named and len(images) == 1 else "image"
     for role, name, is_accepted, wanted in (
-        ("id", id, _is_id, "a string or an integer"),
-        ("image", image, _is_image, "encoded bytes, struct<bytes, path>, or a path (string)"),
-        ("prompt", prompt, _is_text, "a string"),
+        ("id", id, is_id, "a string or an integer, bytes, a UUID, a decimal or a time"),
+        (
+            "image",
+            image,
+            _is_image,
+            "encoded bytes, struct<bytes, path>, or a path (string), or a list of them",
+        ),
+        ("prompt", prompt, is_text, "a string"),
         *(("keep", name, lambda _: True, "any") for name in kept),
     ):
         if name is not None:
@@ -143,34 +156,73 @@ def _check_column(
         )
 
 
-def _is_image(column_type: pa.DataType) -> bool:
-    return is_binary(column_type) or _is_pair(column_type) or _is_text(column_type)
+def is_paths(column_type: pa.DataType) -> bool:
+    """It holds no image, only says where each lies."""
+    if is_list(column_type):
+        return is_paths(column_type.value_type)
+    return is_text(column_type) or (is_pair(column_type) and not _has_bytes(column_type))
 
 
-def _is_id(column_type: pa.DataType) -> bool:
-    return _is_text(column_type) or pa.types.is_integer(column_type)
+def is_id(column_type: pa.DataType) -> bool:
+    return is_text(column_type) or is_binary(column_type) or _has_plain_text(column_type)
 
 
-def _is_text(column_type: pa.DataType) -> bool:
-    if pa.types.is_dictionary(column_type):
-        return _is_text(column_type.value_type)
-    return any(
-        test(column_type)
-        for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
-    )
-
-
-def _is_pair(column_type: pa.DataType) -> bool:
-    """As Hugging Face's `Image` feature is stored; of the two, `path` may be missing."""
-    if not pa.types.is_struct(column_type):
-        return False
-    index = column_type.get_field_index("bytes")
-    return index >= 0 and is_binary(column_type.field(index).type)
+def is_text(column_type: pa.DataType) -> bool:
+    """It holds text, of whatever layout."""
+    plain = plain_type(column_type)
+    return pa.types.is_string(plain) or pa.types.is_large_string(plain)
 
 
 def is_binary(column_type: pa.DataType) -> bool:
     """It holds bytes, of whatever layout."""
+    plain = plain_type(column_type)
+    return (
+        pa.types.is_binary(plain)
+        or pa.types.is_large_binary(plain)
+        or pa.types.is_fixed_size_binary(plain)
+    )
+
+
+def is_pair(column_type: pa.DataType) -> bool:
+    """As Hugging Face's `Image` feature is stored: `bytes`, `path`, or both."""
+    plain = plain_type(column_type)
+    if not pa.types.is_struct(plain):
+        return False
+    types = {field.name: field.type for field in plain.fields}
+    has_path = is_text(types.get("path", pa.null()))
+    if pa.types.is_null(types.get("bytes", pa.null())):  # as of a table whose images all lie apart
+        return has_path
+    return is_binary(types["bytes"])
+
+
+def _has_bytes(pair: pa.DataType) -> bool:
+    plain = plain_type(pair)
+    return any(field.name == "bytes" and is_binary(field.type) for field in plain.fields)
+
+
+def _is_image(column_type: pa.DataType) -> bool:
+    if is_list(column_type):
+        return _is_image(column_type.value_type) and not is_list(column_type.value_type)
+    return is_binary(column_type) or is_pair(column_type) or is_text(column_type)
+
+
+def _is_surely_image(column_type: pa.DataType) -> bool:
+    """Text may be anything, and bytes that are all of one length are a hash or a UUID."""
+    if is_list(column_type):
+        column_type = column_type.value_type
+    if is_binary(column_type):
+        return not pa.types.is_fixed_size_binary(plain_type(column_type))
+    return is_pair(column_type)
+
+
+def _has_plain_text(column_type: pa.DataType) -> bool:
+    """What it holds is told in text in one way."""
     return any(
         test(column_type)
-        for test in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
+        for test in (
+            pa.types.is_integer,
+            pa.types.is_decimal,
+            pa.types.is_date,
+            pa.types.is_timestamp,
+        )
     )

@@ -97,6 +97,7 @@ class Location:
 
 
 UNFINISHED = ".unfinished-"
+GCS_RETRY_S = 30
 
 
 def locate(text: str | os.PathLike[str]) -> Location:
@@ -109,7 +110,10 @@ def locate(text: str | os.PathLike[str]) -> Location:
     scheme, separator, rest = text.partition("://")
     if not separator or scheme == "file":
         return Location(LocalFileSystem(), os.path.abspath(rest if separator else text))
-    parts = urlsplit(text, allow_fragments=False)  # a key may hold any character
+    try:
+        parts = urlsplit(text, allow_fragments=False)  # a key may hold any character
+    except ValueError as error:
+        raise ConfigError(f"{text[:200]!r} is no URI ({error}); correct it") from None
     store, root = _open_store(parts._replace(path="").geturl())
     return Location(store, posixpath.join(root, parts.path.lstrip("/")).rstrip("/"))
 
@@ -133,12 +137,15 @@ def _steps(text: str) -> tuple[str, ...]:
 
 @functools.lru_cache(maxsize=64)  # where a bucket lies is asked for over the network
 def _open_store(uri: str) -> tuple[AbstractFileSystem, str]:
+    if uri.startswith(("gs://", "gcs://")) and "retry_limit_seconds=" not in uri:
+        # Else it is tried for a quarter of an hour whether there is a network.
+        uri += f"{'&' if '?' in uri else '?'}retry_limit_seconds={GCS_RETRY_S}"
     try:
         filesystem, root = pa.fs.FileSystem.from_uri(uri)
-    except (pa.ArrowInvalid, OSError) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
-            f"{uri} cannot be opened ({reason}); name a local path or a URI that Arrow knows"
+            f"{uri[:200]} cannot be opened ({reason}); name a local path or a URI that Arrow knows"
             " (s3://, gs://, abfs://, hdfs://)"
         ) from None
     return ArrowFSWrapper(filesystem), root

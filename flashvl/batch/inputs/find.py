@@ -14,7 +14,8 @@ import pyarrow as pa
 from flashvl.batch.inputs.images import IMAGE_SUFFIXES, ImageFolder
 from flashvl.batch.inputs.parquet import ParquetFiles, check_alike, read_footers
 from flashvl.batch.inputs.source import Source, hash_stats
-from flashvl.data.schema import find_image_columns
+from flashvl.batch.kept import check_keepable
+from flashvl.data.schema import find_image_columns, is_paths
 from flashvl.data.storage import Location, locate, walk
 from flashvl.errors import ConfigError
 
@@ -66,7 +67,7 @@ def find_source(
     for path, _ in tables:
         if not path.lower().endswith(".parquet"):
             raise ConfigError(f"input {text!r}: {path} does not end in .parquet; {REMEDY}")
-    files = read_footers(store, tables)
+    files = read_footers(store, tables, _root(location))
     columns = find_image_columns(
         files[0].schema,
         source=files[0].path,
@@ -74,15 +75,28 @@ def find_source(
         id=id_column,
         prompt=prompt_column,
         kept=keep,
+        partition=files[0].partition,
     )
     check_alike(files, columns)
-    if not follow_paths and pa.types.is_string(files[0].schema.field(columns.image).type):
+    check_keepable(pa.schema(map(files[0].schema.field, columns.kept)), files[0].path)
+    if not follow_paths and is_paths(files[0].schema.field(columns.image).type):
         raise ConfigError(
             f"{files[0].path}: column {columns.image!r} holds paths, which may not be followed"
             " here; put the images' bytes into the table"
         )
     columns = replace(columns, follows_paths=follow_paths)
     return ParquetFiles(store=store, files=files, columns=columns)
+
+
+def _root(location: Location) -> str:
+    """The folder that an input names, that its glob begins in, or that its file is in."""
+    if location.is_folder():
+        return location.path
+    steps = location.path.split("/")
+    first = next((n for n, step in enumerate(steps) if glob.has_magic(step)), len(steps) - 1)
+    if location.is_file():
+        first = len(steps) - 1
+    return "/".join(steps[:first]) or "/"
 
 
 def _find_images(folder: Location, text: str) -> ImageFolder:

@@ -10,11 +10,19 @@ import pyarrow as pa
 import ray.data
 from fsspec import AbstractFileSystem
 
+from flashvl.data.schema import DEAD_LETTERS
+
 Done = npt.NDArray[np.bool_]
 """(rows of the input,): True where the output holds the row."""
 
 KEYS = [pa.field("id", pa.string()), pa.field("row", pa.int64())]
 """Which row it is, for people and for certain."""
+IMAGE = [pa.field("image", pa.large_binary()), pa.field("path", pa.binary())]
+"""Encoded, or where its file is: a path or a URI, in bytes, as a name need be no text."""
+IMAGES = pa.field("images", pa.list_(pa.struct(IMAGE)))
+"""Of rows that have several, which are asked about in one prompt."""
+FAILURE = [DEAD_LETTERS.field(name) for name in ("stage", "error", "reason")]
+"""Null in rows that are well."""
 
 
 class Source(Protocol):
@@ -40,8 +48,9 @@ class Source(Protocol):
     def read(self, is_done: Done) -> ray.data.Dataset:
         """The rows that are not done yet.
 
-        `id`; `row`, the place in the input, from 0; `image`, encoded, or the `path` of its file;
-        perhaps `prompt`; and, if any, `kept`, a struct of what goes through to the output.
+        `KEYS`, of which `row` is the place in the input, from 0; `IMAGE` or `IMAGES`; perhaps
+        `prompt`; perhaps `FAILURE`, of rows that are dead already; and, if any, `kept`, a struct of
+        what goes through to the output.
         """
 
 

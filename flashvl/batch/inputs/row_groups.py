@@ -1,0 +1,201 @@
+"""The rows of Parquet's row groups, a few at a time, in Ray's tasks.
+
+The rows of a row group that is damaged are dead letters when they are read. A store that does not
+answer is no such damage: it stops the job.
+"""
+
+import os
+import posixpath
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec import AbstractFileSystem
+
+from flashvl.batch.inputs.columns import as_rows
+from flashvl.data.schema import ImageColumns
+from flashvl.data.storage import Location
+from flashvl.errors import FlashVLError
+
+ROWS_PER_READ = 64
+"""Rows that a task holds at once, at most; fewer where they are large."""
+BYTES_PER_READ = 32 * 2**20
+
+PIECE = pa.schema(
+    [
+        ("path", pa.binary()),
+        ("name", pa.string()),
+        ("row_group", pa.int64()),
+        ("num_rows", pa.int64()),
+        ("first_row", pa.int64()),
+        ("is_done", pa.binary()),
+        ("partition", pa.map_(pa.string(), pa.string())),
+    ]
+)
+"""A row group of which rows are to be read."""
+
+
+def read_row_groups(
+    pieces: pa.Table, *, store: AbstractFileSystem, columns: ImageColumns, schema: pa.Schema
+) -> Iterator[pa.Table]:
+    """The rows of some row groups that are not done, a few at a time.
+
+    Args:
+        schema: of the table's files, their partition's columns with them.
+
+    Raises:
+        FlashVLError: a file is not what it was any more, or its store does not answer.
+    """
+    for piece in pieces.to_pylist():
+        is_done = np.unpackbits(np.frombuffer(piece["is_done"], np.uint8)).astype(bool)
+        for first, table, damage in _read_piece(piece, store, columns, schema):
+            places = np.arange(first, first + table.num_rows)
+            rows = as_rows(
+                table,
+                columns,
+                folder=posixpath.dirname(os.fsdecode(piece["path"])),
+                made_ids=[f"{piece['name']}:{piece['row_group']}:{n}" for n in places.tolist()],
+                damage=damage,
+            )
+            rows = rows.add_column(1, "row", pa.array(piece["first_row"] + places, pa.int64()))
+            yield rows.filter(pa.array(~is_done[places]))
+
+
+class _DamagedError(Exception):
+    """Of the row group's bytes, which are there, no rows can be made."""
+
+
+def _read_piece(
+    piece: dict[str, Any], store: AbstractFileSystem, columns: ImageColumns, schema: pa.Schema
+) -> Iterator[tuple[int, pa.Table, str | None]]:
+    """Rows: the place of the first in the row group, their columns, and what damage they have.
+
+    Behind the first damage all are damaged, and have what other columns can be read.
+    """
+    row_group, num_rows = piece["row_group"], piece["num_rows"]
+    file_columns = [name for name in columns.names if name not in dict(piece["partition"])]
+    location = Location(store, os.fsdecode(piece["path"]))
+    start = 0
+    with _opened(location, row_group, num_rows) as file:
+        try:
+            for batch in _batches(file, location, row_group, file_columns):
+                yield start, _with_partition(pa.Table.from_batches([batch]), piece, columns), None
+                start += batch.num_rows
+            if start < num_rows:
+                raise _DamagedError(f"it has {start} rows of {num_rows}")
+        except _DamagedError as error:
+            damage = (
+                f"{_name(location)}: row group {row_group} is damaged ({error});"
+                " replace the file, and caption it anew"
+            )
+            rest = _read_around(file, location, row_group, file_columns, schema, columns.image)
+            yield start, _with_partition(rest, piece, columns).slice(start), damage
+
+
+@contextmanager
+def _opened(location: Location, row_group: int, num_rows: int) -> Iterator[pq.ParquetFile]:
+    """
+    Raises:
+        FlashVLError: the file is not what it was when its rows were counted.
+    """
+    with ExitStack() as stack:
+        try:
+            opened = stack.enter_context(location.open())
+            # A page that fails its checksum is damage that might decode to another picture.
+            file = stack.enter_context(pq.ParquetFile(opened, page_checksum_verification=True))
+            footer = file.metadata
+            if row_group >= file.num_row_groups or footer.row_group(row_group).num_rows != num_rows:
+                raise ValueError("its rows are others than they were")
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise FlashVLError(
+                f"{_name(location)} cannot be read any more ({_one_line(error)}); see to it, and"
+                " run the same command again for the rest"
+            ) from error
+        yield file
+
+
+def _batches(
+    file: pq.ParquetFile, location: Location, row_group: int, names: Sequence[str]
+) -> Iterator[pa.RecordBatch]:
+    """
+    Raises:
+        _DamagedError: the next rows cannot be made of what is in the file.
+        FlashVLError: the store does not answer.
+    """
+    footer = file.metadata.row_group(row_group)
+    bytes_per_row = footer.total_byte_size / max(footer.num_rows, 1)
+    batch_size = max(min(ROWS_PER_READ, int(BYTES_PER_READ / max(bytes_per_row, 1))), 1)
+    batches = file.iter_batches(batch_size=batch_size, row_groups=[row_group], columns=names)
+    while True:
+        try:
+            batch = next(batches, None)
+        except (OSError, ValueError, pa.ArrowException) as error:
+            _check_bytes(location, footer)
+            raise _DamagedError(_one_line(error)) from None
+        if batch is None:
+            return
+        yield batch
+
+
+def _check_bytes(location: Location, footer: pq.RowGroupMetaData) -> None:
+    """The store gives the row group's bytes: what Arrow complains of is then what they say.
+
+    Raises:
+        FlashVLError: it does not.
+    """
+    try:
+        with location.open() as file:
+            for number in range(footer.num_columns):
+                chunk = footer.column(number)
+                start = chunk.dictionary_page_offset or chunk.data_page_offset
+                end = min(start + chunk.total_compressed_size, file.size())
+                for offset in range(max(start, 0), end, BYTES_PER_READ):
+                    file.read_at(min(BYTES_PER_READ, end - offset), offset)
+    except OSError as error:
+        raise FlashVLError(
+            f"{_name(location)} cannot be read any more ({_one_line(error)}); see to its store, and"
+            " run the same command again for the rest"
+        ) from error
+
+
+def _read_around(
+    file: pq.ParquetFile,
+    location: Location,
+    row_group: int,
+    names: Sequence[str],
+    schema: pa.Schema,
+    image: str,
+) -> pa.Table:
+    """A damaged row group's columns, null where they cannot be read; of the images none is."""
+    num_rows = file.metadata.row_group(row_group).num_rows
+    found = {
+        name: pa.chunked_array([pa.nulls(num_rows, schema.field(name).type)]) for name in names
+    }
+    for name in names:
+        if name != image:
+            try:
+                batches = list(_batches(file, location, row_group, [name]))
+            except _DamagedError:
+                continue
+            column = pa.Table.from_batches(batches)[name] if batches else []
+            if len(column) == num_rows:
+                found[name] = column
+    return pa.table(found)
+
+
+def _with_partition(table: pa.Table, piece: dict[str, Any], columns: ImageColumns) -> pa.Table:
+    for name, value in piece["partition"]:
+        if name in columns.names:
+            table = table.append_column(name, pa.array([value] * table.num_rows, pa.string()))
+    return table
+
+
+def _name(location: Location) -> str:
+    return os.fsencode(str(location)).decode(errors="replace")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

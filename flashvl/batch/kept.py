@@ -1,0 +1,52 @@
+"""Columns that only go through, from the input to the output.
+
+On their way they are one column, in plain types, as Ray Data knows but those.
+"""
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from flashvl.data.plain import is_valid_text, mend_text, plain_type, to_plain
+from flashvl.errors import ConfigError
+
+
+def bundle(columns: pa.Table) -> pa.StructArray:
+    """Columns -> one. What is no UTF-8 in a text is U+FFFD from here on: no reader takes it."""
+    parts = []
+    for column in columns.columns:
+        part = pa.concat_arrays(to_plain(column).chunks or [pa.array([], plain_type(column.type))])
+        parts.append(part if is_valid_text(part) else mend_text(part))
+    names = columns.column_names
+    fields = [pa.field(name, part.type) for name, part in zip(names, parts, strict=True)]
+    return pa.StructArray.from_arrays(parts, fields=fields)
+
+
+def unbundle(column: pa.ChunkedArray, schema: pa.Schema) -> pa.Table:
+    """What `bundle` made -> the columns again, of the types that they had."""
+    whole = pa.concat_arrays(column.chunks or [pa.array([], column.type)])
+    return pa.table(whole.flatten(), names=[field.name for field in column.type]).cast(schema)
+
+
+def check_keepable(schema: pa.Schema, source: str) -> None:
+    """
+    Raises:
+        ConfigError: values of a column's type would not arrive as they are.
+    """
+    for field in schema:
+        try:
+            column = pa.table({field.name: pa.nulls(2, field.type)})
+            bundled = pa.chunked_array([bundle(column)]).filter(pa.array([True, False]))
+            arrived = unbundle(bundled, pa.schema([field]))
+            file = pa.BufferOutputStream()
+            pq.write_table(arrived, file)
+            written = pq.read_schema(pa.BufferReader(file.getvalue()))
+        except (pa.ArrowException, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+        else:
+            if written.field(field.name).type == field.type:
+                continue
+            reason = f"it would be {written.field(field.name).type}"
+        raise ConfigError(
+            f"{source}: column {field.name!r} of type {field.type} cannot be kept ({reason});"
+            " leave it out of --keep"
+        )

@@ -1,0 +1,165 @@
+"""The files that a table's rows name, whatever the rows say.
+
+A path or a URI in a row is somebody's text: what comes of it is a `DataError`, that row's alone.
+Only a store that fails whatever one asks of it stops a job.
+"""
+
+import errno
+import os
+import posixpath
+import re
+import stat
+import time
+
+import pyarrow as pa
+import pyarrow.fs
+from fsspec import AbstractFileSystem
+
+from flashvl.data.storage import Location, locate
+from flashvl.errors import ConfigError, DataError, FlashVLError
+
+STORE_ERRNOS = frozenset(
+    getattr(errno, name)
+    for name in (
+        "EIO ESTALE EREMOTEIO ENOTCONN EUCLEAN ENODEV ENOMEM EMFILE ENFILE ETIMEDOUT EHOSTDOWN"
+        " EHOSTUNREACH ENETDOWN ENETUNREACH ENETRESET ECONNREFUSED ECONNRESET ECONNABORTED EPIPE"
+    ).split()
+)
+"""Said by a disk, a network or a machine that fails; all others are about one path."""
+REFUSED = re.compile(
+    r"ACCESS_DENIED|PERMISSION_DENIED|NO_SUCH|NOT_FOUND|INVALID|HTTP status 4(?!29)\d\d"
+)
+"""In what a store says that answers, but does not give this object."""
+KERNEL = ("/proc/", "/sys/")
+"""What lies there looks like files, tells no size, and may be read for ever or never."""
+PAUSE_S = 60.0
+"""A store that never answered is not asked again for so long, as each time takes seconds."""
+SHOWN = 120
+"""Characters of a path in an error: it may be a whole file in base64."""
+
+_last_read: dict[str, Location] = {}
+"""By the beginning of the URI, which names the store: proof that it answers."""
+_silent: dict[str, tuple[float, str]] = {}
+"""By the same: since when a store does not answer that never did, and why."""
+
+
+def read_row_file(path: str, store: AbstractFileSystem, max_bytes: int) -> bytes:
+    """The content of the file that a row names.
+
+    Args:
+        path: in `store`, or a URI.
+        max_bytes: nothing is read of a larger file.
+
+    Raises:
+        DataError: nothing comes of the path, whatever the reason.
+        FlashVLError: a store that answered before does not any more, or its disk is broken.
+    """
+    shown = path if len(path) <= SHOWN else f"{path[:SHOWN]}..."
+    uri = path.partition("://")
+    root = "://".join((uri[0], uri[2].partition("/")[0])) if uri[1] else ""
+    if "?" in path and root:
+        root += path[path.index("?") :]
+    since_s, reason = _silent.get(root, (-PAUSE_S, ""))
+    if time.monotonic() - since_s < PAUSE_S:
+        raise DataError(f"file {shown!r} cannot be read ({reason}); see to its store")
+    is_known = not root or root in _last_read
+    try:
+        location = locate(path) if root else Location(store, path)
+        is_known = is_known or location.is_local or _is_same(location.store, store)
+        read = _read_regular if location.is_local else _read_object
+        data = read(location, max_bytes)
+    except (OSError, ValueError, pa.ArrowException, ConfigError) as error:
+        reason = _reason(error)
+        if _is_of_store(error):
+            if is_known:
+                raise FlashVLError(
+                    f"the store of {shown!r} cannot be read any more ({reason}); see to it, and run"
+                    " the same command again for the rest"
+                ) from error
+            _silent[root] = time.monotonic(), reason
+        elif "DENIED" in reason and root in _last_read and not _is_given(_last_read[root]):
+            raise FlashVLError(
+                f"the store of {shown!r} gives nothing any more ({reason}); renew the credentials,"
+                " and run the same command again for the rest"
+            ) from error
+        raise DataError(
+            f"file {shown!r} cannot be read ({reason}); correct the path, or restore the file or"
+            " its permissions"
+        ) from error
+    if not location.is_local:
+        _last_read[root] = location
+    return data
+
+
+def _read_regular(location: Location, max_bytes: int) -> bytes:
+    """A file of a disk; pipes and devices are left alone, as to open one can be to wait or worse.
+
+    Raises:
+        DataError: it is no such file, or too large.
+        OSError, ValueError: it cannot be read.
+    """
+    path = os.path.realpath(location.path)
+    kind = os.stat(path).st_mode
+    if stat.S_ISDIR(kind):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(kind) or path.startswith(KERNEL):
+        raise DataError(f"file {path[:SHOWN]!r} is no regular file; name an image file")
+    # Whatever has become of it meanwhile, this does not wait.
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        _check_size(size, max_bytes)
+        return file.read(size)
+
+
+def _read_object(location: Location, max_bytes: int) -> bytes:
+    """
+    Raises:
+        DataError: it is too large.
+        OSError, ValueError, ArrowException: it cannot be read.
+    """
+    path = location.path
+    if ".." in path.split("/"):
+        path = posixpath.normpath(path)
+    with Location(location.store, path).open() as file:
+        _check_size(file.size(), max_bytes)
+        return file.read()
+
+
+def _check_size(size: int, max_bytes: int) -> None:
+    if size > max_bytes:
+        raise DataError(
+            f"file has {size} bytes, more than max_image_bytes={max_bytes}; "
+            "compress it or raise the limit"
+        )
+
+
+def _is_of_store(error: Exception) -> bool:
+    """The error is not about one path: a disk that is broken, a server that is away or in need."""
+    number = getattr(error, "errno", None)
+    if number is not None:
+        return number in STORE_ERRNOS
+    if isinstance(error, ConfigError):  # a store that could not even be opened
+        return "NETWORK_CONNECTION" in str(error)
+    return not isinstance(error, ValueError) and REFUSED.search(str(error)) is None
+
+
+def _is_same(store: AbstractFileSystem, other: AbstractFileSystem) -> bool:
+    """Both are the same server, with the same credentials."""
+    mine, others = getattr(store, "fs", None), getattr(other, "fs", None)
+    if isinstance(mine, pa.fs.FileSystem) and isinstance(others, pa.fs.FileSystem):
+        return mine.equals(others)
+    return False
+
+
+def _is_given(location: Location) -> bool:
+    """What could be read before, still can."""
+    try:
+        with location.open():
+            return True
+    except (OSError, pa.ArrowException):
+        return False
+
+
+def _reason(error: Exception) -> str:
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(text.split())[:200]
