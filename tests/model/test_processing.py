@@ -200,8 +200,8 @@ def test_what_trl_and_vllm_look_for(processor: FlashVLProcessor) -> None:
 
 
 def pixels_by_hand(image: Image.Image) -> np.ndarray:
-    if image.mode == "RGBA":  # laid on white
-        pixels = np.asarray(image).astype(np.float64)
+    if image.mode in ("RGBA", "P"):  # laid on white; the palette here is one of RGBA
+        pixels = np.asarray(image.convert("RGBA")).astype(np.float64)
         alpha = pixels[:, :, 3:] / 255
         opaque = pixels[:, :, :3] * alpha + 255 * (1 - alpha)
         image = Image.fromarray(np.rint(opaque).astype(np.uint8))
@@ -219,7 +219,7 @@ def test_pixels_are_those_of_an_independent_computation(
     pixel_values = processor.image_processor(image, return_tensors="np")["pixel_values"]
     assert pixel_values.shape == (1, 3, SIDE, SIDE)
     grey_level = 1 / 127.5 + 1e-6
-    rounding = 2 * grey_level if mode == "RGBA" else grey_level  # Pillow blends in integers
+    rounding = 2 * grey_level if mode in ("RGBA", "P") else grey_level  # Pillow blends in integers
     np.testing.assert_allclose(pixel_values[0], pixels_by_hand(image), rtol=0, atol=rounding)
 
 
