@@ -501,7 +501,7 @@ FILES = [f"{name}config.json" for name in ("", "preprocessor_", "generation_", "
 
 
 @settings(
-    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data())
 def test_whatever_a_config_says_is_imported_or_refused_in_one_line(
