@@ -31,12 +31,14 @@ ENVIRONMENT = {
 """Of this process and of the workers that a local Ray starts."""
 EXTRAS = ("ray", "serve", "train", "bench", "heif")
 """Extras of flashvl's package, those that bring least first."""
+MIN_BAR, MAX_BAR = 10, 40
+"""Columns of a progress bar."""
 PROGRESS_LINE_S = 10.0
 """Seconds between two lines of progress where there is no terminal."""
 
 
 class ShowProgress(Protocol):
-    """Shows how far a long run is."""
+    """Shows how far a long run is, and parts of a note as far as there is room: `a, b, c`."""
 
     def __call__(self, done: int, total: int, note: str = "") -> None: ...
 
@@ -169,29 +171,40 @@ def show_progress(what: str) -> Iterator[ShowProgress]:
     if not console.is_terminal:
         yield _print_lines(what)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    bar = BarColumn(MIN_BAR)
+    columns = (TextColumn("{task.description}"), bar, MofNCompleteColumn(), TimeRemainingColumn())
     note_column = TextColumn("{task.fields[note]}")
-    with Progress(
-        *columns, TimeRemainingColumn(), note_column, console=console, transient=True
-    ) as progress:
+    with Progress(*columns, note_column, console=console, transient=True) as progress:
         task = progress.add_task(what, total=None, note="")
 
         def on_progress(done: int, total: int, note: str = "") -> None:
+            others = f"{what}  {total}/{total} 00:00:00 "
+            room = console.width - len(others) - MIN_BAR
+            note = _cut_note(note, room)
+            bar.bar_width = max(min(MIN_BAR + room - len(note), MAX_BAR), 1)
             progress.update(task, completed=done, total=total, note=note)
 
         yield on_progress
 
 
+def _cut_note(note: str, room: int) -> str:
+    """Its first parts that fit."""
+    while note and len(note) > room:
+        note = note.rpartition(", ")[0]
+    return note
+
+
 def _print_lines(what: str) -> ShowProgress:
-    began_s = time.monotonic()
-    next_s = began_s + PROGRESS_LINE_S
+    next_s = time.monotonic() + PROGRESS_LINE_S
+    began_s = 0.0
     first: int | None = None
-    """Done when this run began, or soon after."""
+    """When something was done first, and what had been done until then, in earlier runs too."""
 
     def on_progress(done: int, total: int, note: str = "") -> None:
-        nonlocal next_s, first
+        nonlocal next_s, began_s, first
         now_s = time.monotonic()
-        first = done if first is None else first
+        if first is None:
+            began_s, first = now_s, done
         if now_s >= next_s:
             next_s = now_s + PROGRESS_LINE_S
             left = ""

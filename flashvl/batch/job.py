@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import ray
 
 from flashvl import __version__
+from flashvl.batch.apart import check_apart
 from flashvl.batch.config import CaptionJob
 from flashvl.batch.gate import Gate
 from flashvl.batch.inputs.find import find_source
@@ -117,6 +118,7 @@ def check_caption_job(job: CaptionJob) -> Plan:
         ConfigError: input or output will not do; nothing was started or created.
         CheckpointError: the model will not do.
     """
+    check_apart(job.input, job.output)
     source = find_source(
         job.input,
         image_column=job.image_column,

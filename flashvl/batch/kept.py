@@ -5,6 +5,7 @@ On their way they are one column, in plain types, as Ray Data knows but those.
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pyarrow.types as types
 
 from flashvl.data.plain import is_valid_text, mend_text, plain_type, to_plain
 from flashvl.errors import ConfigError
@@ -33,7 +34,9 @@ def check_keepable(schema: pa.Schema, source: str) -> None:
         ConfigError: values of a column's type would not arrive as they are.
     """
     for field in schema:
+        field = field.with_nullable(True)
         try:
+            _check_views(field.type)
             column = pa.table({field.name: pa.nulls(2, field.type)})
             bundled = pa.chunked_array([bundle(column)]).filter(pa.array([True, False]))
             arrived = unbundle(bundled, pa.schema([field]))
@@ -50,3 +53,15 @@ def check_keepable(schema: pa.Schema, source: str) -> None:
             f"{source}: column {field.name!r} of type {field.type} cannot be kept ({reason});"
             " leave it out of --keep"
         )
+
+
+def _check_views(column_type: pa.DataType) -> None:
+    """
+    Raises:
+        TypeError: a list that is a view has in it what Arrow cannot take rows of, nor cast.
+    """
+    is_view = types.is_list_view(column_type) or types.is_large_list_view(column_type)
+    if is_view and plain_type(column_type.value_type) != column_type.value_type:
+        raise TypeError(f"a list view of {column_type.value_type} cannot be cut")
+    for number in range(column_type.num_fields):
+        _check_views(column_type.field(number).type)

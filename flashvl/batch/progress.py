@@ -22,25 +22,32 @@ class Progress:
     num_rows: int
     num_dead: int
     images_per_s: float
+    """Of this run, since its first answer; NaN until the next."""
     tokens_per_s: float
-    """Of captions."""
+    """Of captions; as `images_per_s`."""
     occupancy: float
     """The part of the engines' slots that is in use; NaN if unknown."""
 
     def __str__(self) -> str:
-        speed = f"{self.images_per_s:.1f} images/s, {self.tokens_per_s:.0f} tokens/s"
-        full = "" if math.isnan(self.occupancy) else f", engines {self.occupancy:.0%} full"
-        return f"{speed}{full}, {self.num_dead} dead"
+        """What one looks for first comes first, as a narrow terminal shows no more."""
+        told = [
+            ("{:.1f} images/s", self.images_per_s),
+            ("{} dead", self.num_dead),
+            ("engines {:.0%} full", self.occupancy),
+            ("{:.0f} tokens/s", self.tokens_per_s),
+        ]
+        return ", ".join(form.format(value) for form, value in told if not math.isnan(value))
 
 
 OnProgress = Callable[[Progress], None]
 
 
 class Meter:
-    """Rates over the last `WINDOW_S` seconds."""
+    """Rates over the last `WINDOW_S` seconds, from the first answer on: engines take time to start,
+    which says nothing of how fast they are."""
 
     def __init__(self) -> None:
-        self._samples = deque([_Sample(time.monotonic(), 0, 0)])
+        self._samples: deque[_Sample] = deque()
         self._rows = self._tokens = 0
         self._occupancy = math.nan
 
@@ -57,8 +64,9 @@ class Meter:
             self._samples.popleft()
 
     def read(self, num_done: int, num_rows: int, num_dead: int) -> Progress:
+        """Once rows were added."""
         first, last = self._samples[0], self._samples[-1]
-        seconds = max(last.time_s - first.time_s, 1e-9)
+        seconds = last.time_s - first.time_s or math.nan
         return Progress(
             num_done=num_done,
             num_rows=num_rows,

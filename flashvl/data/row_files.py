@@ -28,6 +28,7 @@ STORE_ERRNOS = frozenset(
 """Said by a disk, a network or a machine that fails; all others are about one path."""
 REFUSED = re.compile(
     r"ACCESS_DENIED|PERMISSION_DENIED|NO_SUCH|NOT_FOUND|INVALID|HTTP status 4(?!29)\d\d"
+    r"|Not a regular file|[Nn]ot a directory|[Ii]s a directory|does not exist"
 )
 """In what a store says that answers, but does not give this object."""
 KERNEL = ("/proc/", "/sys/")
@@ -55,10 +56,7 @@ def read_row_file(path: str, store: AbstractFileSystem, max_bytes: int) -> bytes
         FlashVLError: a store that answered before does not any more, or its disk is broken.
     """
     shown = path if len(path) <= SHOWN else f"{path[:SHOWN]}..."
-    uri = path.partition("://")
-    root = "://".join((uri[0], uri[2].partition("/")[0])) if uri[1] else ""
-    if "?" in path and root:
-        root += path[path.index("?") :]
+    root = _store_of(path)
     since_s, reason = _silent.get(root, (-PAUSE_S, ""))
     if time.monotonic() - since_s < PAUSE_S:
         raise DataError(f"file {shown!r} cannot be read ({reason}); see to its store")
@@ -73,8 +71,8 @@ def read_row_file(path: str, store: AbstractFileSystem, max_bytes: int) -> bytes
         if _is_of_store(error):
             if is_known:
                 raise FlashVLError(
-                    f"the store of {shown!r} cannot be read any more ({reason}); see to it, and run"
-                    " the same command again for the rest"
+                    f"the store of {shown!r} cannot be read any more ({reason}); see to it, and"
+                    " run the same command again for the rest"
                 ) from error
             _silent[root] = time.monotonic(), reason
         elif "DENIED" in reason and root in _last_read and not _is_given(_last_read[root]):
@@ -89,6 +87,22 @@ def read_row_file(path: str, store: AbstractFileSystem, max_bytes: int) -> bytes
     if not location.is_local:
         _last_read[root] = location
     return data
+
+
+def _store_of(path: str) -> str:
+    """The part of a URI that names its store; empty for a path.
+
+    Raises:
+        DataError: a URI that names no file; some stores would be searched for it for minutes.
+    """
+    scheme, separator, rest = path.partition("://")
+    if not separator:
+        return ""
+    place, mark, query = rest.partition("?")
+    host, _, key = place.partition("/")
+    if not key or not (host or scheme in ("file", "hdfs", "viewfs")):
+        raise DataError(f"URI {path[:SHOWN]!r} names no file; give its store and its path")
+    return f"{scheme}://{host}{mark}{query}"
 
 
 def _read_regular(location: Location, max_bytes: int) -> bytes:
@@ -118,6 +132,8 @@ def _read_object(location: Location, max_bytes: int) -> bytes:
         OSError, ValueError, ArrowException: it cannot be read.
     """
     path = location.path
+    if "\0" in path:  # where the name would end for C
+        raise ValueError("embedded null byte")
     if ".." in path.split("/"):
         path = posixpath.normpath(path)
     with Location(location.store, path).open() as file:

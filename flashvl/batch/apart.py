@@ -1,0 +1,70 @@
+"""A job's input and output lie apart: else the next run would find its captions in the input, or a
+restart would remove what it is to read.
+"""
+
+import glob
+import os
+import posixpath
+import re
+from urllib.parse import parse_qs, urlsplit
+
+from fsspec.utils import glob_translate
+
+from flashvl.data.storage import Location, locate
+from flashvl.errors import ConfigError
+
+WRITTEN = ("captions/part-00000.parquet", "dead_letters/part-00000.parquet", "report.html")
+"""What a job leaves behind, of each kind one."""
+
+Steps = tuple[str, ...]
+"""To a file or a folder, from its store down."""
+
+
+def check_apart(input: str, output: str) -> None:
+    """
+    Raises:
+        ConfigError: one lies in the other, by whatever names, or a glob takes in what the job
+            writes.
+    """
+    source, target = locate(input), locate(output)
+    inner, outer = _steps(output, target), _steps(input, source)
+    if _is_below(outer, inner):
+        raise ConfigError(
+            f"input {input!r} lies in the output {output!r}, which a job keeps for itself; name"
+            " another output"
+        )
+    if source.is_folder():
+        is_found = _is_below(inner, outer)
+    else:
+        pattern = re.compile(glob_translate("/".join(outer)))
+        is_found = any(pattern.match("/".join((*inner, name))) for name in WRITTEN)
+    if is_found:
+        raise ConfigError(
+            f"output {output!r} lies in the input {input!r}, where the next run would find it; name"
+            " a folder elsewhere"
+        )
+
+
+def _is_below(place: Steps, root: Steps) -> bool:
+    return place[: len(root)] == root
+
+
+def _steps(text: str, location: Location) -> Steps:
+    """Links are followed, but for those behind the beginning of a glob."""
+    if location.is_local:
+        folder, pattern = _split(location)
+        path = posixpath.join(os.path.realpath(folder), pattern).rstrip("/")
+        return ("file:", *path.split("/"))
+    uri = urlsplit(text, allow_fragments=False)
+    (server,) = parse_qs(uri.query).get("endpoint_override", [""])[:1]
+    path = posixpath.normpath(f"/{location.path}").rstrip("/")
+    return (f"{uri.scheme}:{server.replace('/', '')}", *path.split("/"))
+
+
+def _split(location: Location) -> tuple[str, str]:
+    """The folder that a glob begins in, and the rest; the whole path where it is no glob."""
+    steps = location.path.split("/")
+    is_there = location.is_folder() or location.is_file()
+    first = next((n for n, step in enumerate(steps) if glob.has_magic(step)), len(steps))
+    first = len(steps) if is_there else first
+    return "/".join(steps[:first]) or "/", "/".join(steps[first:])
