@@ -120,17 +120,22 @@ class OutputFolder:
         _, firsts = np.unique(places, return_index=True)
         rows = rows.take(np.sort(firsts[~self.is_done[places[firsts]]]))
         self.is_done[places] = True
-        if "kept" in rows.column_names:
-            kept = unbundle(rows["kept"], self.kept)
-            for field, column in zip(kept.schema, kept.columns, strict=True):
-                rows = rows.append_column(field, column)
         is_well = pc.is_null(rows["stage"])
         dead = rows.filter(pc.invert(is_well))
         self.num_done += rows.num_rows
         self.num_dead += dead.num_rows
         with self._told_when_full():
-            self.captions.add(rows.filter(is_well))
-            self.dead_letters.add(dead)
+            self.captions.add(self._with_kept(rows.filter(is_well)))
+            self.dead_letters.add(self._with_kept(dead))
+        return rows
+
+    def _with_kept(self, rows: pa.Table) -> pa.Table:
+        """The last step of all, as rows cannot be taken of columns of every type."""
+        if "kept" not in rows.column_names:
+            return rows
+        kept = unbundle(rows["kept"], self.kept)
+        for field, column in zip(kept.schema, kept.columns, strict=True):
+            rows = rows.append_column(field, column)
         return rows
 
     def flush(self) -> None:

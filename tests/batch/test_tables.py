@@ -191,7 +191,10 @@ def test_partitions_begin_below_the_input(tmp_path: Path) -> None:
 @given(st.lists(st.text("a=%F/.\ufffd _", min_size=1), min_size=1, max_size=3))
 def test_folders_of_any_name_tell_something_or_nothing(folders: list[str]) -> None:
     for name, value in _partition("/".join([*folders, "a.parquet"])).items():
-        assert isinstance(name, str) and (value is None or isinstance(value, str))
+        assert name and (value is None or isinstance(value, str))
+    assert _partition("a=1/b=%C3%BC %/c=__HIVE_DEFAULT_PARTITION__/d/e=f=g/h=1.parquet") == {
+        **{"a": "1", "b": "\u00fc %", "c": None, "e": "f=g"}
+    }
 
 
 # Text that is none
@@ -262,6 +265,7 @@ def damaged(seed: int) -> tuple[bytes, int]:
         row_group_size=GROUP,
         compression=rng.choice(["snappy", "zstd", "gzip", "none", "lz4", "brotli"]),
         data_page_size=1000,
+        write_batch_size=4,
         write_page_checksum=rng.random() < 0.3,
         data_page_version=rng.choice(["1.0", "2.0"]),
         use_dictionary=rng.random() < 0.5,
@@ -309,6 +313,7 @@ def test_damage_is_told_with_file_and_row_group_and_what_else_can_be_read_is(
         file,
         row_group_size=100,
         data_page_size=10_000,
+        write_batch_size=4,
         write_page_checksum=True,
         use_dictionary=False,
     )

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import ray.data
 from fsspec import AbstractFileSystem
@@ -20,6 +20,7 @@ from flashvl.data.schema import ImageColumns, find_image_columns
 from flashvl.data.storage import Location
 from flashvl.errors import ConfigError
 
+HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 MAX_READ_TASKS = 512
 """Row groups are read by so many tasks at most, several in one where there are more."""
 
@@ -160,9 +161,12 @@ def read_footers(
 
 def _partition(name: str) -> dict[str, str | None]:
     """The columns that the folders of a file's name tell, in Hive's way."""
-    names = [part.partition("=")[0] for part in name.split("/")[:-1] if "=" in part]
-    scheme = ds.HivePartitioning(pa.schema([(name, pa.string()) for name in dict.fromkeys(names)]))
-    return ds.get_partition_keys(scheme.parse(name))
+    steps = [step.partition("=") for step in name.split("/")[:-1]]
+    return {
+        unquote(column): None if value == HIVE_NULL else unquote(value)
+        for column, separator, value in steps
+        if column and separator
+    }
 
 
 def check_alike(files: list[ParquetFile], columns: ImageColumns) -> None:
