@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,9 +22,12 @@ from flashvl.batch.inputs.find import find_source
 from flashvl.batch.job import check_caption_job, run_caption_job
 from flashvl.batch.lock import held
 from flashvl.cli import app
+from flashvl.data.images import decode_image
 from flashvl.data.storage import locate
+from flashvl.engine import Engine, Request
 from flashvl.errors import ConfigError, FlashVLError
 from tests.batch.pictures import NUM_ROWS, PICTURES, captions_of, make_job, rows_of
+from tests.batch.test_tables import KEPT
 
 
 @pytest.mark.ray
@@ -120,6 +124,72 @@ def test_what_datasets_wrote_is_read_and_what_is_written_is_read_by_others(
     )
     assert loaded.sort("row")["caption"][:] == wanted
     assert pd.read_parquet(output / "captions").sort_values("row").caption.tolist() == wanted
+
+
+@pytest.mark.ray
+def test_several_images_a_row_and_what_is_kept_of_every_type(
+    plain: dict[int, str], tiny_random: Path, tmp_path: Path
+) -> None:
+    """All of a row's images are in one prompt; every column arrives as pyarrow reads it."""
+    images = pa.array([PICTURES[:1], PICTURES[1:3], []], pa.list_(pa.binary()))
+    columns = {f"k {name}": column for name, column in KEPT.items()}
+    pq.write_table(pa.table({"image": images} | columns), tmp_path / "in.parquet")
+    job = make_job(tiny_random, tmp_path / "in.parquet", tmp_path / "out", keep=tuple(columns))
+    summary = run_caption_job(job)
+    assert (summary.written, summary.dead) == (2, 1)
+    request = Request(
+        messages=[{"role": "user", "content": "<image>\n<image>\nDescribe the image."}],
+        images=[decode_image(picture) for picture in PICTURES[1:3]],
+        max_new_tokens=4,
+    )
+    (both,) = Engine.from_pretrained(tiny_random, "float32").generate([request])
+    rows = rows_of(tmp_path / "out")
+    assert rows[0]["caption"] == plain[0] and rows[1]["caption"] == both.text
+    assert rows[2]["stage"] == "read" and "no image" in rows[2]["reason"]
+    wanted = pq.read_table(tmp_path / "in.parquet").select(list(columns))
+    for name in ("captions", "dead_letters"):
+        schema = pq.read_table(tmp_path / "out" / name).schema
+        assert [schema.field(column).type for column in columns] == wanted.schema.types
+    for place, row in enumerate(wanted.to_pylist()):
+        assert {name: rows[place][name] for name in columns} == row
+
+
+@pytest.mark.ray
+def test_damage_and_odd_paths_cost_their_rows_and_a_resume_doubles_none(
+    plain: dict[int, str], tiny_random: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "pictures").mkdir()
+    for row, data in enumerate(PICTURES):
+        (tmp_path / "pictures" / f"{row}.png").write_bytes(data)
+    os.mkfifo(tmp_path / "pictures" / "pipe")
+    paths = [f"pictures/{row}.png" for row in range(NUM_ROWS)]
+    odd = [
+        "pictures/0.png/x",
+        "x" * 5000,
+        "a\0b",
+        "pictures/pipe",
+        "/dev/zero",
+        "http://[",
+        "s3://",
+    ]
+    table = pa.table({"image": [*paths, *odd, *["x.png"] * 6]})
+    options = {"compression": "none", "use_dictionary": False}
+    file = tmp_path / "in.parquet"
+    pq.write_table(table, file, row_group_size=NUM_ROWS + len(odd), **options)
+    data = bytearray(file.read_bytes())
+    start = pq.read_metadata(file).row_group(1).column(0).data_page_offset
+    data[start : start + 40] = bytes(40)
+    file.write_bytes(data)
+    job = make_job(tiny_random, file, tmp_path / "out", max_error_rate=1.0, limit=16)
+    run_caption_job(job)
+    summary = run_caption_job(job.model_copy(update={"limit": None}))
+    assert (summary.written, summary.dead) == (NUM_ROWS, len(odd) + 6)
+    rows = rows_of(tmp_path / "out")
+    assert {place: rows[place]["caption"] for place in range(NUM_ROWS)} == plain
+    for place in range(NUM_ROWS, NUM_ROWS + len(odd)):
+        assert rows[place]["stage"] == "read" and len(rows[place]["reason"]) < 700
+    for place in range(NUM_ROWS + len(odd), len(rows)):
+        assert rows[place]["reason"].startswith(f"{file}: row group 1 is damaged")
 
 
 @pytest.mark.ray
