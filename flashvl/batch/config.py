@@ -17,7 +17,8 @@ class CaptionJob(StrictModel):
     input: str
     """Parquet file, folder or glob of Parquet, or a folder of images; a path or a URI."""
     output: str
-    """Folder that is new or empty, or holds a part of the same job; see `flashvl.batch.outputs`."""
+    """Folder that is new or empty, or holds a part of the same job, apart from the input; see
+    `flashvl.batch.outputs`."""
     model: str = "tiny"
     """Shipped model's name, or a Flash-VL folder."""
     dtype: Dtype = "auto"
@@ -27,7 +28,8 @@ class CaptionJob(StrictModel):
     prompt_column: str | None = None
     """Holds a prompt for each row."""
     image_column: str | None = None
-    """Holds bytes, `struct<bytes, path>` or paths; by default `image`, or the only one of bytes."""
+    """Holds bytes, `struct<bytes, path>`, paths, or lists of these, whose images are all in one
+    prompt; by default `image`, or the only one of bytes."""
     id_column: str | None = None
     """By default `id`; without such a column, ids are made of file, row group and row."""
     follow_paths: bool = True
