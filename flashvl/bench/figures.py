@@ -8,20 +8,26 @@ from matplotlib.figure import Figure
 
 from flashvl.bench.latency import Latency
 from flashvl.bench.machine import Machine
+from flashvl.bench.throughput import Throughput
 
 OURS, THEIRS = "#d1495b", "#7a8699"
 """The engine, and everything else."""
 
 
 def plot_latencies(
-    latencies: Sequence[Latency], machine: Machine, path: Path, scores: Mapping[str, float] = {}
+    latencies: Sequence[Latency],
+    machine: Machine,
+    path: Path,
+    scores: Mapping[str, float] = {},
+    at_once: Sequence[Throughput] = (),
 ) -> None:
     """Write a PNG: bars of TTFT, TPOT and tokens/s, and before them, given `scores`, Figure 1.
 
     Args:
         scores: average of the paper's benchmarks by contender's name; one without is left out.
+        at_once: drawn as bars of their own, all of one width; none, no bars.
     """
-    num_panels = 3 + bool(scores)
+    num_panels = 3 + bool(scores) + bool(at_once)
     figure = Figure(figsize=(4.2 * num_panels, 3.4), layout="constrained")
     panels = list(figure.subplots(1, num_panels))
     if scores:
@@ -36,6 +42,9 @@ def plot_latencies(
         (panels[2], "tokens/s from a JPEG", [x.tokens_per_s_from_jpeg for x in latencies]),
     ):
         _bars(axes, title, [x.name for x in latencies], values)
+    if at_once:
+        title = f"tokens/s, {at_once[0].width} requests at once"
+        _bars(panels[3], title, [x.name for x in at_once], [x.tokens_per_s for x in at_once])
     figure.suptitle(
         f"One request at a time, {len(latencies[0].rounds[0].gaps_s) + 1} tokens: {machine.device},"
         f" {machine.threads} threads, {machine.dtype}",

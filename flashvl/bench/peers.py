@@ -7,7 +7,7 @@ is ours, of the same length for all.
 
 import functools
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,8 +29,10 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
+from flashvl.bench import vllm
 from flashvl.bench.contenders import GenerateContender
 from flashvl.bench.models import RandomWeights
+from flashvl.errors import ConfigError
 from flashvl.model.presets import qwen2_1_5b
 
 NUM_TEXT_TOKENS = 30
@@ -165,20 +167,40 @@ PEERS = {
 """By the names of the paper; SmolVLM2 came later."""
 
 
+OURS = ("flashvl", "flashvl (generate)")
+"""Flash-VL by the engine, and by plain `generate`."""
+
 PAPER_AVERAGES = {"static": 62.4, "dynamic": 64.0, "iss": 64.8}
 """Of Flash-VL itself, by preset."""
 
 
 def paper_scores(preset: str) -> dict[str, float]:
-    """The paper's averages by contender's name, Flash-VL being of `preset`."""
+    """The paper's averages by contender's name, Flash-VL being of `preset`, whoever runs it."""
     scores = {name: peer.paper_average for name, peer in PEERS.items()}
-    scores |= dict.fromkeys(("flashvl", "flashvl (generate)"), PAPER_AVERAGES.get(preset))
+    scores |= dict.fromkeys((*OURS, vllm.NAME), PAPER_AVERAGES.get(preset))
     return {name: score for name, score in scores.items() if score is not None}
 
 
-def build_peers(weights: RandomWeights) -> Iterator[GenerateContender]:
-    """Each of `PEERS`, ready to `generate`."""
+def choose_names(only: Collection[str] | None) -> list[str]:
+    """Of Flash-VL and its peers, those that are measured: all, or `only` these.
+
+    Raises:
+        ConfigError: there is none of such a name.
+    """
+    known = [*OURS, *PEERS]
+    for name in only or known:
+        if name not in known:
+            raise ConfigError(f"--only {name!r} is none of {', '.join(known)}; name one of these")
+    return [name for name in known if name in (only or known)]
+
+
+def build_peers(
+    weights: RandomWeights, names: Collection[str] = tuple(PEERS)
+) -> Iterator[GenerateContender]:
+    """Each of `PEERS` that `names` holds, ready to `generate`."""
     for name, peer in PEERS.items():
+        if name not in names:
+            continue
         config = peer.build_config()
         yield GenerateContender(
             name=name,

@@ -7,9 +7,10 @@ them as they come; plain `generate` in batches of that width, where all wait for
 and beside it one request alone. All begin with images that are tensors.
 """
 
+import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +25,10 @@ from flashvl.bench.contenders import (
     make_request,
 )
 from flashvl.bench.machine import Machine
+from flashvl.bench.vllm import VllmContender
 from flashvl.data.features import Tiles
+
+OnProgress = Callable[[int, int], None]
 
 MEAN_TOKENS, MAX_TOKENS = 64, 256
 
@@ -52,11 +56,12 @@ class Throughput:
     requests_per_s: float
     roofline_fraction: float
     """The time that the machine's limits allow, as a share of the time that it took."""
-    times_batches: float
-    """`tokens_per_s` as a multiple of that of `generate` in batches; median of rounds."""
-    times_alone: float
+    times_batches: float | None = None
+    """`tokens_per_s` as a multiple of that of `generate` in batches; median of rounds. None, as the
+    next two, where `generate` was not measured."""
+    times_alone: float | None = None
     """And of that of `generate` with one request at a time."""
-    decode_times_alone: float
+    decode_times_alone: float | None = None
     """`decode_tokens_per_s`, likewise."""
 
 
@@ -100,7 +105,7 @@ def measure_throughput(
     *,
     width: int,
     rounds: int = 3,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: OnProgress = lambda done, total: None,
 ) -> list[Throughput]:
     """Answer requests of `lengths` in each way in turn, `width` at once, after a short warm-up.
 
@@ -120,15 +125,57 @@ def measure_throughput(
     few = [2] * len(tiles[:width])
     _run_engine(engine, tiles[:width], few, width)
     _run_batches(plain, inputs[:width], few, width)
+    runs = _take_turns(ways, rounds, on_progress)
+    batches, alone = runs["generate, batches"], runs["generate, alone"]
+    return [
+        dataclasses.replace(
+            _summarize(name, own, work, machine),
+            times_batches=_times(lambda run: run.tokens_per_s, own, batches),
+            times_alone=_times(lambda run: run.tokens_per_s, own, alone),
+            decode_times_alone=_times(lambda run: run.decode_tokens_per_s, own, alone),
+        )
+        for name, own in runs.items()
+    ]
+
+
+def compare_at_once(
+    engine: EngineContender,
+    vllm: VllmContender,
+    machine: Machine,
+    *,
+    width: int,
+    num_tokens: int,
+    rounds: int = 3,
+    on_progress: OnProgress = lambda done, total: None,
+) -> list[Throughput]:
+    """The engine and vLLM in turn: `width` requests at once, about an image each.
+
+    A short run of each warms up.
+    """
+    jpegs = [make_photo(seed) for seed in range(width)]
+    lengths = [num_tokens] * width
+    tiles = [engine.prepare(jpeg) for jpeg in jpegs]
+    _run_engine(engine, tiles, [2] * width, width)
+    _run_vllm(vllm, jpegs, [2] * width)
+    ways = {
+        engine.name: lambda: _run_engine(engine, tiles, lengths, width),
+        vllm.name: lambda: _run_vllm(vllm, jpegs, lengths),
+    }
+    work = vllm.count_work(jpegs[0])
+    runs = _take_turns(ways, rounds, on_progress)
+    return [_summarize(name, own, work, machine) for name, own in runs.items()]
+
+
+def _take_turns(
+    ways: Mapping[str, Callable[[], _Run]], rounds: int, on_progress: OnProgress
+) -> dict[str, list[_Run]]:
+    """The runs of each way, by its name."""
     runs: dict[str, list[_Run]] = {name: [] for name in ways}
     for number in range(rounds):
         for position, (name, run) in enumerate(ways.items()):
             runs[name].append(run())
             on_progress(number * len(ways) + position + 1, rounds * len(ways))
-    return [
-        _summarize(name, own, runs["generate, batches"], runs["generate, alone"], work, machine)
-        for name, own in runs.items()
-    ]
+    return runs
 
 
 def _run_engine(
@@ -190,20 +237,34 @@ def _run_batches(
     return run
 
 
-def _summarize(
-    name: str,
-    runs: list[_Run],
-    batches: list[_Run],
-    alone: list[_Run],
-    work: Work,
-    machine: Machine,
-) -> Throughput:
+def _run_vllm(contender: VllmContender, jpegs: Sequence[bytes], lengths: Sequence[int]) -> _Run:
+    """All at once."""
+    # Anew each time: vLLM keeps what it has made of an image for as long as there is room.
+    prepared = [contender.prepare(jpeg) for jpeg in jpegs]
+    asked = time.perf_counter()
+    times = contender.answer_all(prepared, lengths)
+    all_began, first_ended = max(own[0] for own in times), min(own[-1] for own in times)
+    # Every step in which all have had their first token and none its last before.
+    steps = sorted({at for own in times for at in own if all_began <= at <= first_ended})
+    return _Run(
+        lengths=lengths,
+        asked=[asked] * len(lengths),
+        first=[own[0] for own in times],
+        last=[own[-1] for own in times],
+        full_steps_s=np.diff(steps).tolist(),
+        width=len(lengths),
+    )
+
+
+def _times(of: Callable[[_Run], float], runs: list[_Run], others: list[_Run]) -> float:
+    """`runs` as a multiple of `others`, round by round; the median."""
+    ratios = (of(a) / of(b) if of(b) else 0.0 for a, b in zip(runs, others, strict=True))
+    return statistics.median(ratios)
+
+
+def _summarize(name: str, runs: list[_Run], work: Work, machine: Machine) -> Throughput:
     def median(of: Callable[[_Run], float]) -> float:
         return statistics.median(map(of, runs))
-
-    def times(of: Callable[[_Run], float], others: list[_Run]) -> float:
-        ratios = (of(a) / of(b) if of(b) else 0.0 for a, b in zip(runs, others, strict=True))
-        return statistics.median(ratios)
 
     tokens_per_s = median(lambda run: run.tokens_per_s)
     lengths, width = runs[0].lengths, runs[0].width
@@ -217,9 +278,6 @@ def _summarize(
         decode_tokens_per_s=median(lambda run: run.decode_tokens_per_s),
         requests_per_s=tokens_per_s / statistics.mean(lengths),
         roofline_fraction=best_s * tokens_per_s / sum(lengths),
-        times_batches=times(lambda run: run.tokens_per_s, batches),
-        times_alone=times(lambda run: run.tokens_per_s, alone),
-        decode_times_alone=times(lambda run: run.decode_tokens_per_s, alone),
     )
 
 

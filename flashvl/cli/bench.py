@@ -1,10 +1,12 @@
 """`flashvl bench`: how fast it is, beside its peers and the machine's own limits."""
 
 import asyncio
+import contextlib
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,7 +15,9 @@ from flashvl.entrypoint import report_errors, show_progress, start_ray
 
 if TYPE_CHECKING:
     from flashvl.bench.contenders import Contender
+    from flashvl.bench.latency import Latency
     from flashvl.bench.machine import Machine
+    from flashvl.bench.throughput import Throughput
 
 bench_app = typer.Typer(no_args_is_help=True, help="Measure how fast it is, beside its peers.")
 
@@ -74,12 +78,28 @@ def latency(
         twins = load_twins(model, preset, random_weights)
         machine = measure_machine(twins.model.dtype, twins.model.device)
         contenders = build_flashvl(twins)
-        _compare_latencies(contenders, machine, tokens, rounds, json_file, plot)
+        latencies = _measure_latencies(contenders, machine, tokens, rounds)
+        _write_latencies(latencies, machine, json_file)
+        if plot is not None:
+            from flashvl.bench.figures import plot_latencies
+
+            plot_latencies(latencies, machine, plot)
+        _print_latencies(latencies, machine)
 
 
 @bench_app.command()
 def peers(
     preset: Annotated[str, typer.Option(help="Of Flash-VL.")] = "static",
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="Leave out the others of the table; may be given several times."
+        ),
+    ] = None,
+    vllm: Annotated[
+        Path | None,
+        typer.Option(metavar="PYTHON", help="Of an environment with vLLM, to run it, too."),
+    ] = None,
     tokens: TokensOption = 128,
     rounds: RoundsOption = 3,
     json_file: JsonOption = None,
@@ -91,22 +111,61 @@ def peers(
     processors of Pillow; compare them with `flashvl (generate)` to see the models, with `flashvl`
     to see what the engine adds. A round takes about seven minutes on two cores.
 
+    With --vllm, Flash-VL is run by vLLM's Transformers backend, too, in a process of its own, with
+    what vLLM's guide advises for CPUs; and then 16 requests at once, by the engine and by vLLM.
+
     Example: flashvl bench peers --plot peers.png
+    Example: flashvl bench peers --only flashvl --vllm vllm/bin/python
     """
     with report_errors():
         from flashvl.bench.contenders import build_flashvl
         from flashvl.bench.machine import measure_machine
         from flashvl.bench.models import RandomWeights, build_twins
-        from flashvl.bench.peers import build_peers, paper_scores
+        from flashvl.bench.peers import build_peers, choose_names, paper_scores
+        from flashvl.bench.throughput import compare_at_once
+        from flashvl.bench.vllm import check_vllm, run_vllm
 
         _check_writable(json_file, plot)
+        names = choose_names(only)
+        if vllm is not None:
+            check_vllm(vllm)
         weights = RandomWeights.for_this_machine()
         twins = build_twins(preset, weights)
-        machine = measure_machine(twins.model.dtype, twins.model.device)
-        contenders: list[Contender] = [*build_flashvl(twins), *build_peers(weights)]
-        _compare_latencies(
-            contenders, machine, tokens, rounds, json_file, plot, paper_scores(preset)
-        )
+        engine, plain = build_flashvl(twins)
+        with contextlib.ExitStack() as stack:
+            contenders: list[Contender] = [each for each in (engine, plain) if each.name in names]
+            other = None
+            if vllm is not None:
+                sys.stderr.write("starting vLLM, which compiles for some minutes\n")
+                other = stack.enter_context(run_vllm(vllm, plain, twins.processor))
+                contenders.append(other)
+            contenders += build_peers(weights, names)
+            machine = measure_machine(twins.model.dtype, twins.model.device)
+            latencies = _measure_latencies(contenders, machine, tokens, rounds)
+            at_once: list[Throughput] = []
+            if other is not None:
+                with show_progress("16 at once") as on_progress:
+                    at_once = compare_at_once(
+                        engine,
+                        other,
+                        machine,
+                        width=16,
+                        num_tokens=tokens,
+                        rounds=rounds,
+                        on_progress=on_progress,
+                    )
+        more = {}
+        if other is not None:
+            more = {"at_once": [asdict(each) for each in at_once], "vllm": other.settings}
+        _write_latencies(latencies, machine, json_file, more)
+        if plot is not None:
+            from flashvl.bench.figures import plot_latencies
+
+            plot_latencies(latencies, machine, plot, paper_scores(preset), at_once)
+        _print_latencies(latencies, machine)
+        if other is not None:
+            print(f"vLLM: {other.settings}")
+            _print_throughputs(at_once)
 
 
 @bench_app.command()
@@ -160,22 +219,7 @@ def throughput(
             contenders_json = [asdict(each) for each in found]
             write_json(json_file, {"machine": asdict(machine), "contenders": contenders_json})
         _print_machine(machine)
-        _print_table(
-            ["width", "", "tokens/s", "decoding", "TTFT ms", "TPOT ms", "roofline", "batches"],
-            [
-                [
-                    str(each.width),
-                    each.name,
-                    f"{each.tokens_per_s:.1f}",
-                    f"{each.decode_tokens_per_s:.1f}",
-                    f"{each.ttft_ms:.0f}",
-                    f"{each.tpot_ms:.1f}",
-                    f"{each.roofline_fraction:.0%}",
-                    f"{each.times_batches:.2f}x",
-                ]
-                for each in found
-            ],
-        )
+        _print_throughputs(found)
 
 
 @bench_app.command()
@@ -317,29 +361,51 @@ def _check_writable(json_file: Path | None, plot: Path | None = None) -> None:
         raise ConfigError(f"--plot {plot} must be a .png file in a folder that exists")
 
 
-def _compare_latencies(
-    contenders: Sequence["Contender"],
-    machine: "Machine",
-    tokens: int,
-    rounds: int,
-    json_file: Path | None,
-    plot: Path | None,
-    scores: Mapping[str, float] = {},
-) -> None:
-    """Measure, write what is asked for and print the table."""
+def _measure_latencies(
+    contenders: Sequence["Contender"], machine: "Machine", tokens: int, rounds: int
+) -> list["Latency"]:
     from flashvl.bench.latency import measure_latency
 
     with show_progress("measuring") as on_progress:
-        latencies = measure_latency(
+        return measure_latency(
             contenders, machine, num_tokens=tokens, rounds=rounds, on_progress=on_progress
         )
-    if json_file is not None:
-        figures = [asdict(each) for each in latencies]
-        write_json(json_file, {"machine": asdict(machine), "contenders": figures})
-    if plot is not None:
-        from flashvl.bench.figures import plot_latencies
 
-        plot_latencies(latencies, machine, plot, scores)
+
+def _write_latencies(
+    latencies: Sequence["Latency"],
+    machine: "Machine",
+    json_file: Path | None,
+    more: Mapping[str, Any] = {},
+) -> None:
+    """Where a file is asked for: the figures, and `more` beside them."""
+    if json_file is not None:
+        figures = {"machine": asdict(machine), "contenders": [asdict(each) for each in latencies]}
+        write_json(json_file, figures | dict(more))
+
+
+def _print_throughputs(found: Sequence["Throughput"]) -> None:
+    has_batches = any(each.times_batches is not None for each in found)
+    _print_table(
+        ["width", "", "tokens/s", "decoding", "TTFT ms", "TPOT ms", "roofline"]
+        + has_batches * ["batches"],
+        [
+            [
+                str(each.width),
+                each.name,
+                f"{each.tokens_per_s:.1f}",
+                f"{each.decode_tokens_per_s:.1f}",
+                f"{each.ttft_ms:.0f}",
+                f"{each.tpot_ms:.1f}",
+                f"{each.roofline_fraction:.0%}",
+            ]
+            + has_batches * [f"{each.times_batches:.2f}x"]
+            for each in found
+        ],
+    )
+
+
+def _print_latencies(latencies: Sequence["Latency"], machine: "Machine") -> None:
     _print_machine(machine)
     _print_table(
         [

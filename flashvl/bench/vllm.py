@@ -1,0 +1,190 @@
+"""vLLM as a contender: its Transformers backend, in a process of the Python that has it.
+
+The model is the same, with random weights of vLLM's own, and read from the folder that a user of
+vLLM would give it. Its own process is alive while others are measured, but waits at its input.
+"""
+
+import base64
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from transformers.dynamic_module_utils import custom_object_save
+
+from flashvl.bench import vllm_answers
+from flashvl.bench.contenders import QUESTION, GenerateContender, Work
+from flashvl.errors import ConfigError
+from flashvl.model import FlashVLForConditionalGeneration, FlashVLProcessor
+
+NAME = "vLLM"
+EXIT_S = 60.0
+"""How long vLLM may take to end by itself."""
+
+
+def check_vllm(python: Path) -> None:
+    """
+    Raises:
+        ConfigError: `python` is no Python that can import vLLM.
+    """
+    remedy = "--vllm names the Python of an environment with vLLM, such as ENVIRONMENT/bin/python"
+    try:
+        done = subprocess.run(
+            [str(python), "-P", "-c", "from vllm import LLM"],
+            env=_environment(),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError as error:
+        raise ConfigError(f"{python} cannot be run: {error.strerror}; {remedy}") from None
+    if done.returncode:
+        raise ConfigError(f"{python} cannot import vLLM: {_reason(done.stderr)}; {remedy}")
+
+
+def _environment() -> dict[str, str]:
+    """Ours, but for the path on which this package may lie."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+
+def _reason(log: str) -> str:
+    """The last line of a log that names an exception, or else its last line."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()] or ["it said nothing"]
+    named = [line for line in lines if line.split(":")[0].endswith(("Error", "Exception"))]
+    return (named or lines)[-1]
+
+
+@dataclass(kw_only=True, slots=True)
+class VllmContender:
+    """vLLM with the model of `twin`."""
+
+    process: subprocess.Popen[str]
+    log: IO[str]
+    """What vLLM has printed."""
+    prompt: str
+    """The question in the model's chat format, with one placeholder for the image."""
+    twin: GenerateContender
+    """The same model in this process; the work is counted on it."""
+    name: str = NAME
+    settings: str = ""
+    """vLLM's version, and what it was started with."""
+
+    def prepare(self, jpeg: bytes) -> int:
+        """JPEG -> the number of what vLLM's engine takes, which stays in its process."""
+        return int(self._prepare(jpeg)["prepared"])
+
+    def answer(self, prepared: int, num_tokens: int) -> list[float]:
+        [times] = self.answer_all([prepared], [num_tokens])
+        return times
+
+    def answer_all(self, prepared: Sequence[int], lengths: Sequence[int]) -> list[list[float]]:
+        """Answer several at once; returns when each had its tokens, by `perf_counter`."""
+        times: list[list[float]] = self._ask(prepared=list(prepared), lengths=list(lengths))[
+            "times"
+        ]
+        return times
+
+    def count_work(self, jpeg: bytes) -> Work:
+        """As the twin's, whose prompt must be as long as what vLLM makes of it."""
+        work = self.twin.count_work(jpeg)
+        prompt_tokens = self._prepare(jpeg)["prompt_tokens"]
+        assert prompt_tokens == work.prompt_tokens, (prompt_tokens, work.prompt_tokens)
+        return work
+
+    def start(self) -> None:
+        """Wait until vLLM has its model."""
+        self.settings = self._read()["settings"]
+
+    def _prepare(self, jpeg: bytes) -> dict[str, Any]:
+        return self._ask(prompt=self.prompt, jpeg=base64.b64encode(jpeg).decode())
+
+    def _ask(self, **request: Any) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass  # `_read` says why
+        return self._read()
+
+    def _read(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            self.log.seek(0)
+            raise ConfigError(
+                f"vLLM ended: {_reason(self.log.read())}; mend its environment, or leave out --vllm"
+            )
+        reply: dict[str, Any] = json.loads(line)
+        return reply
+
+
+@contextmanager
+def run_vllm(
+    python: Path,
+    plain: GenerateContender,
+    processor: FlashVLProcessor,
+    *,
+    options: Sequence[str] = (),
+) -> Iterator[VllmContender]:
+    """vLLM with the model of `plain`, until the end of the `with`.
+
+    Args:
+        options: of `vllm_answers`, on top of the model's type.
+
+    Raises:
+        ConfigError: vLLM ends before its time.
+    """
+    content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
+    prompt = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+    )
+    with tempfile.TemporaryDirectory() as home, tempfile.TemporaryFile("w+") as log:
+        folder = Path(home) / "model"
+        _save_without_weights(plain.model, processor, folder)
+        dtype = str(plain.model.dtype).removeprefix("torch.")
+        process = subprocess.Popen(
+            [str(python), "-P", vllm_answers.__file__, str(folder), f"--dtype={dtype}", *options],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            # A cache of its own: the folder's code is copied to where another run may find it.
+            env=_environment() | {"HF_MODULES_CACHE": f"{home}/modules"},
+        )
+        contender = VllmContender(process=process, log=log, prompt=prompt, twin=plain)
+        try:
+            contender.start()
+            yield contender
+        finally:
+            _end(process)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    assert process.stdin is not None
+    try:
+        process.stdin.close()
+    except BrokenPipeError:
+        pass
+    try:
+        process.wait(EXIT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _save_without_weights(
+    model: FlashVLForConditionalGeneration, processor: FlashVLProcessor, folder: Path
+) -> None:
+    """All that `save_pretrained` writes but the weights, which vLLM draws itself."""
+    folder.mkdir()
+    config = model.config
+    config.architectures = [type(model).__name__]
+    custom_object_save(model, folder, config=config)
+    config.save_pretrained(folder)
+    processor.save_pretrained(folder)

@@ -1,0 +1,144 @@
+"""vLLM answering for `flashvl bench peers`: a script, run by the Python that has vLLM.
+
+It knows nothing of `flashvl` but the folder that it is given. Requests come as lines of JSON on
+standard input, and a line answers each on standard output; what vLLM prints goes to standard error.
+
+    {"prompt": TEXT, "jpeg": BASE64}       -> {"prepared": NUMBER, "prompt_tokens": COUNT}
+    {"prepared": [...], "lengths": [...]}  -> {"times": [[...], ...]}
+
+The first turns a JPEG and its text into what vLLM's engine takes; the second answers what was
+prepared, all at once, each with as many tokens as `lengths` says, and tells when each token was
+there, by `time.perf_counter`, which on Linux all processes share. What was prepared is used up.
+"""
+
+import argparse
+import base64
+import ctypes.util
+import glob
+import io
+import itertools
+import json
+import os
+import sys
+import time
+from typing import Any, TextIO
+
+SETTINGS = {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": str(os.cpu_count()),
+    "VLLM_CPU_KVCACHE_SPACE": "2",
+    # One process, not three: on few cores the others would take turns with what computes.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+}
+"""Of the environment, where they are not set already; vLLM reads them."""
+PRELOADED = ("tcmalloc_minimal", "iomp5")
+"""Libraries that vLLM's guide for CPUs has put into LD_PRELOAD."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder")
+    parser.add_argument("--dtype", required=True)
+    parser.add_argument("--enforce-eager", action="store_true")
+    arguments = parser.parse_args()
+    _configure()
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    answerer = _Answerer(arguments.folder, arguments.dtype, arguments.enforce_eager)
+    _reply(replies, {"settings": _describe(answerer.version)})
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "jpeg" in request:
+            _reply(replies, answerer.prepare(request["prompt"], base64.b64decode(request["jpeg"])))
+        else:
+            _reply(replies, answerer.answer(request["prepared"], request["lengths"]))
+
+
+def _reply(replies: TextIO, reply: dict[str, Any]) -> None:
+    replies.write(json.dumps(reply) + "\n")
+    replies.flush()
+
+
+def _configure() -> None:
+    """Set the environment, and begin again in it: a library is preloaded at the start alone."""
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    if "LD_PRELOAD" not in os.environ:
+        found = [path for name in PRELOADED if (path := _find_library(name))]
+        os.environ["LD_PRELOAD"] = ":".join(found)
+        os.execv(sys.executable, [sys.executable, "-P", *sys.argv])
+
+
+def _describe(version: str) -> str:
+    settings = [f"{name}={os.environ[name]}" for name in SETTINGS]
+    preloaded = ":".join(map(os.path.basename, os.environ["LD_PRELOAD"].split(":")))
+    return ", ".join([version, *settings, f"LD_PRELOAD={preloaded}"])
+
+
+def _find_library(name: str) -> str | None:
+    """In the environment itself, where pip puts Intel's OpenMP, or in the system."""
+    own = sorted(glob.glob(os.path.join(sys.prefix, "lib", f"lib{name}.so*")))
+    return own[0] if own else ctypes.util.find_library(name)
+
+
+class _Answerer:
+    """vLLM with a model of the folder's shape; its weights are vLLM's own random ones.
+
+    Nothing of an image or a prompt is kept for the next request.
+    """
+
+    def __init__(self, folder: str, dtype: str, enforce_eager: bool) -> None:
+        import vllm  # type: ignore[import-not-found]
+
+        self.version: str = vllm.__version__
+        self.llm = vllm.LLM(
+            folder,
+            trust_remote_code=True,
+            model_impl="transformers",
+            load_format="dummy",
+            dtype=dtype,
+            limit_mm_per_prompt={"image": 1},
+            enable_prefix_caching=False,
+            mm_processor_cache_gb=0,
+            enforce_eager=enforce_eager,
+        )
+        self.numbers = itertools.count()
+        self.prepared: dict[int, Any] = {}
+
+    def prepare(self, prompt: str, jpeg: bytes) -> dict[str, int]:
+        from PIL import Image
+
+        image = Image.open(io.BytesIO(jpeg)).convert("RGB")
+        [inputs] = self.llm.renderer.render_cmpl(
+            [{"prompt": prompt, "multi_modal_data": {"image": image}}]
+        )
+        number = next(self.numbers)
+        self.prepared[number] = inputs
+        return {"prepared": number, "prompt_tokens": len(inputs["prompt_token_ids"])}
+
+    def answer(self, numbers: list[int], lengths: list[int]) -> dict[str, Any]:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind  # type: ignore[import-not-found]
+
+        engine = self.llm.llm_engine
+        places: dict[str, int] = {}
+        for place, (number, length) in enumerate(zip(numbers, lengths, strict=True)):
+            params = SamplingParams(
+                temperature=0.0,
+                max_tokens=length,
+                ignore_eos=True,
+                output_kind=RequestOutputKind.DELTA,
+            )
+            engine.add_request(str(number), self.prepared.pop(number), params)
+            places[str(number)] = place
+        times: list[list[float]] = [[] for _ in numbers]
+        while engine.has_unfinished_requests():
+            outputs = engine.step()
+            now = time.perf_counter()
+            for output in outputs:
+                times[places[output.request_id]] += [now] * len(output.outputs[0].token_ids)
+        return {"times": times}
+
+
+if __name__ == "__main__":
+    main()
