@@ -5,6 +5,7 @@ vLLM would give it. Its own process is alive while others are measured, but wait
 """
 
 import base64
+import ctypes.util
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import torch
 from transformers.dynamic_module_utils import custom_object_save
 
 from flashvl.bench import vllm_answers
@@ -23,6 +25,18 @@ from flashvl.errors import ConfigError
 from flashvl.model import FlashVLForConditionalGeneration, FlashVLProcessor
 
 NAME = "vLLM"
+SETTINGS = {
+    "HF_HUB_OFFLINE": "1",
+    # GiB: for far more than 16 answers of 128 tokens.
+    "VLLM_CPU_KVCACHE_SPACE": "2",
+    # One process, not three: on few cores two would take turns with the one that computes.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    # What vLLM gives its workers where it has several processes.
+    "KMP_BLOCKTIME": "5",
+}
+"""vLLM's environment, where our own does not set the same."""
+PRELOADED = ("tcmalloc_minimal", "iomp5")
+"""Libraries that vLLM's guide for CPUs has put into LD_PRELOAD; its packages bring the second."""
 EXIT_S = 60.0
 """How long vLLM may take to end by itself."""
 
@@ -52,6 +66,21 @@ def _environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
 
+def _settings(python: Path) -> dict[str, str]:
+    """`SETTINGS`, as many threads as our own process has, and the libraries that are to be had."""
+    libraries = [path for name in PRELOADED if (path := _find_library(python, name))]
+    settings = SETTINGS | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    if libraries:
+        settings["LD_PRELOAD"] = ":".join(libraries)
+    return {name: os.environ.get(name, value) for name, value in settings.items()}
+
+
+def _find_library(python: Path, name: str) -> str | None:
+    """In the environment of `python`, where pip puts Intel's OpenMP, or in the system."""
+    own = sorted((python.absolute().parent.parent / "lib").glob(f"lib{name}.so*"))
+    return str(own[0]) if own else ctypes.util.find_library(name)
+
+
 def _reason(log: str) -> str:
     """The last line of a log that names an exception, or else its last line."""
     lines = [line.strip() for line in log.splitlines() if line.strip()] or ["it said nothing"]
@@ -70,9 +99,10 @@ class VllmContender:
     """The question in the model's chat format, with one placeholder for the image."""
     twin: GenerateContender
     """The same model in this process; the work is counted on it."""
+    settings: dict[str, str]
+    """What its environment was told."""
     name: str = NAME
-    settings: str = ""
-    """vLLM's version, and what it was started with."""
+    version: str = ""
 
     def prepare(self, jpeg: bytes) -> int:
         """JPEG -> the number of what vLLM's engine takes, which stays in its process."""
@@ -98,7 +128,11 @@ class VllmContender:
 
     def start(self) -> None:
         """Wait until vLLM has its model."""
-        self.settings = self._read()["settings"]
+        self.version = self._read()["version"]
+
+    def __str__(self) -> str:
+        settings = (f"{name}={value}" for name, value in self.settings.items())
+        return " ".join([f"{self.name} {self.version}:", *settings])
 
     def _prepare(self, jpeg: bytes) -> dict[str, Any]:
         return self._ask(prompt=self.prompt, jpeg=base64.b64encode(jpeg).decode())
@@ -135,7 +169,7 @@ def run_vllm(
     """vLLM with the model of `plain`, until the end of the `with`.
 
     Args:
-        options: of `vllm_answers`, on top of the model's type.
+        options: more arguments of `vllm_answers`.
 
     Raises:
         ConfigError: vLLM ends before its time.
@@ -148,6 +182,7 @@ def run_vllm(
         folder = Path(home) / "model"
         _save_without_weights(plain.model, processor, folder)
         dtype = str(plain.model.dtype).removeprefix("torch.")
+        settings = _settings(python)
         process = subprocess.Popen(
             [str(python), "-P", vllm_answers.__file__, str(folder), f"--dtype={dtype}", *options],
             stdin=subprocess.PIPE,
@@ -155,9 +190,11 @@ def run_vllm(
             stderr=log,
             text=True,
             # A cache of its own: the folder's code is copied to where another run may find it.
-            env=_environment() | {"HF_MODULES_CACHE": f"{home}/modules"},
+            env=_environment() | settings | {"HF_MODULES_CACHE": f"{home}/modules"},
         )
-        contender = VllmContender(process=process, log=log, prompt=prompt, twin=plain)
+        contender = VllmContender(
+            process=process, log=log, prompt=prompt, twin=plain, settings=settings
+        )
         try:
             contender.start()
             yield contender

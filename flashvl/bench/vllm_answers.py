@@ -2,6 +2,7 @@
 
 It knows nothing of `flashvl` but the folder that it is given. Requests come as lines of JSON on
 standard input, and a line answers each on standard output; what vLLM prints goes to standard error.
+The first line says which version it is, as soon as the model is there.
 
     {"prompt": TEXT, "jpeg": BASE64}       -> {"prepared": NUMBER, "prompt_tokens": COUNT}
     {"prepared": [...], "lengths": [...]}  -> {"times": [[...], ...]}
@@ -13,8 +14,6 @@ there, by `time.perf_counter`, which on Linux all processes share. What was prep
 
 import argparse
 import base64
-import ctypes.util
-import glob
 import io
 import itertools
 import json
@@ -23,17 +22,6 @@ import sys
 import time
 from typing import Any, TextIO
 
-SETTINGS = {
-    "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": str(os.cpu_count()),
-    "VLLM_CPU_KVCACHE_SPACE": "2",
-    # One process, not three: on few cores the others would take turns with what computes.
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-}
-"""Of the environment, where they are not set already; vLLM reads them."""
-PRELOADED = ("tcmalloc_minimal", "iomp5")
-"""Libraries that vLLM's guide for CPUs has put into LD_PRELOAD."""
-
 
 def main() -> None:
     parser = argparse.ArgumentParser()
@@ -41,11 +29,10 @@ def main() -> None:
     parser.add_argument("--dtype", required=True)
     parser.add_argument("--enforce-eager", action="store_true")
     arguments = parser.parse_args()
-    _configure()
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     answerer = _Answerer(arguments.folder, arguments.dtype, arguments.enforce_eager)
-    _reply(replies, {"settings": _describe(answerer.version)})
+    _reply(replies, {"version": answerer.version})
     for line in sys.stdin:
         request = json.loads(line)
         if "jpeg" in request:
@@ -57,28 +44,6 @@ def main() -> None:
 def _reply(replies: TextIO, reply: dict[str, Any]) -> None:
     replies.write(json.dumps(reply) + "\n")
     replies.flush()
-
-
-def _configure() -> None:
-    """Set the environment, and begin again in it: a library is preloaded at the start alone."""
-    for name, value in SETTINGS.items():
-        os.environ.setdefault(name, value)
-    if "LD_PRELOAD" not in os.environ:
-        found = [path for name in PRELOADED if (path := _find_library(name))]
-        os.environ["LD_PRELOAD"] = ":".join(found)
-        os.execv(sys.executable, [sys.executable, "-P", *sys.argv])
-
-
-def _describe(version: str) -> str:
-    settings = [f"{name}={os.environ[name]}" for name in SETTINGS]
-    preloaded = ":".join(map(os.path.basename, os.environ["LD_PRELOAD"].split(":")))
-    return ", ".join([version, *settings, f"LD_PRELOAD={preloaded}"])
-
-
-def _find_library(name: str) -> str | None:
-    """In the environment itself, where pip puts Intel's OpenMP, or in the system."""
-    own = sorted(glob.glob(os.path.join(sys.prefix, "lib", f"lib{name}.so*")))
-    return own[0] if own else ctypes.util.find_library(name)
 
 
 class _Answerer:

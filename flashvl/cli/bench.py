@@ -89,7 +89,7 @@ def latency(
 
 @bench_app.command()
 def peers(
-    preset: Annotated[str, typer.Option(help="Of Flash-VL.")] = "static",
+    preset: Annotated[str, typer.Option(help="Flash-VL as this preset has it.")] = "static",
     only: Annotated[
         list[str] | None,
         typer.Option(
@@ -98,7 +98,7 @@ def peers(
     ] = None,
     vllm: Annotated[
         Path | None,
-        typer.Option(metavar="PYTHON", help="Of an environment with vLLM, to run it, too."),
+        typer.Option(metavar="PYTHON", help="Python of an environment with vLLM: run it, too."),
     ] = None,
     tokens: TokensOption = 128,
     rounds: RoundsOption = 3,
@@ -156,7 +156,7 @@ def peers(
                     )
         more = {}
         if other is not None:
-            more = {"at_once": [asdict(each) for each in at_once], "vllm": other.settings}
+            more = {"at_once": [asdict(each) for each in at_once], "vllm": str(other)}
         _write_latencies(latencies, machine, json_file, more)
         if plot is not None:
             from flashvl.bench.figures import plot_latencies
@@ -164,7 +164,7 @@ def peers(
             plot_latencies(latencies, machine, plot, paper_scores(preset), at_once)
         _print_latencies(latencies, machine)
         if other is not None:
-            print(f"vLLM: {other.settings}")
+            print(other)
             _print_throughputs(at_once)
 
 
