@@ -58,10 +58,9 @@ def check_keepable(schema: pa.Schema, source: str) -> None:
 def _check_views(column_type: pa.DataType) -> None:
     """
     Raises:
-        TypeError: a list that is a view has in it what Arrow cannot take rows of, nor cast.
+        TypeError: there is a list view in it, which Ray Data does not send to another process.
     """
-    is_view = types.is_list_view(column_type) or types.is_large_list_view(column_type)
-    if is_view and plain_type(column_type.value_type) != column_type.value_type:
-        raise TypeError(f"a list view of {column_type.value_type} cannot be cut")
+    if types.is_list_view(column_type) or types.is_large_list_view(column_type):
+        raise TypeError("Ray Data takes no list views; write it as a list")
     for number in range(column_type.num_fields):
         _check_views(column_type.field(number).type)

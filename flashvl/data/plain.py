@@ -11,8 +11,7 @@ import pyarrow.types as types
 def plain_type(column_type: pa.DataType) -> pa.DataType:
     """The plain layout of the same values; `cast` goes there and back.
 
-    Lists that are views stay as they are, with all that is in them: Arrow filters and takes them
-    without a look inside, and casts them wrongly.
+    Lists that are views stay as they are: Arrow 26 casts them wrongly.
     """
     if isinstance(column_type, pa.BaseExtensionType):
         return plain_type(column_type.storage_type)

@@ -49,15 +49,12 @@ def as_rows(
     if damage is not None:
         found["id"] = pc.coalesce(found["id"], pa.array(made_ids, pa.string()))
         problems = dict.fromkeys(range(table.num_rows), damage)
-    if problems:
-        failures = [{"stage": "read", "error": "DataError", "reason": None}] * table.num_rows
-        rows = [
-            failure | {"reason": problems[row]} if row in problems else {}
-            for row, failure in enumerate(failures)
-        ]
-        failed = pa.Table.from_pylist(rows, schema=pa.schema(FAILURE))
-        found |= dict(zip(failed.column_names, failed.columns, strict=True))
-    return pa.table(found)
+    failures = [
+        {"stage": "read", "error": "DataError", "reason": problems[row]} if row in problems else {}
+        for row in range(table.num_rows)
+    ]
+    failed = pa.Table.from_pylist(failures, schema=pa.schema(FAILURE))
+    return pa.table(found | dict(zip(failed.column_names, failed.columns, strict=True)))
 
 
 def _read_ids(
