@@ -16,9 +16,13 @@ from flashvl.serve.metrics import refusals
 from flashvl.serve.protocol import RequestError
 
 KEYS_VARIABLE = "FLASHVL_API_KEYS"
-OPEN_PATHS = frozenset({"/", "/healthz", "/readyz", "/docs", "/openapi.json"})
+OPEN_PATHS = frozenset(
+    {"/", "/health", "/healthz", "/readyz", "/version", "/docs", "/openapi.json"}
+)
 """Asked for without a key: they tell nothing and do nothing."""
-ANSWERED_PATHS = frozenset({"/v1/chat/completions", "/v1/captions"})
+ANSWERED_PATHS = frozenset(
+    {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/captions"}
+)
 """What the engines are asked for."""
 
 

@@ -4,7 +4,7 @@ import asyncio
 from importlib import resources
 from typing import Annotated, Any
 
-from fastapi import FastAPI, File, Form, Path, UploadFile
+from fastapi import FastAPI, Form, Path
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse
 
@@ -12,23 +12,33 @@ from flashvl import __version__
 from flashvl.model.loading import model_id
 from flashvl.model.tiling import describe_tiles
 from flashvl.serve.admission import Admission, read_api_keys
+from flashvl.serve.answers import Served
 from flashvl.serve.batches import Batch, Batches, BatchList, BatchRequest
 from flashvl.serve.chat import Chat
+from flashvl.serve.completions import Texts
 from flashvl.serve.config import ServiceConfig
 from flashvl.serve.dispatch import Engines
 from flashvl.serve.errors import ERRORS, answer_errors_as_openai_does
+from flashvl.serve.prompts import Prompts
 from flashvl.serve.protocol.chat import ChatCompletion, ChatCompletionRequest
+from flashvl.serve.protocol.completions import CompletionRequest, TextCompletion
 from flashvl.serve.protocol.errors import RequestError
+from flashvl.serve.protocol.responses import Response, ResponseRequest
 from flashvl.serve.protocol.service import (
     Alive,
     Captioned,
+    CaptionRequest,
+    Detokenized,
+    DetokenizeRequest,
     Model,
     ModelList,
     Ready,
     TilesRequest,
     Tokenized,
     TokenizeRequest,
+    Version,
 )
+from flashvl.serve.responses import Responses
 from flashvl.serve.streaming import EVENTS
 
 READY_TIMEOUT_S = 5.0
@@ -48,8 +58,9 @@ def make_api(config: ServiceConfig, engines: Engines) -> FastAPI:
         responses=ERRORS,
         redoc_url=None,
     )
-    chat = Chat(config, engines)
-    served = model_id(config.model)
+    served = Served(name=model_id(config.model), prompts=Prompts(config), engines=engines)
+    prompts = served.prompts
+    chat, texts, responses = Chat(served), Texts(served), Responses(served)
     page = resources.files("flashvl.serve").joinpath("playground/index.html").read_text()
 
     @api.post("/v1/chat/completions", response_model=ChatCompletion, responses=EVENTS)
@@ -58,14 +69,24 @@ def make_api(config: ServiceConfig, engines: Engines) -> FastAPI:
         check_model(request.model)
         return await chat.complete(request)
 
+    @api.post("/v1/completions", response_model=TextCompletion, responses=EVENTS)
+    async def create_completion(request: CompletionRequest) -> Any:
+        """Go on with a text as it is, without a chat template and without images."""
+        check_model(request.model)
+        return await texts.complete(request)
+
+    @api.post("/v1/responses", response_model=Response, responses=EVENTS)
+    async def create_response(request: ResponseRequest) -> Any:
+        """Answer a conversation in OpenAI's newer form; nothing of it is kept."""
+        check_model(request.model)
+        return await responses.respond(request)
+
     @api.post("/v1/captions")
     async def create_caption(
-        image: Annotated[UploadFile, File(description="JPEG, PNG, WebP and others.")],
-        prompt: Annotated[str, Form()] = "Describe the image.",
-        max_tokens: Annotated[int | None, Form(ge=1)] = None,
+        request: Annotated[CaptionRequest, Form(media_type="multipart/form-data")],
     ) -> Captioned:
         """Caption a picture: `curl -F image=@photo.jpg http://127.0.0.1:8000/v1/captions`."""
-        return await chat.caption(await image.read(), prompt, max_tokens)
+        return await chat.caption(await request.image.read(), request.prompt, request.max_tokens)
 
     @api.get("/v1/models")
     async def list_models() -> ModelList:
@@ -78,15 +99,27 @@ def make_api(config: ServiceConfig, engines: Engines) -> FastAPI:
 
     @api.post("/tokenize")
     async def tokenize(request: TokenizeRequest) -> Tokenized:
-        """The prompt that a conversation makes, images and all."""
+        """The prompt that a conversation makes, images and all; or that a text makes."""
         check_model(request.model)
-        tokens = await chat.prompts.encode(*await chat.prompts.read(request.messages))
-        return Tokenized(count=len(tokens), max_model_len=chat.prompts.max_model_len, tokens=tokens)
+        tokens = await prompts.tokens_of(request)
+        names = prompts.tokenizer.convert_ids_to_tokens(tokens)
+        return Tokenized(
+            count=len(tokens),
+            max_model_len=prompts.max_model_len,
+            tokens=tokens,
+            token_strs=names if request.return_token_strs else None,
+        )
+
+    @api.post("/detokenize")
+    async def detokenize(request: DetokenizeRequest) -> Detokenized:
+        """The text that token ids stand for, control tokens and all."""
+        check_model(request.model)
+        return Detokenized(prompt=await prompts.detokenize(request.tokens))
 
     @api.post("/v1/tiles")
     async def tiles(request: TilesRequest) -> dict[str, Any]:
         """How an image of this size is cut, and the tokens that it costs."""
-        processor = chat.prompts.processor
+        processor = prompts.processor
         rule = processor.image_processor.tiling_rule
         return describe_tiles((request.width, request.height), rule, processor.image_seq_length)
 
@@ -104,21 +137,30 @@ def make_api(config: ServiceConfig, engines: Engines) -> FastAPI:
         running, waiting = await engines.load(READY_TIMEOUT_S)
         return Ready(running=running, waiting=waiting)
 
+    @api.get("/health")
+    async def health() -> Ready:
+        """As vLLM has it: the same as `/readyz`."""
+        return await readyz()
+
+    @api.get("/version")
+    async def version() -> Version:
+        return Version(version=__version__)
+
     @api.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def playground() -> HTMLResponse:
-        return HTMLResponse(page.replace("{{ model }}", served), headers=PAGE_HEADERS)
+        return HTMLResponse(page.replace("{{ model }}", served.name), headers=PAGE_HEADERS)
 
-    def check_model(name: str) -> None:
-        if name != served:
+    def check_model(name: str | None) -> None:
+        if name not in (None, served.name):
             raise RequestError(
                 404,
-                f"no model {name[:100]!r} here; ask for {served!r}",
+                f"no model {name!r:.100} here; ask for {served.name!r}",
                 param="model",
                 code="model_not_found",
             )
 
     def describe_model() -> Model:
-        return Model(id=served, max_model_len=chat.prompts.max_model_len)
+        return Model(id=served.name, max_model_len=prompts.max_model_len)
 
     answer_errors_as_openai_does(api)
     api.add_middleware(

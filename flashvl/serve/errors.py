@@ -34,11 +34,8 @@ def answer_errors_as_openai_does(api: FastAPI) -> None:
     async def refuse_fields(_: Request, error: RequestValidationError) -> Response:
         problem = error.errors()[0]
         param = _place(problem, error.body)
-        message = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] == "extra_forbidden":
-            message = "this service knows no such field; leave it out"
-        told = f"{param}: {message}" if param else message
-        return as_response(RequestError(400, told, param=param, code=problem["type"]))
+        message = f"{param or 'body'}{_in_our_words(problem)}"
+        return as_response(RequestError(400, message, param=param, code=problem["type"]))
 
     @api.exception_handler(Exception)
     async def admit_fault(_: Request, error: Exception) -> Response:
@@ -46,10 +43,41 @@ def answer_errors_as_openai_does(api: FastAPI) -> None:
         return as_response(RequestError(500, "the service has failed; its log tells why"))
 
     @api.exception_handler(HTTPException)
-    async def refuse_path(_: Request, error: HTTPException) -> Response:
-        response = as_response(RequestError(error.status_code, str(error.detail)))
+    async def refuse_path(request: Request, error: HTTPException) -> Response:
+        method, path = request.method, request.url.path[:100]
+        allowed = (error.headers or {}).get("Allow", "other methods")
+        told = {
+            400: "body cannot be read: it must be JSON, or of /v1/captions a multipart form whose"
+            " texts are shorter than 1 MiB",
+            404: f"no path {path!r} here; GET /openapi.json lists those that there are",
+            405: f"{path} takes {allowed}, not {method}",
+        }.get(error.status_code, str(error.detail))
+        response = as_response(RequestError(error.status_code, told))
         response.headers.update(error.headers or {})
         return response
+
+
+def _in_our_words(problem: dict[str, Any]) -> str:
+    """What is wrong with a field, to be said behind its name."""
+    kind, context, value = problem["type"], problem.get("ctx", {}), problem.get("input")
+    shown = "" if isinstance(value, dict | list | None) else f", not {value!r:.60}"
+    match kind:
+        case "missing":
+            return " is missing; send it"
+        case "extra_forbidden":
+            return ": this service knows no such field; leave it out"
+        case "json_invalid":
+            return f" is not JSON: {context.get('error', 'it ends too early')}"
+        case "model_attributes_type" | "model_type" | "dict_type":
+            return f" must be a JSON object{shown:.60}"
+        case "union_tag_invalid":
+            return f" must be one of {context['expected_tags']}, not {context['tag']!r:.60}"
+        case "union_tag_not_found":
+            return f" must be an object that tells its {context['discriminator'].strip(chr(39))}"
+    message = str(problem["msg"])
+    if message.startswith("Input should"):
+        return f" must{message.removeprefix('Input should')}{shown}"
+    return f": {message.removeprefix('Value error, ')}{shown if kind == 'value_error' else ''}"
 
 
 def _place(problem: dict[str, Any], body: Any) -> str | None:

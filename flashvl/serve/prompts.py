@@ -1,23 +1,39 @@
-"""A client's messages -> what an engine is asked, checked as far as it can be without decoding."""
+"""A client's requests -> what an engine is asked, checked as far as it can be without decoding."""
 
 import asyncio
+import json
 import secrets
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 from flashvl.data.features import Message, encode_prompt
 from flashvl.data.fetching import Fetcher
 from flashvl.data.images import read_header
+from flashvl.engine import StructuredOutputs
 from flashvl.engine.engine import longest_conversation
+from flashvl.engine.grammars import Grammars
 from flashvl.errors import DataError
 from flashvl.model import FlashVLConfig
 from flashvl.model.loading import load_processor, resolve_checkpoint
 from flashvl.serve.config import ServiceConfig
+from flashvl.serve.conversations import as_conversation
 from flashvl.serve.media import decode_data_url
 from flashvl.serve.protocol.chat import ChatCompletionRequest
+from flashvl.serve.protocol.completions import CompletionRequest
 from flashvl.serve.protocol.errors import RequestError
-from flashvl.serve.protocol.messages import ChatMessage, ImagePart, TextPart
+from flashvl.serve.protocol.messages import ChatMessage, ImagePart
+from flashvl.serve.protocol.sampling import Sampling
+from flashvl.serve.protocol.service import TokenizeRequest
+from flashvl.serve.protocol.structured import JSONObjectFormat, JSONSchemaFormat, ResponseFormat
 from flashvl.serve.replica import Ask
+from flashvl.serve.tools import ToolUse, arguments_schema
+
+LEAST_TEMPERATURE = 1e-3
+"""Below it the engine would overflow, and the likeliest token is as good as certain."""
+LEAST_TOP_P = 1e-6
+"""Of which only the likeliest token is left."""
 
 
 class Prompts:
@@ -30,59 +46,65 @@ class Prompts:
         """
         self.config = config
         self.processor = load_processor(config.model)
-        self.max_model_len = longest_conversation(
-            FlashVLConfig.from_pretrained(resolve_checkpoint(config.model))
-        )
+        self.tokenizer = self.processor.tokenizer
+        model_config = FlashVLConfig.from_pretrained(resolve_checkpoint(config.model))
+        self.max_model_len = longest_conversation(model_config)
+        self.vocab_size: int = model_config.text_config.vocab_size
+        self.grammars = Grammars(self.tokenizer, self.vocab_size, [self.tokenizer.eos_token_id])
         self.fetcher = Fetcher(config.media_hosts, remedy="send the image as a data URL")
         # One thread, beside the event loop: a tokenizer is not made for several.
         self._thread = ThreadPoolExecutor(1, "flashvl-prompts")
 
-    async def asks(self, request: ChatCompletionRequest) -> list[Ask]:
+    async def asks(self, request: ChatCompletionRequest, image: bytes | None = None) -> list[Ask]:
         """One for each answer that a request wants.
 
-        Raises:
-            RequestError: it cannot be answered.
-        """
-        return await self._asks(request, *await self.read(request.messages))
-
-    async def asks_about(self, request: ChatCompletionRequest, image: bytes) -> list[Ask]:
-        """As `asks`, with an image before the first message's text.
+        Args:
+            image: that stands before the first message's text, beside those of the messages.
 
         Raises:
             RequestError: it cannot be answered.
         """
-        first, *others = [_as_message(message) for message in request.messages]
-        first = {**first, "content": [{"type": "image"}, *first["content"]]}
-        return await self._asks(request, [first, *others], [image])
-
-    async def _asks(
-        self, request: ChatCompletionRequest, messages: list[Message], images: list[bytes]
-    ) -> list[Ask]:
+        tools = ToolUse.of(request)
+        structured = await self._structure(request, request.response_format, tools)
+        messages, images = await self.read(request.messages, tools)
+        if image is not None:
+            first, *others = messages
+            messages = [{**first, "content": [{"type": "image"}, *first["content"]]}, *others]
+            images = [image, *images]
         num_tokens = len(await self.encode(messages, images))
-        seed = secrets.randbits(62) if request.seed is None else request.seed
-        stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
-        ask = Ask(
-            messages=messages,
-            images=images,
-            is_streamed=bool(request.stream),
-            sampling={
-                "max_new_tokens": self._max_new_tokens(request, num_tokens),
-                "min_new_tokens": request.min_tokens,
-                "temperature": request.temperature or 0.0,
-                "top_p": 1.0 if request.top_p is None else request.top_p,
-                "top_k": request.top_k,
-                "repetition_penalty": request.repetition_penalty,
-                "stop": tuple(stop),
-                "ignore_eos": request.ignore_eos,
-                "logprobs": (request.top_logprobs or 0) if request.logprobs else None,
-            },
-        )
-        return [
-            replace(ask, sampling=ask.sampling | {"seed": (seed + number) % 2**63})
-            for number in range(request.n)
-        ]
+        name = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
+        wanted = request.max_completion_tokens or request.max_tokens
+        sampling = self._sampling(request, structured) | {
+            "max_new_tokens": self._max_new_tokens(name, wanted, num_tokens),
+            "logprobs": request.top_logprobs if request.logprobs else None,
+        }
+        ask = Ask(messages=messages, images=images, is_streamed=request.stream, sampling=sampling)
+        return _seeded(ask, request.seed, request.n)
 
-    async def read(self, messages: list[ChatMessage]) -> tuple[list[Message], list[bytes]]:
+    async def asks_to_continue(self, request: CompletionRequest) -> list[Ask]:
+        """For each prompt of a request, one for each answer to it; the prompts are token ids.
+
+        Raises:
+            RequestError: it cannot be answered.
+        """
+        structured = await self._structure(request, request.response_format, None)
+        asks = []
+        for prompt in request.prompts:
+            tokens = await self.tokenize(prompt, request.add_special_tokens)
+            sampling = self._sampling(request, structured) | {
+                "prompt": tokens,
+                "max_new_tokens": self._max_new_tokens(
+                    "max_tokens", request.max_tokens, len(tokens)
+                ),
+                "logprobs": request.logprobs,
+            }
+            ask = Ask(messages=[], is_streamed=request.stream, sampling=sampling)
+            asks += _seeded(ask, request.seed, request.n)
+        return asks
+
+    async def read(
+        self, messages: list[ChatMessage], tools: ToolUse | None
+    ) -> tuple[list[Message], list[bytes]]:
         """Messages as the chat template wants them, and their images, still encoded.
 
         Raises:
@@ -98,17 +120,18 @@ class Prompts:
         if len(urls) > self.config.max_images:
             raise RequestError(
                 400,
-                f"request has {len(urls)} images, more than max_images={self.config.max_images}",
+                f"request has {len(urls)} images, more than max_images={self.config.max_images};"
+                " send fewer",
                 param="messages",
             )
-        if messages[-1].role != "user":
+        if messages[-1].role == "assistant":
             raise RequestError(
                 400,
-                "the last message must be the user's, which the model is to answer",
+                "the last message must not be the assistant's, whose turn it is; end with a user's",
                 param=f"messages.{len(messages) - 1}.role",
             )
         images = await asyncio.gather(*(self._get(url, place) for url, place in urls))
-        return [_as_message(message) for message in messages], images
+        return as_conversation(messages, tools), images
 
     async def encode(self, messages: list[Message], images: list[bytes]) -> list[int]:
         """The prompt's token ids, by what the images' headers say.
@@ -121,15 +144,78 @@ class Prompts:
             prompt = await loop.run_in_executor(self._thread, self._encode, messages, images)
         except DataError as error:
             raise RequestError(400, str(error), param="messages") from None
+        self._check_length(prompt, "messages", "shorten it or send fewer images")
+        return prompt
+
+    async def tokenize(self, prompt: str | list[int], add_special_tokens: bool = True) -> list[int]:
+        """The token ids of a prompt that is no conversation.
+
+        Raises:
+            RequestError: it has none, some of no token or of an image, or too many.
+        """
+        tokens: list[int]
+        if isinstance(prompt, str):
+            encode = partial(self.tokenizer.encode, add_special_tokens=add_special_tokens)
+            loop = asyncio.get_running_loop()
+            tokens = await loop.run_in_executor(self._thread, encode, prompt)
+        else:
+            tokens = prompt
+        self.check_tokens(tokens, "prompt")
+        if not tokens or self.processor.image_token_id in tokens:
+            raise RequestError(
+                400,
+                f"prompt must hold at least one token and no {self.processor.image_token}; send"
+                " images to /v1/chat/completions",
+                param="prompt",
+            )
+        self._check_length(tokens, "prompt", "shorten it")
+        return tokens
+
+    async def tokens_of(self, request: TokenizeRequest) -> list[int]:
+        """Of a conversation, or of a prompt that is none.
+
+        Raises:
+            RequestError: as `asks` and `tokenize`.
+        """
+        if request.messages is None:
+            return await self.tokenize(request.prompt or "", request.add_special_tokens)
+        tools = ToolUse(tools=request.tools) if request.tools else None
+        return await self.encode(*await self.read(request.messages, tools))
+
+    async def detokenize(self, tokens: list[int]) -> str:
+        """
+        Raises:
+            RequestError: one is no token of the model's.
+        """
+        self.check_tokens(tokens, "tokens")
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, self.tokenizer.decode, tokens)
+
+    def check_tokens(self, tokens: Any, param: str) -> None:
+        """
+        Raises:
+            RequestError: one is no token of the model's.
+        """
+        if tokens and max(tokens) >= self.vocab_size:
+            raise RequestError(
+                400,
+                f"{param} must hold token ids below {self.vocab_size}, not {max(tokens)}",
+                param=param,
+            )
+
+    def _check_length(self, prompt: list[int], param: str, remedy: str) -> None:
+        """
+        Raises:
+            RequestError: there is no room for an answer behind it.
+        """
         if len(prompt) >= self.max_model_len:
             raise RequestError(
                 400,
                 f"prompt has {len(prompt)} tokens, and the model's limit, with the answer, is"
-                f" {self.max_model_len}; shorten it or send fewer images",
-                param="messages",
+                f" {self.max_model_len}; {remedy}",
+                param=param,
                 code="context_length_exceeded",
             )
-        return prompt
 
     def _encode(self, messages: list[Message], images: list[bytes]) -> list[int]:
         rule = self.processor.image_processor.tiling_rule
@@ -151,14 +237,82 @@ class Prompts:
         except DataError as error:
             raise RequestError(400, str(error), param=place, code="invalid_image") from None
 
-    def _max_new_tokens(self, request: ChatCompletionRequest, num_tokens: int) -> int:
+    def _sampling(self, request: Sampling, structured: StructuredOutputs | None) -> dict[str, Any]:
+        """The fields of `engine.Request` that every kind of request has.
+
+        Raises:
+            RequestError: one names a token that the model does not have.
+        """
+        self.check_tokens(request.logit_bias, "logit_bias")
+        self.check_tokens(request.stop_token_ids, "stop_token_ids")
+        temperature = request.temperature
+        return {
+            "min_new_tokens": request.min_tokens,
+            "temperature": temperature if temperature >= LEAST_TEMPERATURE else 0.0,
+            "top_p": max(request.top_p, LEAST_TOP_P),
+            "top_k": max(request.top_k, 0),
+            "min_p": request.min_p,
+            "presence_penalty": request.presence_penalty,
+            "frequency_penalty": request.frequency_penalty,
+            "repetition_penalty": request.repetition_penalty,
+            "logit_bias": request.logit_bias,
+            "stop": tuple(request.stop_strings),
+            "stop_token_ids": tuple(request.stop_token_ids),
+            "ignore_eos": request.ignore_eos,
+            "structured_outputs": structured,
+        }
+
+    async def _structure(
+        self, request: Sampling, wanted: ResponseFormat | None, tools: ToolUse | None
+    ) -> StructuredOutputs | None:
+        """What the answer must look like, by the tools or by the one of two fields that says it.
+
+        Raises:
+            RequestError: more than one says it, or what it says cannot be used.
+        """
+        schema = schema_of(wanted)
+        if request.structured_outputs is not None:
+            others = {"response_format": schema is not None, "tools": tools is not None}
+            for name, is_there in others.items():
+                if is_there:
+                    raise RequestError(
+                        400,
+                        f"structured_outputs must stand without {name}; leave one of them out",
+                        param="structured_outputs",
+                    )
+            structured = request.structured_outputs.structured()
+            await self._check_grammar(structured, "structured_outputs")
+            return structured
+        answer = None if schema is None else StructuredOutputs(json=json.dumps(schema))
+        if answer is not None:
+            await self._check_grammar(answer, "response_format")
+        if tools is None:
+            return answer
+        for number, tool in enumerate(tools.tools):
+            arguments = json.dumps(arguments_schema(tool.function.parameters))
+            place = f"tools.{number}.function.parameters"
+            await self._check_grammar(StructuredOutputs(json=arguments), place)
+        grammar = tools.grammar(set(self.tokenizer.get_added_vocab()), schema)
+        structured = StructuredOutputs(grammar=grammar)
+        await self._check_grammar(structured, "tools")
+        return structured
+
+    async def _check_grammar(self, structured: StructuredOutputs, param: str) -> None:
+        """
+        Raises:
+            RequestError: it cannot be compiled.
+        """
+        try:
+            await asyncio.to_thread(self.grammars.compile, structured)
+        except DataError as error:
+            raise RequestError(400, f"{param}: {error}", param=param) from None
+
+    def _max_new_tokens(self, name: str, wanted: int | None, num_tokens: int) -> int:
         """
         Raises:
             RequestError: there is no room for as many as the request asks for.
         """
         room = min(self.max_model_len - num_tokens, self.config.max_new_tokens)
-        name = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
-        wanted = request.max_completion_tokens or request.max_tokens
         if wanted is None:
             return min(self.config.default_new_tokens, room)
         if wanted > room:
@@ -173,22 +327,17 @@ class Prompts:
         return wanted
 
 
-def _as_message(message: ChatMessage) -> Message:
-    """As the chat template has it, the images before the text if they stood behind all of it.
+def schema_of(wanted: ResponseFormat | None) -> dict[str, Any] | None:
+    """The JSON schema that OpenAI's `response_format` comes to; None: any text."""
+    if isinstance(wanted, JSONObjectFormat):
+        return {"type": "object"}
+    return wanted.json_schema.schema_ if isinstance(wanted, JSONSchemaFormat) else None
 
-    The model learnt to read a question that follows its picture.
-    """
-    role = "system" if message.role == "developer" else message.role
-    if not isinstance(message.content, list):
-        return {"role": role, "content": [{"type": "text", "text": message.content or ""}]}
-    images = [index for index, part in enumerate(message.content) if isinstance(part, ImagePart)]
-    parts = list(message.content)
-    if images and images[0] == len(parts) - len(images):
-        parts = parts[images[0] :] + parts[: images[0]]
-    return {
-        "role": role,
-        "content": [
-            {"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": "image"}
-            for part in parts
-        ],
-    }
+
+def _seeded(ask: Ask, seed: int | None, count: int) -> list[Ask]:
+    """As many asks, each with a seed of its own."""
+    first = secrets.randbits(62) if seed is None else seed
+    return [
+        replace(ask, sampling=ask.sampling | {"seed": (first + number) % 2**63})
+        for number in range(count)
+    ]

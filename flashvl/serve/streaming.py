@@ -1,14 +1,18 @@
-"""Server-sent events, and several answers at once as one stream."""
+"""Several answers at once, whole or as one stream of server-sent events."""
 
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
+from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
+from starlette.types import Receive, Scope, Send
 
-from flashvl.engine import Delta
+from flashvl.engine import Completion, Delta
+from flashvl.serve.dispatch import Engines, lost
+from flashvl.serve.replica import Ask
 
 EVENTS: dict[int | str, dict[str, Any]] = {
     200: {
@@ -23,42 +27,124 @@ EVENTS: dict[int | str, dict[str, Any]] = {
 }
 
 
-async def merged(
-    answers: list[tuple[Delta, AsyncGenerator[Delta, None]]],
-) -> AsyncGenerator[tuple[int, Delta], None]:
-    """The deltas of several answers as they come, with the answer's number."""
-    arrived: asyncio.Queue[tuple[int, Delta] | Exception | None] = asyncio.Queue()
+async def answer_whole(engines: Engines, asks: list[Ask]) -> list[Completion]:
+    """All of them, or none: where one is refused, the others are given up.
 
-    async def pump(index: int, first: Delta, rest: AsyncGenerator[Delta, None]) -> None:
-        try:
-            arrived.put_nowait((index, first))
-            async with contextlib.aclosing(rest):
-                async for delta in rest:
-                    arrived.put_nowait((index, delta))
-            arrived.put_nowait(None)
-        except Exception as error:
-            arrived.put_nowait(error)
-
-    pumps = [
-        asyncio.create_task(pump(index, first, rest)) for index, (first, rest) in enumerate(answers)
-    ]
+    Raises:
+        RequestError: one of them is refused, too slow or lost.
+    """
+    tasks = [asyncio.create_task(_whole(engines, ask)) for ask in asks]
     try:
-        left = len(pumps)
-        while left:
-            item = await arrived.get()
-            if isinstance(item, Exception):
-                raise item
-            if item is None:
-                left -= 1
-            else:
-                yield item
+        return await asyncio.gather(*tasks)
     finally:
-        for task in pumps:
-            task.cancel()
-        await asyncio.gather(*pumps, return_exceptions=True)
+        await _end(tasks)
 
 
-def event(content: BaseModel | dict[str, Any]) -> str:
+async def _whole(engines: Engines, ask: Ask) -> Completion:
+    async with contextlib.aclosing(engines.answer(ask)) as deltas:
+        async for delta in deltas:
+            if delta.completion is not None:
+                return delta.completion
+    raise lost()
+
+
+class Answers:
+    """The deltas of several answers as they come, with the answer's number.
+
+    Each answer has a task of its own from its beginning on, in which its timeout holds to its end.
+    """
+
+    def __init__(self, engines: Engines, asks: list[Ask]):
+        self._arrived: asyncio.Queue[tuple[int, Delta] | Exception] = asyncio.Queue()
+        self._early: list[tuple[int, Delta]] = []
+        self._tasks = [
+            asyncio.create_task(self._pump(engines, number, ask)) for number, ask in enumerate(asks)
+        ]
+
+    async def begin(self) -> None:
+        """Wait for the first delta of each: until then a refusal has a status of its own.
+
+        Raises:
+            RequestError: one of them is refused, too slow or lost.
+        """
+        begun: set[int] = set()
+        try:
+            while len(begun) < len(self._tasks):
+                number, delta = await self._next()
+                self._early.append((number, delta))
+                begun.add(number)
+        except BaseException:
+            await self.close()
+            raise
+
+    async def __aiter__(self) -> AsyncGenerator[tuple[int, Delta], None]:
+        """
+        Raises:
+            RequestError: one of them is too slow or lost.
+        """
+        for item in self._early:
+            yield item
+        left = len(self._tasks) - sum(delta.completion is not None for _, delta in self._early)
+        while left:
+            number, delta = await self._next()
+            yield number, delta
+            left -= delta.completion is not None
+
+    async def close(self) -> None:
+        """Give up what has not come yet, which frees its slots."""
+        await _end(self._tasks)
+
+    async def _next(self) -> tuple[int, Delta]:
+        item = await self._arrived.get()
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+    async def _pump(self, engines: Engines, number: int, ask: Ask) -> None:
+        completion = None
+        try:
+            async with contextlib.aclosing(engines.answer(ask)) as deltas:
+                async for delta in deltas:
+                    completion = delta.completion
+                    self._arrived.put_nowait((number, delta))
+            if completion is None:
+                raise lost()
+        except Exception as error:
+            self._arrived.put_nowait(error)
+
+
+async def _end(tasks: list[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events of some answers, which are given up when the client is gone."""
+
+    def __init__(self, events: AsyncIterator[str], answers: Answers):
+        super().__init__(
+            events,
+            media_type="text/event-stream",
+            # Nothing on the way is to hold them back.
+            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+        )
+        self.answers = answers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self.answers.close()
+
+
+def event(content: BaseModel | dict[str, Any], name: str | None = None) -> str:
+    """One of them, named or not."""
     if isinstance(content, BaseModel):
         content = content.model_dump()
-    return f"data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    data = f"data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return data if name is None else f"event: {name}\n{data}"
+
+
+DONE = "data: [DONE]\n\n"
+"""The last event, but of `/v1/responses`."""

@@ -1,70 +1,91 @@
 """`/v1/chat/completions`."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, PositiveInt
 
-from flashvl.engine.request import FinishReason
-from flashvl.serve.protocol.messages import ChatMessage
-from flashvl.serve.protocol.parts import (
-    MAX_MESSAGES,
-    ChoiceLogprobs,
-    Closed,
-    Stop,
-    StreamOptions,
-    Timings,
-    Usage,
-    new_id,
-    now,
-)
+from flashvl.serve.protocol.answers import ChoiceLogprobs, Timings, Usage, new_id, now
+from flashvl.serve.protocol.messages import MAX_MESSAGES, ChatMessage
+from flashvl.serve.protocol.parts import Only
+from flashvl.serve.protocol.sampling import Choices, Lacking, Sampling
+from flashvl.serve.protocol.structured import ResponseFormat
+from flashvl.serve.protocol.tools import ToolChoice, Tools
+
+ChatFinishReason = Literal["stop", "length", "tool_calls"]
 
 
-class ChatCompletionRequest(Closed):
+class LackingInChat(Lacking):
+    """OpenAI's and vLLM's fields of a chat that may be sent where they ask for nothing."""
+
+    add_generation_prompt: Annotated[Any, Only(True)] = None
+    add_special_tokens: Annotated[Any, Only(False)] = None
+    audio: Annotated[Any, Only()] = None
+    chat_template: Annotated[Any, Only()] = None
+    chat_template_kwargs: Annotated[Any, Only({}, {"enable_thinking": False})] = None
+    continue_final_message: Annotated[Any, Only(False)] = None
+    documents: Annotated[Any, Only([])] = None
+    echo: Annotated[Any, Only(False)] = None
+    function_call: Annotated[Any, Only("none", "auto", instead="send tool_choice")] = None
+    functions: Annotated[Any, Only([], instead="send tools")] = None
+    include_reasoning: bool | None = None
+    """Taken and ignored: the model does not reason."""
+    metadata: dict[str, str] | None = None
+    """Taken and ignored: nothing is kept."""
+    modalities: Annotated[Any, Only(["text"])] = None
+    prediction: dict[str, Any] | None = None
+    """Taken and ignored: it changes no answer."""
+    reasoning_effort: Annotated[Any, Only("none")] = None
+    store: Annotated[Any, Only(False)] = None
+    verbosity: Annotated[Any, Only("medium")] = None
+    web_search_options: Annotated[Any, Only()] = None
+
+
+class ChatCompletionRequest(Sampling, Choices, LackingInChat):
     model: str
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: PositiveInt | None = None
     max_tokens: PositiveInt | None = None
     """The older name of `max_completion_tokens`."""
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    """0, the default: the likeliest token each time."""
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0, le=2**31)] = 0
-    repetition_penalty: Annotated[float, Field(ge=1e-3, le=1e3)] = 1.0
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    """The same request with the same seed has the same answer; with None, chance decides."""
-    stop: Stop | None = None
-    n: Annotated[int, Field(ge=1, le=8)] = 1
-    """Answers; the i-th has the seed `seed + i`."""
-    logprobs: bool | None = False
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    stream: bool | None = False
-    stream_options: StreamOptions | None = None
-    min_tokens: Annotated[int, Field(ge=0, le=2**31)] = 0
-    ignore_eos: bool = False
+    response_format: ResponseFormat | None = None
+    tools: Tools = []
+    tool_choice: ToolChoice = "auto"
+    parallel_tool_calls: bool = True
+    """Whether the model may call several tools at once."""
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
     include_timing: bool = False
     """Have the answer tell how long its parts took."""
-    frequency_penalty: Literal[0] | None = None
-    presence_penalty: Literal[0] | None = None
-    user: str | None = None
-    metadata: dict[str, str] | None = None
-    store: Literal[False] | None = None
+
+
+class AnswerFunction(BaseModel):
+    name: str
+    arguments: str
+    """A JSON object, as text."""
+
+
+class AnswerToolCall(BaseModel):
+    id: str
+    type: Literal["function"] = "function"
+    function: AnswerFunction
 
 
 class AnswerMessage(BaseModel):
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
+    """None where the answer is calls of tools alone."""
     refusal: None = None
+    tool_calls: list[AnswerToolCall] | None = None
 
 
 class Choice(BaseModel):
     index: int
     message: AnswerMessage
     logprobs: ChoiceLogprobs | None = None
-    finish_reason: FinishReason
+    finish_reason: ChatFinishReason
 
 
 class ChatCompletion(BaseModel):
-    id: str = Field(default_factory=new_id)
+    id: str = Field(default_factory=lambda: new_id("chatcmpl-"))
     object: Literal["chat.completion"] = "chat.completion"
     created: int = Field(default_factory=now)
     model: str

@@ -27,7 +27,8 @@ class RequestError(Exception):
         retry_after_s: int | None = None,
     ):
         super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
+        self.status, self.message, self.code = status, _encodable(message), code
+        self.param = None if param is None else _encodable(param)
         self.retry_after_s = retry_after_s
 
     @property
@@ -38,3 +39,8 @@ class RequestError(Exception):
         return ErrorResponse(
             error=APIError(message=self.message, type=kind, param=self.param, code=self.code)
         )
+
+
+def _encodable(text: str) -> str:
+    """Without the unpaired surrogates of a client's text, which no answer can hold."""
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -1,58 +1,144 @@
-"""The messages of a conversation, and the parts of their contents."""
+"""The messages of a conversation, and the parts of their contents.
 
-from typing import Annotated, Literal
+Clients send back what they were sent, and so whatever OpenAI's or vLLM's answers hold is taken.
+"""
 
-from pydantic import Discriminator, Field, Tag
+from typing import Annotated, Any, Literal
 
-from flashvl.serve.protocol.parts import Closed, Text, form
+from pydantic import BeforeValidator, Discriminator, Field, Tag
+
+from flashvl.serve.protocol.parts import Closed, Only, Text, form
+
+MAX_MESSAGES = 256
+Detail = Literal["auto", "low", "high", "original"]
 
 
-class TextPart(Closed):
-    type: Literal["text"]
+class Marked(Closed):
+    """A part or a message, on which clients may mark what a cache should keep."""
+
+    cache_control: dict[str, Any] | None = None
+    """Taken and ignored: it changes no answer."""
+    prompt_cache_breakpoint: dict[str, Any] | None = None
+    """Taken and ignored."""
+
+
+class TextPart(Marked):
+    type: Literal["text", "input_text", "output_text"]
     text: Text
+    annotations: list[dict[str, Any]] = []
+    """Taken and ignored, as are `logprobs`."""
+    logprobs: list[dict[str, Any]] = []
+
+
+class RefusalPart(Marked):
+    type: Literal["refusal"]
+    refusal: Text
 
 
 class ImageURL(Closed):
     url: str
     """`data:image/...;base64,...`, or an https URL of a host that the service allows."""
-    detail: Literal["auto", "low", "high"] = "auto"
+    detail: Detail = "auto"
     """Taken and ignored: the model decides how an image is cut."""
 
 
-class ImagePart(Closed):
-    type: Literal["image_url"]
-    image_url: ImageURL
+def _as_image_url(sent: Any) -> Any:
+    return {"url": sent} if isinstance(sent, str) else sent
 
 
-Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
-
-
-Content = Annotated[
-    Annotated[Text, Tag("[text]")] | Annotated[list[Part], Tag("[parts]")], Discriminator(form)
+AnyImageURL = Annotated[
+    ImageURL,
+    BeforeValidator(_as_image_url, json_schema_input_type=ImageURL | str),
 ]
+
+
+class ImagePart(Marked):
+    """OpenAI's two kinds of it, and vLLM's."""
+
+    type: Literal["image_url", "input_image"]
+    image_url: AnyImageURL
+    """Or the URL alone."""
+    detail: Detail = "auto"
+    """Taken and ignored, as is `uuid`."""
+    uuid: str | None = None
+    file_id: Annotated[Any, Only(instead="send image_url")] = None
+
+
 TextContent = Annotated[
     Annotated[Text, Tag("[text]")] | Annotated[list[TextPart], Tag("[parts]")],
     Discriminator(form),
 ]
+Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+Content = Annotated[
+    Annotated[Text, Tag("[text]")] | Annotated[list[Part], Tag("[parts]")], Discriminator(form)
+]
+AnswerPart = Annotated[TextPart | RefusalPart, Field(discriminator="type")]
+AnswerContent = Annotated[
+    Annotated[Text, Tag("[text]")] | Annotated[list[AnswerPart], Tag("[parts]")],
+    Discriminator(form),
+]
 
 
-class SystemMessage(Closed):
+class Message(Marked):
+    """Of anyone."""
+
+    name: str | None = None
+    """Taken and ignored, as is `id`."""
+    id: str | None = None
+
+
+class SystemMessage(Message):
     role: Literal["system", "developer"]
     content: TextContent
-    name: str | None = None
 
 
-class UserMessage(Closed):
+class UserMessage(Message):
     role: Literal["user"]
     content: Content
-    name: str | None = None
 
 
-class AssistantMessage(Closed):
+class FunctionCall(Closed):
+    name: str
+    arguments: Text = "{}"
+    """A JSON object, as text."""
+
+
+class ToolCall(Closed):
+    id: str = ""
+    type: Literal["function"] = "function"
+    function: FunctionCall
+    index: int | None = None
+    """Taken and ignored: clients keep it of a stream."""
+
+
+class AssistantMessage(Message):
     role: Literal["assistant"]
-    content: TextContent | None = None
-    name: str | None = None
-    refusal: str | None = None
+    content: AnswerContent = ""
+    tool_calls: Annotated[list[ToolCall], Field(max_length=128)] = []
+    function_call: FunctionCall | None = None
+    """OpenAI's older form of one tool call."""
+    refusal: Text | None = None
+    """Stands for the content where that is empty."""
+    annotations: list[dict[str, Any]] = []
+    """Taken and ignored, as are the next ones."""
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    thinking_blocks: list[dict[str, Any]] = []
+    provider_specific_fields: dict[str, Any] | None = None
+    parsed: Any = None
+    token_ids: list[int] = []
+    audio: Annotated[Any, Only()] = None
+    prefix: Annotated[Any, Only(False)] = None
 
 
-ChatMessage = Annotated[SystemMessage | UserMessage | AssistantMessage, Field(discriminator="role")]
+class ToolMessage(Message):
+    """What a called tool gave back."""
+
+    role: Literal["tool", "function"]
+    content: TextContent = ""
+    tool_call_id: str | None = None
+
+
+ChatMessage = Annotated[
+    SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")
+]

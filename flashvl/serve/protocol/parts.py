@@ -1,25 +1,90 @@
-"""What several kinds of request and of answer have in common."""
+"""What several kinds of request have in common."""
 
 import base64
-import time
-import uuid
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, StringConstraints, Tag
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    StringConstraints,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-from flashvl.engine import Completion, TokenLogprobs
-
-MAX_MESSAGES = 256
 MAX_TEXT = 1_000_000
 """Characters of a text; the model's limit in tokens is far below."""
 
 Text = Annotated[str, StringConstraints(max_length=MAX_TEXT)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+NOTES = ("title", "description", "default")
+"""Of a field of a JSON schema, beside its type."""
 
 
 class Closed(BaseModel):
-    """Base of what clients send."""
+    """Base of what clients send: no field but these, and a field that is null counts as absent."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_null_as_absent(cls, sent: Any) -> Any:
+        if not isinstance(sent, dict):
+            return sent
+        return {name: value for name, value in sent.items() if value is not None}
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """Describes the same: each optional field may be null."""
+        told = handler.resolve_ref_schema(handler(schema))
+        for name, field in told.get("properties", {}).items():
+            is_required = name in told.get("required", ())
+            if not is_required and {"type": "null"} not in field.get("anyOf", ()):
+                notes = {
+                    key: field.pop(key)
+                    for key in ("title", "description", "default")
+                    if key in field
+                }
+                told["properties"][name] = {"anyOf": [field, {"type": "null"}], **notes}
+        return told
+
+
+class Only:
+    """Annotates a field of others' that this service lacks: it may say what asks for nothing."""
+
+    def __init__(self, *values: Any, instead: str = ""):
+        """
+        Args:
+            values: those that ask for nothing; null always does.
+            instead: what else the client can do.
+        """
+        self.values = values
+        shown = " or ".join(map(repr, values))
+        self.remedy = instead or "leave it out" + (f" or send {shown}" if values else "")
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self._check)
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        return {"enum": [*self.values, None]}
+
+    def _check(self, value: Any) -> Any:
+        if value not in self.values:
+            raise PydanticCustomError(
+                "unsupported", "this service has no such thing; {remedy}", {"remedy": self.remedy}
+            )
+        return value
 
 
 def form(content: Any) -> str:
@@ -27,98 +92,12 @@ def form(content: Any) -> str:
     return "[parts]" if isinstance(content, list) else "[text]"
 
 
-StopString = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
-Stop = Annotated[
-    Annotated[StopString, Tag("[text]")]
-    | Annotated[list[StopString], Field(max_length=16), Tag("[parts]")],
-    Discriminator(form),
-]
-
-
 class StreamOptions(Closed):
     include_usage: bool = False
     """A last chunk without choices tells the tokens of the whole request."""
     include_obfuscation: bool = False
     """Taken and ignored."""
-
-
-class Usage(BaseModel):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-    @classmethod
-    def of(cls, completions: list[Completion]) -> "Usage":
-        """Of the answers to one prompt."""
-        prompt, new = completions[0].prompt_tokens, sum(len(each.token_ids) for each in completions)
-        return cls(prompt_tokens=prompt, completion_tokens=new, total_tokens=prompt + new)
-
-
-class Timings(BaseModel):
-    """In milliseconds, since the engine had the request."""
-
-    queue_ms: float
-    """Until a slot was free."""
-    ttft_ms: float
-    """Until the first token."""
-    tpot_ms: float
-    """From token to token, on average; 0 for an answer of one."""
-    total_ms: float
-
-    @classmethod
-    def of(cls, completion: Completion) -> "Timings":
-        timing = completion.timing
-        num_steps = max(len(completion.token_ids) - 1, 1)
-        return cls(
-            queue_ms=round(1e3 * timing.queue_s, 3),
-            ttft_ms=round(1e3 * timing.first_token_s, 3),
-            tpot_ms=round(1e3 * (timing.last_token_s - timing.first_token_s) / num_steps, 3),
-            total_ms=round(1e3 * timing.last_token_s, 3),
-        )
-
-
-class TopLogprob(BaseModel):
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-class TokenLogprob(TopLogprob):
-    top_logprobs: list[TopLogprob]
-
-
-class ChoiceLogprobs(BaseModel):
-    content: list[TokenLogprob]
-    refusal: None = None
-
-    @classmethod
-    def of(cls, logprobs: list[TokenLogprobs], tokenizer: Any) -> "ChoiceLogprobs":
-        def named(token_id: int, logprob: float) -> dict[str, Any]:
-            token = tokenizer.decode([token_id])
-            # JSON has no infinity; OpenAI's own floor.
-            return {
-                "token": token,
-                "logprob": max(logprob, -9999.0),
-                "bytes": list(token.encode()),
-            }
-
-        return cls(
-            content=[
-                TokenLogprob(
-                    **named(each.token_id, each.logprob),
-                    top_logprobs=[TopLogprob(**named(*top)) for top in each.top.items()],
-                )
-                for each in logprobs
-            ]
-        )
-
-
-def new_id() -> str:
-    return f"chatcmpl-{uuid.uuid4().hex}"
-
-
-def now() -> int:
-    return int(time.time())
+    continuous_usage_stats: Annotated[Any, Only(False)] = None
 
 
 def decode_base64(text: str) -> bytes:

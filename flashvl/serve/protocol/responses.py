@@ -1,0 +1,303 @@
+"""`/v1/responses`: OpenAI's newer form of a chat. Nothing is kept, so each request tells all."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Discriminator, Field, PositiveInt, Tag
+
+from flashvl.serve.protocol.answers import TokenLogprob, new_id, now
+from flashvl.serve.protocol.messages import (
+    MAX_MESSAGES,
+    AnswerContent,
+    Content,
+    Marked,
+    TextContent,
+)
+from flashvl.serve.protocol.parts import Closed, Only, Text, form
+from flashvl.serve.protocol.sampling import Lacking, Sampling
+from flashvl.serve.protocol.structured import JSONObjectFormat, Schema, TextFormat
+from flashvl.serve.protocol.tools import MAX_TOOLS, Choice, Function, ToolName
+
+# What clients send
+
+
+class Item(Marked):
+    """A part of the conversation."""
+
+    id: str | None = None
+    """Taken and ignored, as are `status` and `phase`."""
+    status: str | None = None
+    phase: str | None = None
+
+
+class UserItem(Item):
+    type: Literal["message"] = "message"
+    role: Literal["user"]
+    content: Content
+
+
+class AssistantItem(Item):
+    type: Literal["message"] = "message"
+    role: Literal["assistant"]
+    content: AnswerContent
+
+
+class SystemItem(Item):
+    type: Literal["message"] = "message"
+    role: Literal["system", "developer"]
+    content: TextContent
+
+
+class FunctionCallItem(Item):
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    arguments: Text
+    namespace: Annotated[Any, Only()] = None
+    caller: dict[str, Any] | None = None
+    """Taken and ignored."""
+
+
+class FunctionOutputItem(Item):
+    type: Literal["function_call_output"]
+    call_id: str | None = None
+    output: TextContent
+    name: str | None = None
+    namespace: Annotated[Any, Only()] = None
+    caller: dict[str, Any] | None = None
+    """Taken and ignored."""
+
+
+class ItemReference(Closed):
+    """Of an item that a service keeps, and this one does not."""
+
+    type: Literal["item_reference"]
+    id: Annotated[Any, Only(instead="send the item itself: this service keeps none")]
+
+
+def _kind(item: Any) -> Any:
+    """Messages differ by their roles, and need not say that they are messages."""
+    if not isinstance(item, dict):
+        return None
+    kind = item.get("type") or "message"
+    return kind if kind != "message" else item.get("role") or kind
+
+
+InputItem = Annotated[
+    Annotated[UserItem, Tag("user")]
+    | Annotated[AssistantItem, Tag("assistant")]
+    | Annotated[SystemItem, Tag("system")]
+    | Annotated[SystemItem, Tag("developer")]
+    | Annotated[FunctionCallItem, Tag("function_call")]
+    | Annotated[FunctionOutputItem, Tag("function_call_output")]
+    | Annotated[ItemReference, Tag("item_reference")],
+    Discriminator(_kind),
+]
+Input = Annotated[
+    Annotated[Text, Tag("[text]")]
+    | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_MESSAGES), Tag("[parts]")],
+    Discriminator(form),
+]
+
+
+class JSONSchemaTextFormat(Closed):
+    type: Literal["json_schema"]
+    name: str = "answer"
+    description: str | None = None
+    schema_: Schema = Field(alias="schema")
+    strict: bool = False
+    """Taken and ignored: the answer always obeys."""
+
+
+class TextConfig(Closed):
+    format: Annotated[
+        TextFormat | JSONObjectFormat | JSONSchemaTextFormat, Field(discriminator="type")
+    ] = TextFormat(type="text")
+    verbosity: Annotated[Any, Only("medium")] = None
+
+
+class FunctionTool(Function):
+    type: Literal["function"]
+    allowed_callers: Annotated[Any, Only(["direct"])] = None
+    defer_loading: Annotated[Any, Only(False)] = None
+    output_schema: dict[str, Any] | None = None
+    """Taken and ignored."""
+
+
+class NamedFunction(Closed):
+    type: Literal["function"]
+    name: ToolName
+
+
+class AllowedFunctions(Closed):
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedFunction], Field(min_length=1, max_length=MAX_TOOLS)]
+
+
+def _choice_form(choice: Any) -> str:
+    return "[text]" if isinstance(choice, str) else "[tool]"
+
+
+FunctionChoice = Annotated[
+    Annotated[Choice, Tag("[text]")]
+    | Annotated[
+        Annotated[NamedFunction | AllowedFunctions, Field(discriminator="type")], Tag("[tool]")
+    ],
+    Discriminator(_choice_form),
+]
+
+
+class Reasoning(Closed):
+    """The model does not reason."""
+
+    effort: Annotated[Any, Only("none")] = None
+    summary: Annotated[Any, Only()] = None
+    generate_summary: Annotated[Any, Only()] = None
+    context: Annotated[Any, Only("auto")] = None
+    mode: Annotated[Any, Only("standard")] = None
+
+
+class ResponseStreamOptions(Closed):
+    include_obfuscation: bool = False
+    """Taken and ignored."""
+
+
+Included = Literal[
+    "file_search_call.results",
+    "web_search_call.results",
+    "web_search_call.action.sources",
+    "message.input_image.image_url",
+    "computer_call_output.output.image_url",
+    "code_interpreter_call.outputs",
+    "reasoning.encrypted_content",
+    "message.output_text.logprobs",
+]
+
+
+class ResponseRequest(Sampling, Lacking):
+    model: str
+    input: Input
+    instructions: Text | None = None
+    """Stand before the input, as the system's message."""
+    max_output_tokens: PositiveInt | None = None
+    text: TextConfig = TextConfig()
+    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)] = []
+    tool_choice: FunctionChoice = "auto"
+    parallel_tool_calls: bool = True
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
+    include: list[Included] = []
+    """`message.output_text.logprobs` is there; the answers never hold anything of the others."""
+    metadata: dict[str, str] | None = None
+    """Comes back with the answer."""
+    store: bool = False
+    """Taken and ignored: nothing is kept."""
+    stream_options: ResponseStreamOptions = ResponseStreamOptions()
+    truncation: Annotated[Any, Only("disabled")] = None
+    access_programs: Annotated[Any, Only({})] = None
+    background: Annotated[Any, Only(False)] = None
+    background_options: Annotated[Any, Only({})] = None
+    chat_template_kwargs: Annotated[Any, Only({}, {"enable_thinking": False})] = None
+    context_management: Annotated[Any, Only([])] = None
+    conversation: Annotated[
+        Any, Only(instead="this service keeps nothing: send the whole conversation as input")
+    ] = None
+    enable_response_messages: Annotated[Any, Only(False)] = None
+    image: dict[str, Any] | None = None
+    """Taken and ignored: the model decides how an image is cut."""
+    include_reasoning: bool | None = None
+    """Taken and ignored: the model does not reason."""
+    max_tool_calls: int | None = None
+    """Taken and ignored: it is of OpenAI's own tools."""
+    previous_input_messages: Annotated[Any, Only([])] = None
+    previous_response_id: Annotated[
+        Any, Only(instead="this service keeps nothing: send the whole conversation as input")
+    ] = None
+    prompt: Annotated[Any, Only(instead="this service keeps none: send input")] = None
+    reasoning: Reasoning = Reasoning()
+
+
+# What comes back
+
+Status = Literal["in_progress", "completed", "incomplete", "failed"]
+
+
+class OutputText(BaseModel):
+    type: Literal["output_text"] = "output_text"
+    text: str = ""
+    annotations: list[dict[str, Any]] = []
+    logprobs: list[TokenLogprob] = []
+
+
+class OutputMessage(BaseModel):
+    id: str = Field(default_factory=lambda: new_id("msg_"))
+    type: Literal["message"] = "message"
+    role: Literal["assistant"] = "assistant"
+    status: Status = "in_progress"
+    content: list[OutputText] = []
+
+
+class OutputCall(BaseModel):
+    id: str = Field(default_factory=lambda: new_id("fc_"))
+    type: Literal["function_call"] = "function_call"
+    call_id: str
+    name: str
+    arguments: str = ""
+    """A JSON object, as text."""
+    status: Status = "in_progress"
+
+
+class InputTokensDetails(BaseModel):
+    cached_tokens: int = 0
+    cache_write_tokens: int = 0
+
+
+class OutputTokensDetails(BaseModel):
+    reasoning_tokens: int = 0
+
+
+class ResponseUsage(BaseModel):
+    input_tokens: int
+    input_tokens_details: InputTokensDetails = InputTokensDetails()
+    output_tokens: int
+    output_tokens_details: OutputTokensDetails = OutputTokensDetails()
+    total_tokens: int
+
+
+class ResponseError(BaseModel):
+    code: str
+    message: str
+
+
+class IncompleteDetails(BaseModel):
+    reason: Literal["max_output_tokens"]
+
+
+class Response(BaseModel):
+    id: str = Field(default_factory=lambda: new_id("resp_"))
+    object: Literal["response"] = "response"
+    created_at: int = Field(default_factory=now)
+    completed_at: int | None = None
+    status: Status = "in_progress"
+    error: ResponseError | None = None
+    incomplete_details: IncompleteDetails | None = None
+    model: str
+    output: list[OutputMessage | OutputCall] = []
+    usage: ResponseUsage | None = None
+    # What was asked for.
+    instructions: str | None
+    max_output_tokens: int | None
+    metadata: dict[str, str]
+    parallel_tool_calls: bool
+    temperature: float
+    text: dict[str, Any]
+    tool_choice: str | dict[str, Any]
+    tools: list[dict[str, Any]]
+    top_logprobs: int
+    top_p: float
+    user: str | None
+    # What this service never does.
+    background: Literal[False] = False
+    previous_response_id: None = None
+    service_tier: Literal["default"] = "default"
+    store: Literal[False] = False
+    truncation: Literal["disabled"] = "disabled"

@@ -1,0 +1,123 @@
+"""How an answer is to be sampled, and what of others' sampling this service lacks."""
+
+from typing import Annotated, Any
+
+from pydantic import Discriminator, Field, StringConstraints, Tag, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
+
+from flashvl.serve.protocol.parts import Closed, Only, StreamOptions, TokenId, form
+from flashvl.serve.protocol.structured import StructuredOutputsRequest
+
+MAX_ANSWERS = 8
+"""To one prompt."""
+
+StopString = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
+Stop = Annotated[
+    Annotated[Annotated[str, StringConstraints(max_length=1000)], Tag("[text]")]
+    | Annotated[list[StopString], Field(max_length=16), Tag("[parts]")],
+    Discriminator(form),
+]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+
+
+class Sampling(Closed):
+    """The parameters that every kind of request has; their meanings are `engine.Request`'s."""
+
+    temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
+    """0, the default: the likeliest token each time; so is what is below 0.001."""
+    top_p: Annotated[float, Field(ge=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=-1, le=2**31)] = 0
+    """0 or -1: all."""
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    repetition_penalty: Annotated[float, Field(ge=1e-3, le=1e3)] = 1.0
+    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] = {}
+    """By token id: added to the token's logit."""
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    """The same request with the same seed has the same answer; with None, chance decides."""
+    stop: Stop = []
+    """The answer ends before the first of these; an empty text is none."""
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] = []
+    min_tokens: Annotated[int, Field(ge=0, le=2**31)] = 0
+    ignore_eos: bool = False
+    structured_outputs: StructuredOutputsRequest | None = None
+    """As vLLM's: what the answer must look like."""
+    stream: bool = False
+    user: str | None = None
+    """Taken and ignored."""
+
+    @property
+    def stop_strings(self) -> list[str]:
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop
+        return [text for text in stop if text]
+
+
+class Choices(Closed):
+    """The parameters of requests that can want several answers to one prompt."""
+
+    n: Annotated[int, Field(ge=1, le=MAX_ANSWERS)] = 1
+    """Answers; the i-th has the seed `seed + i`."""
+    best_of: int | None = None
+    """1, or as many as `n`."""
+    stream_options: StreamOptions = StreamOptions()
+
+    @field_validator("best_of")
+    @classmethod
+    def _check_best_of(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value not in (None, 1, info.data.get("n")):
+            raise PydanticCustomError(
+                "unsupported", "this service makes no answers but those it gives; leave it out"
+            )
+        return value
+
+
+class Lacking(Closed):
+    """OpenAI's and vLLM's fields that every kind of request may send where they ask for nothing."""
+
+    allowed_token_ids: Annotated[Any, Only([])] = None
+    bad_words: Annotated[Any, Only([], instead="use logit_bias")] = None
+    cache_salt: Annotated[Any, Only()] = None
+    early_stopping: Annotated[Any, Only(False)] = None
+    ec_transfer_params: Annotated[Any, Only({})] = None
+    guided_choice: Annotated[Any, Only(instead="send structured_outputs")] = None
+    guided_decoding_backend: Annotated[Any, Only("auto")] = None
+    guided_grammar: Annotated[Any, Only(instead="send structured_outputs")] = None
+    guided_json: Annotated[Any, Only(instead="send structured_outputs")] = None
+    guided_regex: Annotated[Any, Only(instead="send structured_outputs")] = None
+    guided_whitespace_pattern: Annotated[Any, Only()] = None
+    include_stop_str_in_output: Annotated[Any, Only(False)] = None
+    kv_transfer_params: Annotated[Any, Only({})] = None
+    length_penalty: Annotated[Any, Only(1)] = None
+    logits_processors: Annotated[Any, Only([])] = None
+    logprob_token_ids: Annotated[Any, Only([])] = None
+    media_io_kwargs: Annotated[Any, Only({})] = None
+    mm_payload: Annotated[Any, Only("tensors", "none")] = None
+    mm_processor_kwargs: Annotated[Any, Only({})] = None
+    moderation: Annotated[Any, Only()] = None
+    priority: Annotated[Any, Only(0)] = None
+    prompt_cache_key: str | None = None
+    """Taken and ignored, as the next ones are: they change no answer."""
+    prompt_cache_options: dict[str, Any] | None = None
+    prompt_cache_retention: str | None = None
+    prompt_logprobs: Annotated[Any, Only()] = None
+    repetition_detection: Annotated[Any, Only()] = None
+    request_id: str | None = None
+    return_mm_kwargs: Annotated[Any, Only(False)] = None
+    return_prompt_text: Annotated[Any, Only(False)] = None
+    return_token_ids: Annotated[Any, Only(False)] = None
+    return_token_offsets: Annotated[Any, Only(False)] = None
+    return_tokens_as_token_ids: Annotated[Any, Only(False)] = None
+    routed_experts_prompt_start: Annotated[Any, Only(0)] = None
+    safety_identifier: str | None = None
+    service_tier: Annotated[Any, Only("auto", "default")] = None
+    session_id: str | None = None
+    skip_special_tokens: Annotated[Any, Only(True)] = None
+    spaces_between_special_tokens: Annotated[Any, Only(True)] = None
+    stream_interval: Annotated[Any, Only(1)] = None
+    thinking_token_budget: Annotated[Any, Only(0, -1)] = None
+    truncate_prompt_tokens: Annotated[Any, Only()] = None
+    truncation_side: Annotated[Any, Only("left", "right")] = None
+    use_beam_search: Annotated[Any, Only(False)] = None
+    vllm_xargs: Annotated[Any, Only({})] = None
+    watermarking: Annotated[Any, Only(False)] = None

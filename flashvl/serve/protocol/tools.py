@@ -1,0 +1,70 @@
+"""The tools that a model may call, and which of them it must."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, StringConstraints, Tag
+
+from flashvl.serve.protocol.parts import Closed, Only, Text
+from flashvl.serve.protocol.structured import Schema
+
+MAX_TOOLS = 128
+
+ToolName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_.:-]{1,128}$")]
+
+
+class Function(Closed):
+    name: ToolName
+    description: Text = ""
+    parameters: Schema = {"type": "object", "properties": {}}
+    """A JSON schema of the arguments, which obey it always."""
+    strict: bool = False
+    """Taken and ignored."""
+
+
+class Tool(Closed):
+    type: Literal["function"]
+    function: Function
+    cache_control: dict[str, Any] | None = None
+    """Taken and ignored."""
+    defer_loading: Annotated[Any, Only(False)] = None
+
+
+Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS)]
+
+
+class FunctionName(Closed):
+    name: str
+
+
+class NamedTool(Closed):
+    type: Literal["function"]
+    function: FunctionName
+
+
+class AllowedTools(Closed):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(min_length=1, max_length=MAX_TOOLS)]
+
+
+class AllowedToolChoice(Closed):
+    """Some of the tools."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+Choice = Literal["none", "auto", "required"]
+
+
+def _form(choice: Any) -> str:
+    return "[text]" if isinstance(choice, str) else "[tool]"
+
+
+ToolChoice = Annotated[
+    Annotated[Choice, Tag("[text]")]
+    | Annotated[
+        Annotated[NamedTool | AllowedToolChoice, Field(discriminator="type")], Tag("[tool]")
+    ],
+    Discriminator(_form),
+]
+"""`auto`, the default: the model may call tools or answer. A tool's name: it calls that one."""

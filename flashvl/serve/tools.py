@@ -1,0 +1,229 @@
+"""Tools that an answer may call: how a prompt tells of them, and how an answer calls them.
+
+In the form of Qwen2.5's chat template: the tools between `<tools>` in the system's message, a call
+between `<tool_call>` in the assistant's, what it gave back between `<tool_response>` in the user's.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from flashvl.engine.grammars import JSON_STYLE
+from flashvl.serve.protocol.answers import new_id
+from flashvl.serve.protocol.chat import ChatCompletionRequest
+from flashvl.serve.protocol.errors import RequestError
+from flashvl.serve.protocol.messages import AssistantMessage, FunctionCall
+from flashvl.serve.protocol.tools import AllowedToolChoice, Tool
+
+OPEN, CLOSE = "<tool_call>", "</tool_call>"
+HEAD = re.compile(r'\n\{"name": "([^"]*)", "arguments": ')
+TAIL = "}\n" + CLOSE
+HOW_TO_CALL = f"""To call one, answer with
+{OPEN}
+{{"name": its name, "arguments": an object}}
+{CLOSE}"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ToolUse:
+    """The tools that an answer may call."""
+
+    tools: list[Tool]
+    is_must: bool = False
+    """It calls one, whatever else it could say."""
+    is_single: bool = False
+    """It calls no more than one."""
+
+    @classmethod
+    def of(cls, request: ChatCompletionRequest) -> "ToolUse | None":
+        """None: the answer calls none.
+
+        Raises:
+            RequestError: the choice is none of the tools, or two have the same name.
+        """
+        by_name = {tool.function.name: tool for tool in request.tools}
+        if len(by_name) < len(request.tools):
+            raise RequestError(400, "tools must have names of their own; rename one", param="tools")
+        choice = request.tool_choice
+        if choice == "none" or (choice == "auto" and not by_name):
+            return None
+        is_single = not request.parallel_tool_calls
+        if isinstance(choice, str):
+            names, is_must = list(by_name), choice == "required"
+        elif isinstance(choice, AllowedToolChoice):
+            names = [tool.function.name for tool in choice.allowed_tools.tools]
+            is_must = choice.allowed_tools.mode == "required"
+        else:
+            names, is_must, is_single = [choice.function.name], True, True
+        if not names or not by_name.keys() >= set(names):
+            raise RequestError(
+                400,
+                "tool_choice must name tools that the request has, and it has"
+                f" {', '.join(by_name) or 'none'}"[:300],
+                param="tool_choice",
+            )
+        return cls(tools=[by_name[name] for name in names], is_must=is_must, is_single=is_single)
+
+    @property
+    def instructions(self) -> str:
+        """For the system's message."""
+        lines = [
+            json.dumps(tool.function.model_dump(exclude={"strict"}), ensure_ascii=False)
+            for tool in self.tools
+        ]
+        return "\n".join(["# Tools", "", "<tools>", *lines, "</tools>", "", HOW_TO_CALL])
+
+    def grammar(self, control_tokens: set[str], answer: dict[str, Any] | None) -> str:
+        """llguidance's Lark form of: an answer, or a text and then calls.
+
+        Args:
+            control_tokens: the tokenizer's, of which `<tool_call>` may be one, as it is Qwen's.
+            answer: JSON schema of what is no call; None: any text.
+        """
+        opening, closing = _spellings(OPEN, control_tokens), _spellings(CLOSE, control_tokens)
+        calls = f"call{'' if self.is_single else ' (again call)*'}"
+        rules = ["%llguidance {}"]
+        if self.is_must:
+            rules += [f"start: ({' | '.join(opening)}) {calls}"]
+        elif answer is not None:
+            rules += [
+                f"start: answer | ({' | '.join(opening)}) {calls}",
+                f"answer: %json {in_json_style(answer)}",
+            ]
+        else:
+            # Once a text holds the mark, a call follows: it can be nothing else.
+            heads = ["SPELT", *(f"TEXT {token}" for token in opening[1:])]
+            rules += [
+                f"start: TEXT | lead {calls}",
+                f"TEXT: /(?s:.*)/ & ~/(?s:.*{OPEN}.*)/",
+                f"lead: {' | '.join(heads)}",
+                f"SPELT[lazy]: /(?s:.*){OPEN}/",
+            ]
+        options = " | ".join(f"tool_{number}" for number in range(len(self.tools)))
+        rules += [
+            f"again: {' | '.join(_quote(chr(10)) + ' ' + spelt for spelt in opening)}",
+            f"call: {_quote(chr(10) + '{' + _quote('name') + ': ')} ({options})"
+            f" {_quote('}' + chr(10))} ({' | '.join(closing)})",
+        ]
+        for number, tool in enumerate(self.tools):
+            head = f"{_quote(tool.function.name)}, {_quote('arguments')}: "
+            schema = in_json_style(arguments_schema(tool.function.parameters))
+            rules.append(f"tool_{number}: {_quote(head)} %json {schema}")
+        return "\n".join(rules)
+
+
+def arguments_schema(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Of an object, even where a tool does not say so."""
+    is_told = "type" in parameters or "$ref" in parameters
+    return parameters if is_told else {**parameters, "type": "object"}
+
+
+def in_json_style(schema: dict[str, Any]) -> str:
+    """A schema as llguidance's Lark has it, written as the engine has answers written."""
+    return json.dumps({**schema, "x-guidance": JSON_STYLE})
+
+
+def _spellings(mark: str, control_tokens: set[str]) -> list[str]:
+    """As a text, and as the one token that it is to some tokenizers."""
+    return [_quote(mark), *([mark] if mark in control_tokens else [])]
+
+
+def _quote(text: str) -> str:
+    return json.dumps(text)
+
+
+def calls_of(message: AssistantMessage) -> list[FunctionCall]:
+    """What a turn has called, in OpenAI's older form or its newer one."""
+    calls = [call.function for call in message.tool_calls]
+    return calls if message.function_call is None else [message.function_call, *calls]
+
+
+def write_call(call: FunctionCall) -> str:
+    """As an answer has it."""
+    try:
+        arguments = json.dumps(json.loads(call.arguments or "{}"), ensure_ascii=False)
+    except (ValueError, RecursionError):
+        arguments = call.arguments  # whatever it was, the model is to see it
+    return f'{OPEN}\n{{"name": {_quote(call.name)}, "arguments": {arguments}}}\n{CLOSE}'
+
+
+def write_response(content: str) -> str:
+    """As the user's turn has what a tool gave back."""
+    return f"<tool_response>\n{content}\n</tool_response>"
+
+
+@dataclass(kw_only=True, slots=True)
+class Call:
+    """A call that an answer makes."""
+
+    name: str
+    id: str = field(default_factory=lambda: new_id("call_")[:29])
+    arguments: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Piece:
+    """What some characters of an answer added to it."""
+
+    text: str = ""
+    """To its content; or, where there is a call, to that one's arguments."""
+    call: int | None = None
+    """Number of the call, which begins if it has not been heard of."""
+
+
+class AnswerReader:
+    """An answer's text, piece by piece -> its content and its calls, by the form of the grammar."""
+
+    def __init__(self, uses_tools: bool):
+        self.uses_tools = uses_tools
+        self.content = ""
+        self.calls: list[Call] = []
+        self._left = ""
+        """Read, and not understood yet."""
+        self._is_call = self._has_head = False
+
+    def read(self, text: str, is_last: bool = False) -> Iterator[Piece]:
+        """What is new; nothing of what may still become a mark of a call."""
+        self._left += text
+        while True:
+            if self._is_call and not self._has_head:
+                head = HEAD.match(self._left)
+                if head is None:
+                    return
+                self._left = self._left[head.end() :]
+                self._has_head = True
+                self.calls.append(Call(name=head[1]))
+                yield Piece(call=len(self.calls) - 1)
+            before, is_whole, behind = self._split(is_last)
+            self._left = behind
+            yield from self._take(before)
+            if not is_whole:
+                return
+            self._is_call, self._has_head = not self._is_call, False
+
+    def _split(self, is_last: bool) -> tuple[str, bool, str]:
+        """What stands before the next mark, whether that is there, and what comes behind."""
+        if not self.uses_tools:
+            return self._left, False, ""
+        mark = TAIL if self._is_call else OPEN
+        before, found, behind = self._left.partition(mark)
+        if found or (is_last and not self._is_call):
+            return before, bool(found), behind
+        end = len(before) - _overlap(before, mark)
+        return before[:end], False, before[end:]
+
+    def _take(self, text: str) -> Iterator[Piece]:
+        if self._is_call and text:
+            self.calls[-1].arguments += text
+            yield Piece(text=text, call=len(self.calls) - 1)
+        elif text and not (self.calls and text.isspace()):  # the line break between two calls
+            self.content += text
+            yield Piece(text=text)
+
+
+def _overlap(text: str, mark: str) -> int:
+    """Of the longest end of `text` with which `mark` begins."""
+    longest = min(len(text), len(mark) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(mark[:n])), 0)
