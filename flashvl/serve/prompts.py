@@ -305,7 +305,8 @@ class Prompts:
         try:
             await asyncio.to_thread(self.grammars.compile, structured)
         except DataError as error:
-            raise RequestError(400, f"{param}: {error}", param=param) from None
+            told = str(error).partition(" ")[2]  # the engine's own name for it is none of theirs
+            raise RequestError(400, f"{param} {told}", param=param) from None
 
     def _max_new_tokens(self, name: str, wanted: int | None, num_tokens: int) -> int:
         """

@@ -94,12 +94,12 @@ class ToolUse:
             ]
         else:
             # Once a text holds the mark, a call follows: it can be nothing else.
-            heads = ["SPELT", *(f"TEXT {token}" for token in opening[1:])]
+            heads = ["spelt", *(f"TEXT {token}" for token in opening[1:])]
             rules += [
                 f"start: TEXT | lead {calls}",
                 f"TEXT: /(?s:.*)/ & ~/(?s:.*{OPEN}.*)/",
                 f"lead: {' | '.join(heads)}",
-                f"SPELT[lazy]: /(?s:.*){OPEN}/",
+                f"spelt[lazy]: /(?s:.*){OPEN}/",
             ]
         options = " | ".join(f"tool_{number}" for number in range(len(self.tools)))
         rules += [

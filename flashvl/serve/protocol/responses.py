@@ -52,6 +52,7 @@ class FunctionCallItem(Item):
     call_id: str
     name: str
     arguments: Text
+    async_: Annotated[Any, Only(False)] = Field(alias="async", default=None)
     namespace: Annotated[Any, Only()] = None
     caller: dict[str, Any] | None = None
     """Taken and ignored."""
@@ -71,7 +72,7 @@ class ItemReference(Closed):
     """Of an item that a service keeps, and this one does not."""
 
     type: Literal["item_reference"]
-    id: Annotated[Any, Only(instead="send the item itself: this service keeps none")]
+    id: Annotated[Any, Only(instead="send the item itself: nothing is kept")]
 
 
 def _kind(item: Any) -> Any:
@@ -118,6 +119,7 @@ class TextConfig(Closed):
 class FunctionTool(Function):
     type: Literal["function"]
     allowed_callers: Annotated[Any, Only(["direct"])] = None
+    async_: Annotated[Any, Only(False)] = Field(alias="async", default=None)
     defer_loading: Annotated[Any, Only(False)] = None
     output_schema: dict[str, Any] | None = None
     """Taken and ignored."""
@@ -199,7 +201,7 @@ class ResponseRequest(Sampling, Lacking):
     chat_template_kwargs: Annotated[Any, Only({}, {"enable_thinking": False})] = None
     context_management: Annotated[Any, Only([])] = None
     conversation: Annotated[
-        Any, Only(instead="this service keeps nothing: send the whole conversation as input")
+        Any, Only(instead="send the whole conversation as input: nothing is kept")
     ] = None
     enable_response_messages: Annotated[Any, Only(False)] = None
     image: dict[str, Any] | None = None
@@ -210,9 +212,9 @@ class ResponseRequest(Sampling, Lacking):
     """Taken and ignored: it is of OpenAI's own tools."""
     previous_input_messages: Annotated[Any, Only([])] = None
     previous_response_id: Annotated[
-        Any, Only(instead="this service keeps nothing: send the whole conversation as input")
+        Any, Only(instead="send the whole conversation as input: nothing is kept")
     ] = None
-    prompt: Annotated[Any, Only(instead="this service keeps none: send input")] = None
+    prompt: Annotated[Any, Only(instead="send input")] = None
     reasoning: Reasoning = Reasoning()
 
 
