@@ -32,7 +32,9 @@ def answer_errors_as_openai_does(api: FastAPI) -> None:
 
     @api.exception_handler(RequestValidationError)
     async def refuse_fields(_: Request, error: RequestValidationError) -> Response:
-        problem = error.errors()[0]
+        problems = error.errors()
+        # A field that is wrong may be why another is missing.
+        problem = next((each for each in problems if each["type"] != "missing"), problems[0])
         param = _place(problem, error.body)
         message = f"{param or 'body'}{_in_our_words(problem)}"
         return as_response(RequestError(400, message, param=param, code=problem["type"]))
@@ -70,6 +72,8 @@ def _in_our_words(problem: dict[str, Any]) -> str:
             return f" is not JSON: {context.get('error', 'it ends too early')}"
         case "model_attributes_type" | "model_type" | "dict_type":
             return f" must be a JSON object{shown:.60}"
+        case "string_unicode":
+            return " holds half a surrogate pair; send valid Unicode"
         case "union_tag_invalid":
             return f" must be one of {context['expected_tags']}, not {context['tag']!r:.60}"
         case "union_tag_not_found":

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openai
 import pytest
 import requests
 import yaml
@@ -101,6 +102,11 @@ def url(service: Service) -> Iterator[str]:
     """Of the service; and what a test leaves behind must be nothing."""
     yield service.url
     wait_until_idle(service.url)
+
+
+@pytest.fixture
+def client(url: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0)
 
 
 @dataclass(kw_only=True)

@@ -15,18 +15,24 @@ from tests.serve.conftest import Service, ask, encode, noise
 
 OPERATIONS = [
     ("POST", "/v1/chat/completions"),
+    ("POST", "/v1/completions"),
+    ("POST", "/v1/responses"),
     ("POST", "/v1/captions"),
     ("GET", "/v1/models"),
     ("GET", "/v1/models/{model}"),
     ("POST", "/tokenize"),
+    ("POST", "/detokenize"),
     ("POST", "/v1/tiles"),
     ("POST", "/v1/batches"),
     ("GET", "/v1/batches"),
     ("GET", "/v1/batches/{batch_id}"),
     ("POST", "/v1/batches/{batch_id}/cancel"),
+    ("GET", "/health"),
     ("GET", "/healthz"),
     ("GET", "/readyz"),
+    ("GET", "/version"),
 ]
+GOOD = {"messages": ask("Hi", encode(noise(0))), "prompt": "Hi", "input": "Hi"}
 CHECKS = (
     not_a_server_error,
     status_code_conformance,
@@ -57,5 +63,7 @@ def test_every_generated_request_has_an_answer_of_the_description(
         if data.draw(st.booleans()):
             case.body["model"] = "tiny"
         if data.draw(st.booleans()):
-            case.body["messages"] = ask("Hi", encode(noise(0)))
+            for name, value in GOOD.items():
+                if name in case.body:
+                    case.body[name] = value
     case.call_and_validate(checks=CHECKS, timeout=60)

@@ -8,6 +8,7 @@ import openai
 import pytest
 import requests
 
+import flashvl
 from flashvl.data import synthetic
 from flashvl.data.images import decode_image
 from flashvl.engine import Completion, Engine, Request
@@ -17,11 +18,6 @@ from tests.serve.conftest import ask, data_url, encode, noise
 @pytest.fixture(scope="module")
 def engine() -> Engine:
     return Engine.from_pretrained("tiny", "float32")
-
-
-@pytest.fixture
-def client(url: str) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0)
 
 
 PICTURES = [
@@ -181,6 +177,156 @@ def test_logprobs(client: openai.OpenAI, engine: Engine, is_streamed: bool) -> N
     )
     assert b"".join(bytes(token.bytes) for token in tokens).decode() == expected.text
     assert all(len(token.top_logprobs) == 2 for token in tokens)
+
+
+def test_a_token_that_is_part_of_a_character_has_its_own_bytes(
+    client: openai.OpenAI, engine: Engine
+) -> None:
+    tokenizer = engine.processor.tokenizer
+    parts = tokenizer.encode("\N{SNOWMAN}")
+    assert len(parts) > 1
+    for number, part in enumerate(parts):
+        found = client.chat.completions.create(
+            model="tiny",
+            messages=ask("Hi"),
+            logprobs=True,
+            top_logprobs=1,
+            max_tokens=1,
+            logit_bias={str(part): 100},
+        )
+        assert found.choices[0].logprobs is not None and found.choices[0].logprobs.content
+        (token,) = found.choices[0].logprobs.content
+        byte = "\N{SNOWMAN}".encode()[number]
+        assert token.bytes == [byte] and token.token == f"bytes:\\x{byte:02x}"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"presence_penalty": 2.0},
+        {"frequency_penalty": 1.5},
+        {"logit_bias": {100: -100.0, 101: 2.0}},
+        {"min_p": 0.3, "temperature": 1.5},
+        {"stop_token_ids": [*range(70, 90)]},
+        {"top_k": 3, "temperature": 1.0},
+        {"repetition_penalty": 1.3},
+    ],
+)
+def test_parameters_are_the_engines(
+    client: openai.OpenAI, engine: Engine, options: dict[str, Any]
+) -> None:
+    expected = by_engine(engine, "<image>\nDescribe the image.", PICTURES[0], seed=3, **options)
+    found = client.chat.completions.create(
+        model="tiny",
+        messages=ask("Describe the image.", PICTURES[0]),
+        seed=3,
+        extra_body=options,
+    )
+    assert found.choices[0].message.content == expected.text
+
+
+def test_several_system_messages(client: openai.OpenAI, engine: Engine) -> None:
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "system", "content": "Be right."},
+        {"role": "user", "content": "<image>\nDescribe the image."},
+    ]
+    images = [decode_image(PICTURES[0])]
+    (expected,) = engine.generate([Request(messages=messages, images=images, max_new_tokens=30)])
+    found = client.chat.completions.create(
+        model="tiny",
+        messages=[
+            {"role": "developer", "content": "Be brief."},
+            messages[1],
+            *ask("Describe the image.", PICTURES[0]),
+        ],
+        max_tokens=30,
+    )
+    assert found.choices[0].message.content == expected.text
+
+
+def test_an_answer_goes_back_as_the_client_dumps_it(client: openai.OpenAI) -> None:
+    """With all its empty fields, and with nulls for all the parameters that allow them."""
+    messages: list[Any] = ask("Describe the image.", PICTURES[0])
+    absent = dict.fromkeys(
+        ["n", "tools", "tool_choice", "logit_bias", "response_format", "service_tier", "top_p"]
+    )
+    absent |= dict.fromkeys(
+        ["top_k", "min_tokens", "ignore_eos", "repetition_penalty", "stop", "stream_options"]
+    )
+    for _ in range(3):
+        reply = client.chat.completions.create(
+            model="tiny", messages=messages, max_tokens=20, temperature=1e-8, extra_body=absent
+        )
+        messages.append(reply.choices[0].message.model_dump())
+        messages.append({"role": "user", "content": "Sure?", "name": None})
+
+
+def test_tokens_go_there_and_back(url: str) -> None:
+    text = "a red cross <|im_end|> \N{SNOWMAN}"
+    body = {"model": "tiny", "prompt": text, "return_token_strs": True}
+    told = requests.post(f"{url}/tokenize", json=body, timeout=30).json()
+    assert told["count"] == len(told["tokens"]) == len(told["token_strs"])
+    assert "<|im_end|>" in told["token_strs"]
+    body = {"model": "tiny", "tokens": told["tokens"]}
+    assert requests.post(f"{url}/detokenize", json=body, timeout=30).json() == {"prompt": text}
+    body["tokens"] = [10**6]
+    refused = requests.post(f"{url}/detokenize", json=body, timeout=30)
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "tokens"
+
+
+def test_health_and_version(url: str) -> None:
+    assert requests.get(f"{url}/health", timeout=30).status_code == 200
+    version = requests.get(f"{url}/version", timeout=30).json()["version"]
+    assert version == flashvl.__version__
+
+
+FORM = {"Content-Type": "multipart/form-data; boundary=x"}
+JSON = {"Content-Type": "application/json"}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "options", "status", "said"),
+    [
+        ("GET", "/v2/chat", {}, 404, "no path '/v2/chat'"),
+        ("GET", "/v1/chat/completions", {}, 405, "takes POST, not GET"),
+        ("OPTIONS", "/v1/chat/completions", {}, 405, "takes POST, not OPTIONS"),
+        ("DELETE", "/v1/models", {}, 405, "takes GET, not DELETE"),
+        ("POST", "/v1/captions", {"files": {"image": (None, "red")}}, 400, "must be a file"),
+        ("POST", "/v1/captions", {"data": {"image": "red"}}, 400, "must be a file"),
+        ("POST", "/v1/captions", {"files": {"x": b"1", "image": b"1"}}, 400, "no such field"),
+        ("POST", "/v1/captions", {"data": b"broken", "headers": FORM}, 400, "cannot be read"),
+        ("POST", "/v1/captions", {}, 400, "image is missing"),
+        ("POST", "/v1/responses", {"json": [1]}, 400, "must be a JSON object"),
+        ("POST", "/v1/responses", {"data": "{", "headers": JSON}, 400, "is not JSON"),
+        ("POST", "/v1/responses", {"data": "x"}, 400, "must be a JSON object"),
+        ("POST", "/v1/responses", {}, 400, "body is missing"),
+        ("POST", "/v1/tiles", {"json": {"width": 0, "height": 1}}, 400, "width must be greater"),
+        ("POST", "/v1/tiles", {"json": {"width": 1}}, 400, "height is missing"),
+        ("POST", "/v1/tiles", {"json": {"\ud800": 1}}, 400, "surrogate"),
+    ],
+)
+def test_every_error_is_in_openais_shape_and_our_words(
+    url: str, method: str, path: str, options: dict[str, Any], status: int, said: str
+) -> None:
+    answer = requests.request(method, url + path, timeout=30, **options)
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert said in error["message"] and "\n" not in error["message"]
+
+
+@pytest.mark.parametrize("character", ["x", "\N{SNOWMAN}"])
+def test_a_prompt_that_is_too_long_for_a_caption_is_refused(url: str, character: str) -> None:
+    """Of 1,000,001 characters, which in UTF-8 are more than a form's part may have."""
+    answer = requests.post(
+        f"{url}/v1/captions",
+        files={"image": PICTURES[0]},
+        data={"prompt": character * 1_000_001},
+        timeout=60,
+    )
+    assert answer.status_code == 400, answer.text
+    assert "1000000" in answer.text or "1 MiB" in answer.text
 
 
 def test_timing_on_request_only(client: openai.OpenAI) -> None:
