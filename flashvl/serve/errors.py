@@ -71,7 +71,7 @@ def _in_our_words(problem: dict[str, Any]) -> str:
         case "json_invalid":
             return f" is not JSON: {context.get('error', 'it ends too early')}"
         case "model_attributes_type" | "model_type" | "dict_type":
-            return f" must be a JSON object{shown:.60}"
+            return f" must be a JSON object, sent as application/json{shown:.60}"
         case "string_unicode":
             return " holds half a surrogate pair; send valid Unicode"
         case "union_tag_invalid":

@@ -27,6 +27,7 @@ from flashvl.serve.protocol.messages import ChatMessage, ImagePart
 from flashvl.serve.protocol.sampling import Sampling
 from flashvl.serve.protocol.service import TokenizeRequest
 from flashvl.serve.protocol.structured import JSONObjectFormat, JSONSchemaFormat, ResponseFormat
+from flashvl.serve.protocol.tools import Tool
 from flashvl.serve.replica import Ask
 from flashvl.serve.tools import ToolUse, arguments_schema
 
@@ -65,7 +66,11 @@ class Prompts:
             RequestError: it cannot be answered.
         """
         tools = ToolUse.of(request)
-        structured = await self._structure(request, request.response_format, tools)
+        try:
+            structured = await self._structure(request, tools)
+        except RequestError:
+            await self._check_tools(request.tools, tools)
+            raise
         messages, images = await self.read(request.messages, tools)
         if image is not None:
             first, *others = messages
@@ -87,7 +92,7 @@ class Prompts:
         Raises:
             RequestError: it cannot be answered.
         """
-        structured = await self._structure(request, request.response_format, None)
+        structured = await self._structure(request, None)
         asks = []
         for prompt in request.prompts:
             tokens = await self.tokenize(prompt, request.add_special_tokens)
@@ -263,14 +268,14 @@ class Prompts:
         }
 
     async def _structure(
-        self, request: Sampling, wanted: ResponseFormat | None, tools: ToolUse | None
+        self, request: ChatCompletionRequest | CompletionRequest, tools: ToolUse | None
     ) -> StructuredOutputs | None:
         """What the answer must look like, by the tools or by the one of two fields that says it.
 
         Raises:
             RequestError: more than one says it, or what it says cannot be used.
         """
-        schema = schema_of(wanted)
+        schema = schema_of(request.response_format)
         if request.structured_outputs is not None:
             others = {"response_format": schema is not None, "tools": tools is not None}
             for name, is_there in others.items():
@@ -288,14 +293,20 @@ class Prompts:
             await self._check_grammar(answer, "response_format")
         if tools is None:
             return answer
-        for number, tool in enumerate(tools.tools):
-            arguments = json.dumps(arguments_schema(tool.function.parameters))
-            place = f"tools.{number}.function.parameters"
-            await self._check_grammar(StructuredOutputs(json=arguments), place)
-        grammar = tools.grammar(set(self.tokenizer.get_added_vocab()), schema)
-        structured = StructuredOutputs(grammar=grammar)
+        structured = StructuredOutputs(grammar=tools.grammar(schema))
         await self._check_grammar(structured, "tools")
         return structured
+
+    async def _check_tools(self, given: list[Tool], tools: ToolUse | None) -> None:
+        """Name the tool that cannot be used, if it is one.
+
+        Raises:
+            RequestError: it is.
+        """
+        for tool in tools.tools if tools else ():
+            arguments = json.dumps(arguments_schema(tool.function.parameters))
+            place = f"tools.{given.index(tool)}.function.parameters"
+            await self._check_grammar(StructuredOutputs(json=arguments), place)
 
     async def _check_grammar(self, structured: StructuredOutputs, param: str) -> None:
         """

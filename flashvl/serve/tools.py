@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from flashvl.engine.grammars import JSON_STYLE
+from flashvl.engine.grammar_check import JSON_STYLE
 from flashvl.serve.protocol.answers import new_id
 from flashvl.serve.protocol.chat import ChatCompletionRequest
 from flashvl.serve.protocol.errors import RequestError
@@ -75,37 +75,33 @@ class ToolUse:
         ]
         return "\n".join(["# Tools", "", "<tools>", *lines, "</tools>", "", HOW_TO_CALL])
 
-    def grammar(self, control_tokens: set[str], answer: dict[str, Any] | None) -> str:
+    def grammar(self, answer: dict[str, Any] | None) -> str:
         """llguidance's Lark form of: an answer, or a text and then calls.
 
         Args:
-            control_tokens: the tokenizer's, of which `<tool_call>` may be one, as it is Qwen's.
             answer: JSON schema of what is no call; None: any text.
         """
-        opening, closing = _spellings(OPEN, control_tokens), _spellings(CLOSE, control_tokens)
         calls = f"call{'' if self.is_single else ' (again call)*'}"
         rules = ["%llguidance {}"]
         if self.is_must:
-            rules += [f"start: ({' | '.join(opening)}) {calls}"]
+            rules += [f"start: {_quote(OPEN)} {calls}"]
         elif answer is not None:
             rules += [
-                f"start: answer | ({' | '.join(opening)}) {calls}",
+                f"start: answer | {_quote(OPEN)} {calls}",
                 f"answer: %json {in_json_style(answer)}",
             ]
         else:
             # Once a text holds the mark, a call follows: it can be nothing else.
-            heads = ["spelt", *(f"TEXT {token}" for token in opening[1:])]
             rules += [
                 f"start: TEXT | lead {calls}",
                 f"TEXT: /(?s:.*)/ & ~/(?s:.*{OPEN}.*)/",
-                f"lead: {' | '.join(heads)}",
-                f"spelt[lazy]: /(?s:.*){OPEN}/",
+                f"lead[lazy]: /(?s:.*){OPEN}/",
             ]
         options = " | ".join(f"tool_{number}" for number in range(len(self.tools)))
+        before = "\n{" + _quote("name") + ": "
         rules += [
-            f"again: {' | '.join(_quote(chr(10)) + ' ' + spelt for spelt in opening)}",
-            f"call: {_quote(chr(10) + '{' + _quote('name') + ': ')} ({options})"
-            f" {_quote('}' + chr(10))} ({' | '.join(closing)})",
+            f"again: {_quote(chr(10) + OPEN)}",
+            f"call: {_quote(before)} ({options}) {_quote(TAIL)}",
         ]
         for number, tool in enumerate(self.tools):
             head = f"{_quote(tool.function.name)}, {_quote('arguments')}: "
@@ -123,11 +119,6 @@ def arguments_schema(parameters: dict[str, Any]) -> dict[str, Any]:
 def in_json_style(schema: dict[str, Any]) -> str:
     """A schema as llguidance's Lark has it, written as the engine has answers written."""
     return json.dumps({**schema, "x-guidance": JSON_STYLE})
-
-
-def _spellings(mark: str, control_tokens: set[str]) -> list[str]:
-    """As a text, and as the one token that it is to some tokenizers."""
-    return [_quote(mark), *([mark] if mark in control_tokens else [])]
 
 
 def _quote(text: str) -> str:

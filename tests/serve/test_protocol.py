@@ -77,6 +77,7 @@ LEAST: dict[type[Closed], dict[str, Any]] = {
     responses.JSONSchemaTextFormat: {"type": "json_schema", "schema": {}},
     responses.NamedFunction: {"type": "function", "name": "f"},
     responses.Reasoning: {},
+    responses.ReasoningItem: {"type": "reasoning"},
     responses.ResponseStreamOptions: {},
     responses.SystemItem: {"role": "system", "content": "Hi"},
     responses.TextConfig: {},
@@ -176,6 +177,7 @@ def test_what_this_service_lacks_is_refused_by_name_and_taken_where_it_asks_for_
         (openai_responses.ResponseFunctionToolCallParam, responses.FunctionCallItem),
         (response_input_item_param.FunctionCallOutput, responses.FunctionOutputItem),
         (openai_responses.FunctionToolParam, responses.FunctionTool),
+        (openai_responses.ResponseReasoningItemParam, responses.ReasoningItem),
         (openai_responses.ResponseTextConfigParam, responses.TextConfig),
         (
             openai_responses.ResponseFormatTextJSONSchemaConfigParam,

@@ -174,7 +174,7 @@ def test_logprobs_are_told_where_they_are_asked_for(client: openai.OpenAI) -> No
         ),
         (
             {"input": [{"role": "user", "content": [{"type": "input_image", "file_id": "f"}]}]},
-            "input.0.content.0.image_url",
+            "input.0.content.0.file_id",
         ),
     ],
 )

@@ -26,7 +26,8 @@ class TextPart(Marked):
     type: Literal["text", "input_text", "output_text"]
     text: Text
     annotations: list[dict[str, Any]] = []
-    """Taken and ignored, as are `logprobs`."""
+    """Taken and ignored, as are `logprobs` and `parsed`."""
+    parsed: Any = None
     logprobs: list[dict[str, Any]] = []
 
 
@@ -101,6 +102,8 @@ class FunctionCall(Closed):
     name: str
     arguments: Text = "{}"
     """A JSON object, as text."""
+    parsed_arguments: Any = None
+    """Taken and ignored: OpenAI's client adds it."""
 
 
 class ToolCall(Closed):
@@ -123,11 +126,13 @@ class AssistantMessage(Message):
     """Taken and ignored, as are the next ones."""
     reasoning: str | None = None
     reasoning_content: str | None = None
+    reasoning_details: list[dict[str, Any]] = []
     thinking_blocks: list[dict[str, Any]] = []
     provider_specific_fields: dict[str, Any] | None = None
     parsed: Any = None
     token_ids: list[int] = []
     audio: Annotated[Any, Only()] = None
+    images: Annotated[Any, Only([])] = None
     prefix: Annotated[Any, Only(False)] = None
 
 

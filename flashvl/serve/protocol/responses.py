@@ -52,6 +52,8 @@ class FunctionCallItem(Item):
     call_id: str
     name: str
     arguments: Text
+    parsed_arguments: Any = None
+    """Taken and ignored: OpenAI's client adds it."""
     async_: Annotated[Any, Only(False)] = Field(alias="async", default=None)
     namespace: Annotated[Any, Only()] = None
     caller: dict[str, Any] | None = None
@@ -66,6 +68,15 @@ class FunctionOutputItem(Item):
     namespace: Annotated[Any, Only()] = None
     caller: dict[str, Any] | None = None
     """Taken and ignored."""
+
+
+class ReasoningItem(Item):
+    """Another model's; taken and ignored."""
+
+    type: Literal["reasoning"]
+    summary: list[dict[str, Any]] = []
+    content: list[dict[str, Any]] = []
+    encrypted_content: str | None = None
 
 
 class ItemReference(Closed):
@@ -90,6 +101,7 @@ InputItem = Annotated[
     | Annotated[SystemItem, Tag("developer")]
     | Annotated[FunctionCallItem, Tag("function_call")]
     | Annotated[FunctionOutputItem, Tag("function_call_output")]
+    | Annotated[ReasoningItem, Tag("reasoning")]
     | Annotated[ItemReference, Tag("item_reference")],
     Discriminator(_kind),
 ]
