@@ -69,10 +69,11 @@ class ToolUse:
     @property
     def instructions(self) -> str:
         """For the system's message."""
-        lines = [
-            json.dumps(tool.function.model_dump(exclude={"strict"}), ensure_ascii=False)
+        told = [
+            tool.function.model_dump(exclude={"strict"}, exclude_defaults=True)
             for tool in self.tools
         ]
+        lines = [json.dumps(each, ensure_ascii=False) for each in told]
         return "\n".join(["# Tools", "", "<tools>", *lines, "</tools>", "", HOW_TO_CALL])
 
     def grammar(self, answer: dict[str, Any] | None) -> str:
