@@ -20,6 +20,8 @@ from flashvl.serve.protocol.tools import AllowedToolChoice, Tool
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 HEAD = re.compile(r'\n\{"name": "([^"]*)", "arguments": ')
 TAIL = "}\n" + CLOSE
+MAX_CALLS = 8
+"""Of one answer, so that a model which repeats itself comes to an end."""
 HOW_TO_CALL = f"""To call one, answer with
 {OPEN}
 {{"name": its name, "arguments": an object}}
@@ -82,7 +84,7 @@ class ToolUse:
         Args:
             answer: JSON schema of what is no call; None: any text.
         """
-        calls = f"call{'' if self.is_single else ' (again call)*'}"
+        calls = "call" if self.is_single else f"call (again call){{0,{MAX_CALLS - 1}}}"
         rules = ["%llguidance {}"]
         if self.is_must:
             rules += [f"start: {_quote(OPEN)} {calls}"]
@@ -210,7 +212,7 @@ class AnswerReader:
         if self._is_call and text:
             self.calls[-1].arguments += text
             yield Piece(text=text, call=len(self.calls) - 1)
-        elif text and not (self.calls and text.isspace()):  # the line break between two calls
+        elif text and not self.calls:  # else it is the line break between two calls
             self.content += text
             yield Piece(text=text)
 

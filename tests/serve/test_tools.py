@@ -45,6 +45,7 @@ TEXTS = {
     "calls": call("g") + "\n" + call("f"),
     "text and call": "Let me see.\n" + call("f"),
     "call and text": call("f") + "done",
+    "too many calls": "\n".join([call("f")] * 9),
     "no call": "<tool_call> is a mark",
     "no such tool": call("h"),
     "no such argument": call("f", '{"b": 1}'),
@@ -105,11 +106,12 @@ def test_an_answer_is_read_the_same_however_it_is_cut(
 
 
 def test_a_call_that_breaks_off_is_told_as_far_as_it_goes() -> None:
-    whole = "Well. " + call("f", '{"a": [1, 2]}')
+    whole = "Well. " + "\n".join([call("f", '{"a": [1, 2]}')] * 2)
     for end in range(len(whole) + 1):
         reader = AnswerReader(uses_tools=True)
         list(reader.read(whole[:end], is_last=True))
         assert "Well. ".startswith(reader.content) or reader.content.startswith("Well. <")
+        assert not reader.calls or reader.content == "Well. "
         assert all('{"a": [1, 2]}'.startswith(each.arguments) for each in reader.calls)
 
 
