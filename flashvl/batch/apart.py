@@ -13,7 +13,12 @@ from fsspec.utils import glob_translate
 from flashvl.data.storage import Location, locate
 from flashvl.errors import ConfigError
 
-WRITTEN = ("captions/part-00000.parquet", "dead_letters/part-00000.parquet", "report.html")
+WRITTEN = (
+    "captions/part-00000.parquet",
+    "dead_letters/part-00000.parquet",
+    "report.html",
+    "_summary.json",
+)
 """What a job leaves behind, of each kind one."""
 
 Steps = tuple[str, ...]
@@ -27,6 +32,8 @@ def check_apart(input: str, output: str) -> None:
             writes.
     """
     source, target = locate(input), locate(output)
+    if source.is_on_hub:
+        return  # no output is there
     inner, outer = _steps(output, target), _steps(input, source)
     if _is_below(outer, inner):
         raise ConfigError(
@@ -36,7 +43,8 @@ def check_apart(input: str, output: str) -> None:
     if source.is_folder():
         is_found = _is_below(inner, outer)
     else:
-        pattern = re.compile(glob_translate("/".join(outer)))
+        # Braces stand for fewer names than `*` does.
+        pattern = re.compile(glob_translate(re.sub(r"\{[^{}]*\}", "*", "/".join(outer))))
         is_found = any(pattern.match("/".join((*inner, name))) for name in WRITTEN)
     if is_found:
         raise ConfigError(

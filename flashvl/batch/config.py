@@ -1,9 +1,9 @@
 """What a captioning job is to do: what its entry points parse and its workers are told."""
 
 import os
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from flashvl.config import Replicas, StrictModel
 from flashvl.data.images import ImageLimits
@@ -15,7 +15,7 @@ class CaptionJob(StrictModel):
     """What to caption, with what, and where to."""
 
     input: str
-    """Parquet file, folder or glob of Parquet, or a folder of images; a path or a URI."""
+    """Parquet, tars, JSON Lines or images: a file, folder, glob or brace pattern; path or URI."""
     output: str
     """Folder that is new or empty, or holds a part of the same job, apart from the input; see
     `flashvl.batch.outputs`."""
@@ -35,6 +35,9 @@ class CaptionJob(StrictModel):
     follow_paths: bool = True
     """Read the image files that a table's rows name, wherever they are; else such rows are dead
     letters."""
+    media_hosts: tuple[str, ...] = ()
+    """Hosts, with their port unless it is 443, from which rows' image URLs are fetched by https;
+    rows with other URLs are dead letters."""
     keep: tuple[str, ...] = ()
     """Columns that go through to the output as they are."""
     max_new_tokens: PositiveInt = 64
@@ -62,12 +65,32 @@ class CaptionJob(StrictModel):
     restart: bool = False
     """Throw away what the output holds of an earlier job; else that is gone on with."""
 
+    append: bool = False
+    """Caption what files hold that came to the input since; those that were there must be as they
+    were, and their rows keep their places."""
+
     @field_validator("prompt")
     @classmethod
     def _has_no_marker(cls, prompt: str) -> str:
         if IMAGE_MARKER in prompt:
             raise ValueError(f"must not hold {IMAGE_MARKER}, which is put before it; leave it out")
         return prompt
+
+    @field_validator("output")
+    @classmethod
+    def _can_be_written(cls, output: str) -> str:
+        if output.startswith("hf://"):
+            raise ValueError(
+                "must not be on the hub, where each file is a commit; name another folder, and"
+                " upload it when it is whole"
+            )
+        return output
+
+    @model_validator(mode="after")
+    def _adds_or_begins_anew(self) -> Self:
+        if self.append and self.restart:
+            raise ValueError("append keeps what restart throws away; leave out one of them")
+        return self
 
     @field_validator("output", mode="before")
     @classmethod

@@ -20,9 +20,20 @@ from flashvl.batch.apart import check_apart
 from flashvl.batch.config import CaptionJob
 from flashvl.batch.gate import Gate
 from flashvl.batch.inputs.find import find_source
+from flashvl.batch.inputs.listing import ListedFile
 from flashvl.batch.inputs.source import Done, Source
 from flashvl.batch.lock import held
-from flashvl.batch.manifest import Fingerprint, check_same, claim, has_begun, hash_folder
+from flashvl.batch.manifest import (
+    GROWING,
+    Fingerprint,
+    check_files,
+    check_same,
+    claim,
+    has_begun,
+    hash_folder,
+    hash_listed,
+    read_files,
+)
 from flashvl.batch.outputs import SUMMARY, OutputFolder, Parts, check_output, remove_rows
 from flashvl.batch.pipeline import captioned, check_pool
 from flashvl.batch.progress import Meter, OnProgress
@@ -73,6 +84,8 @@ class Plan:
     output: Location
     fingerprint: Fingerprint
     """What decides the captions."""
+    known: list[ListedFile]
+    """Files whose rows the output is of, captioned or not: the first of the source's."""
 
     @property
     def num_rows(self) -> int:
@@ -89,6 +102,8 @@ class Plan:
         return {
             "input": self.job.input,
             "columns": self.source.describe(),
+            "files": len(self.source.files),
+            **({"new_files": len(self.source.files) - len(self.known)} if self.known else {}),
             "rows": self.num_rows,
             "done": num_done,
             "output": str(self.output),
@@ -119,6 +134,10 @@ def check_caption_job(job: CaptionJob) -> Plan:
         CheckpointError: the model will not do.
     """
     check_apart(job.input, job.output)
+    output = locate(job.output)
+    check_output(output)
+    goes_on = has_begun(output) and not job.restart
+    known = read_files(output) if goes_on else []
     source = find_source(
         job.input,
         image_column=job.image_column,
@@ -126,9 +145,9 @@ def check_caption_job(job: CaptionJob) -> Plan:
         prompt_column=job.prompt_column,
         keep=job.keep,
         follow_paths=job.follow_paths,
+        limits=job.limits,
+        known=known,
     )
-    output = locate(job.output)
-    check_output(output)
     _check_prompt(job)
     fingerprint: Fingerprint = {
         "version": __version__,
@@ -142,11 +161,12 @@ def check_caption_job(job: CaptionJob) -> Plan:
         "limits": job.limits.model_dump_json(),
         "columns": source.describe(),
         "num_rows": source.num_rows,
-        "input": source.hash(),
+        "input": hash_listed(source.files),
     }
-    if has_begun(output) and not job.restart:
-        check_same(output, fingerprint)
-    return Plan(job=job, source=source, output=output, fingerprint=fingerprint)
+    if goes_on:
+        check_same(output, fingerprint, but_for=GROWING)
+        check_files(output, known, source.files, may_grow=job.append)
+    return Plan(job=job, source=source, output=output, fingerprint=fingerprint, known=known)
 
 
 def run_caption_job(job: CaptionJob, on_progress: OnProgress | None = None) -> Summary:
@@ -180,7 +200,7 @@ def run_plan(plan: Plan, on_progress: OnProgress | None = None) -> Summary:
     with held(plan.output):
         if job.restart:
             remove_rows(plan.output)
-        claim(plan.output, plan.fingerprint)
+        claim(plan.output, plan.fingerprint, plan.source.files, plan.known)
         (plan.output / SUMMARY).remove()  # of the first rows, as a trial captioned them
         output = OutputFolder(plan.output, plan.source.num_rows, plan.source.kept)
         num_found = output.num_done
@@ -210,7 +230,7 @@ def run_plan(plan: Plan, on_progress: OnProgress | None = None) -> Summary:
             prompt=job.prompt,
             max_new_tokens=job.max_new_tokens,
         )
-        report = build_report(plan.source, job.limits, output, summary.model_dump())
+        report = build_report(plan.source, job, output, summary.model_dump())
         output.finish(report, summary.model_dump_json(indent=2) + "\n")
     return summary
 

@@ -1,6 +1,6 @@
 """What a captioning job leaves behind in its output folder.
 
-    _manifest.json                written first: see `flashvl.batch.manifest`
+    _manifest.json, _files-*      written first: see `flashvl.batch.manifest`
     captions/part-*.parquet       schema CAPTIONS, and the columns that are kept
     dead_letters/part-*.parquet   schema DEAD_LETTERS, and the columns that are kept
     report.html                   see `flashvl.batch.report`
@@ -24,10 +24,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from flashvl.batch import manifest
 from flashvl.batch.inputs.source import Done
 from flashvl.batch.kept import unbundle
 from flashvl.batch.lock import LOCK
-from flashvl.batch.manifest import MANIFEST, has_begun
+from flashvl.batch.manifest import FILES, has_begun
 from flashvl.data.schema import CAPTIONS, DEAD_LETTERS
 from flashvl.data.storage import UNFINISHED, Location
 from flashvl.errors import ConfigError, FlashVLError
@@ -282,7 +283,8 @@ def check_output(folder: Location) -> None:
     """
     if folder.is_file():
         raise ConfigError(f"output {folder} is a file; name a folder")
-    names = [name for name in folder.names() if name != LOCK and not name.startswith(UNFINISHED)]
+    ours = (LOCK, UNFINISHED, FILES)  # what a job leaves that was killed before its manifest
+    names = [name for name in folder.names() if not name.startswith(ours)]
     if names and not has_begun(folder):
         raise ConfigError(
             f"output {folder} is not empty, and a job never overwrites; "
@@ -297,4 +299,4 @@ def remove_rows(folder: Location) -> None:
     for table in (folder / "captions", folder / "dead_letters"):
         for name in table.names():
             (table / name).remove()
-    (folder / MANIFEST).remove()
+    manifest.remove(folder)

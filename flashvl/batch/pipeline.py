@@ -71,7 +71,13 @@ def captioned(
         # A table may be one row group of any length, which one task would decode alone.
         .repartition(target_num_rows_per_block=ROWS_PER_TASK)
         .map_batches(
-            functools.partial(tile_images, model=model, limits=job.limits, store=source.store),
+            functools.partial(
+                tile_images,
+                model=model,
+                limits=job.limits,
+                store=source.store,
+                media_hosts=job.media_hosts,
+            ),
             batch_size=rows_per_block,
             batch_format="pyarrow",
         )

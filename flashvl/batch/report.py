@@ -15,9 +15,10 @@ import numpy.typing as npt
 import pyarrow as pa
 from fsspec import AbstractFileSystem
 
+from flashvl.batch.config import CaptionJob
 from flashvl.batch.inputs.source import Source
 from flashvl.batch.outputs import OutputFolder, written_between
-from flashvl.batch.tiling import read_images, without_kept
+from flashvl.batch.tiling import ImageReader, without_kept
 from flashvl.data.images import ImageLimits, decode_image, make_thumbnail
 from flashvl.errors import DataError
 
@@ -61,7 +62,7 @@ class Reason:
 
 
 def build_report(
-    source: Source, limits: ImageLimits, output: OutputFolder, summary: dict[str, Any]
+    source: Source, job: CaptionJob, output: OutputFolder, summary: dict[str, Any]
 ) -> str:
     """The page of a job whose rows are all in `output`; Ray must be there."""
     return render_page(
@@ -70,7 +71,7 @@ def build_report(
         output=str(output.folder),
         speed=_speed(output),
         lengths=_lengths(output),
-        samples=_samples(source, limits, output),
+        samples=_samples(source, job, output),
         reasons=_reasons(output),
     )
 
@@ -151,7 +152,7 @@ def _reasons(output: OutputFolder) -> list[Reason]:
     ]
 
 
-def _samples(source: Source, limits: ImageLimits, output: OutputFolder) -> list[Sample]:
+def _samples(source: Source, job: CaptionJob, output: OutputFolder) -> list[Sample]:
     """Of captions from some files, evenly; their pictures are read anew, by Ray's tasks."""
     names = output.captions.names()
     chosen = {names[n] for n in np.linspace(0, len(names) - 1, NUM_SAMPLE_FILES, dtype=int)}
@@ -166,7 +167,9 @@ def _samples(source: Source, limits: ImageLimits, output: OutputFolder) -> list[
     is_left_out = np.ones(source.num_rows, bool)
     is_left_out[list(captions)] = False
     pictures = source.read(is_left_out).map_batches(
-        functools.partial(_draw, limits=limits, store=source.store),
+        functools.partial(
+            _draw, limits=job.limits, store=source.store, media_hosts=job.media_hosts
+        ),
         batch_size=1,
         batch_format="pyarrow",
     )
@@ -179,11 +182,19 @@ def _samples(source: Source, limits: ImageLimits, output: OutputFolder) -> list[
     return samples
 
 
-def _draw(rows: pa.Table, *, limits: ImageLimits, store: AbstractFileSystem) -> pa.Table:
+def _draw(
+    rows: pa.Table,
+    *,
+    limits: ImageLimits,
+    store: AbstractFileSystem,
+    media_hosts: tuple[str, ...],
+) -> pa.Table:
     drawn = []
-    for row in without_kept(rows).to_pylist():
+    found = without_kept(rows).to_pylist()
+    reader = ImageReader(found, limits, store, media_hosts)
+    for row in found:
         try:
-            image = decode_image(next(read_images(row, limits, store)), limits)
+            image = decode_image(next(reader.read(row)), limits)
         except DataError:
             continue  # it was there when it was captioned
         drawn.append({"row": row["row"], "picture": make_thumbnail(image, THUMBNAIL_SIDE)})

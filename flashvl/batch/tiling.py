@@ -14,6 +14,13 @@ from fsspec import AbstractFileSystem
 
 from flashvl.batch.inputs.source import FAILURE
 from flashvl.data.features import decode_tiles
+from flashvl.data.fetching import (
+    Fetcher,
+    decode_data_url,
+    fetch_all,
+    is_data_url,
+    is_web_url,
+)
 from flashvl.data.images import ImageLimits
 from flashvl.data.row_files import read_row_file
 from flashvl.errors import DataError
@@ -26,15 +33,23 @@ TILED = pa.schema([("tiles", pa.large_binary()), ("counts", pa.list_(pa.int32())
 
 
 def tile_images(
-    rows: pa.Table, *, model: str, limits: ImageLimits, store: AbstractFileSystem
+    rows: pa.Table,
+    *,
+    model: str,
+    limits: ImageLimits,
+    store: AbstractFileSystem,
+    media_hosts: tuple[str, ...] = (),
 ) -> pa.Table:
     """What a `Source` reads -> the same with `TILED` in place of the images.
 
     Args:
         store: where paths without a scheme are.
+        media_hosts: from which images are fetched, where a row has a URL.
     """
     processor = _processor(model)
-    tiled = [_tile_row(row, processor, limits, store) for row in without_kept(rows).to_pylist()]
+    found = without_kept(rows).to_pylist()
+    reader = ImageReader(found, limits, store, media_hosts)
+    tiled = [_tile_row(row, processor, reader) for row in found]
     keys = [name for name in ("id", "row", "prompt", "kept") if name in rows.column_names]
     return append_columns(rows.select(keys), pa.Table.from_pylist(tiled, schema=TILED))
 
@@ -52,10 +67,7 @@ def append_columns(rows: pa.Table, others: pa.Table) -> pa.Table:
 
 
 def _tile_row(
-    row: dict[str, Any],
-    processor: FlashVLProcessor,
-    limits: ImageLimits,
-    store: AbstractFileSystem,
+    row: dict[str, Any], processor: FlashVLProcessor, reader: "ImageReader"
 ) -> dict[str, Any]:
     if row.get("stage") is not None:
         return row
@@ -66,9 +78,9 @@ def _tile_row(
         if "prompt" in row and row["prompt"] is None:
             raise DataError("prompt is null; give every row a prompt")
         tiles = []
-        for image in read_images(row, limits, store):
+        for image in reader.read(row):
             stage = "decode"
-            tiles.append(decode_tiles([image], processor, limits))
+            tiles.append(decode_tiles([image], processor, reader.limits))
             stage = "read"
     except DataError as error:
         return failure(stage, error)
@@ -85,22 +97,59 @@ def failure(stage: str, error: DataError) -> dict[str, str]:
     return {"stage": stage, "error": type(cause).__name__, "reason": reason}
 
 
-def read_images(
-    row: dict[str, Any], limits: ImageLimits, store: AbstractFileSystem
-) -> Iterator[bytes | None]:
-    """The encoded images of a row that a `Source` read, one at a time: in the row, or in files.
+class ImageReader:
+    """The encoded images of rows that a `Source` read; those that have URLs are fetched at once."""
 
-    Raises:
-        DataError: a file cannot be read, or there is no image.
-    """
-    images = row["images"] if "images" in row else [row]
-    if not images:
-        raise DataError("row has no image; give it one")
-    for image in images:
-        if image["path"] is not None:
-            yield read_row_file(os.fsdecode(image["path"]), store, limits.max_image_bytes)
-        else:
-            yield image["image"]
+    def __init__(
+        self,
+        rows: list[dict[str, Any]],
+        limits: ImageLimits,
+        store: AbstractFileSystem,
+        media_hosts: tuple[str, ...],
+    ):
+        self.limits, self._store = limits, store
+        paths = [
+            os.fsdecode(image["path"])
+            for row in rows
+            if row.get("stage") is None
+            for image in _images(row)
+            if image["path"] is not None
+        ]
+        if urls := [path for path in paths if is_web_url(path)]:
+            fetcher = Fetcher(media_hosts, remedy="allow it with --media-host HOST")
+            self._fetched = fetch_all(urls, fetcher, limits.max_image_bytes)
+
+    def read(self, row: dict[str, Any]) -> Iterator[bytes | None]:
+        """A row's images, one at a time: in the row, in files, or from URLs.
+
+        Raises:
+            DataError: one cannot be had, or there is none.
+        """
+        images = _images(row)
+        if not images:
+            raise DataError("row has no image; give it one")
+        for image in images:
+            if image["path"] is not None:
+                yield self._read(os.fsdecode(image["path"]))
+            else:
+                yield image["image"]
+
+    def _read(self, path: str) -> bytes:
+        if is_data_url(path):
+            return decode_data_url(path, self.limits.max_image_bytes)
+        if not is_web_url(path):
+            return read_row_file(path, self._store, self.limits.max_image_bytes)
+        found = self._fetched[path]
+        if isinstance(found, DataError):
+            raise found
+        return found
+
+
+def _images(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of `source.IMAGE`; none where the row is dead, or has a list of none."""
+    if "images" in row:
+        return row["images"] or []
+    return [row]
 
 
 @functools.lru_cache(maxsize=1)

@@ -57,26 +57,45 @@ def flashvl(
 @app.command()
 def caption(
     input: Annotated[
-        str, typer.Argument(help="Parquet file, folder or glob; or a folder of images. Or a URI.")
+        str,
+        typer.Argument(
+            help="Parquet, tars (WebDataset), JSON Lines or images: a file, folder, glob or"
+            " {000..099} pattern; a path or URI (s3://, gs://, abfs://, hdfs://, hf://datasets/)."
+        ),
     ],
     output: Annotated[str, typer.Option(help="Folder or URI, new or a job's to go on with.")],
     model: ModelOption = "tiny",
     dtype: DtypeOption = "auto",
     prompt: Annotated[str, typer.Option(help="Asked about every image.")] = "Describe the image.",
     prompt_column: Annotated[
-        str | None, typer.Option(metavar="COLUMN", help="Holds a prompt for each row.")
+        str | None,
+        typer.Option(
+            metavar="COLUMN", help="Holds a prompt for each row; of tars, as txt or json.FIELD."
+        ),
     ] = None,
     image_column: Annotated[
         str | None,
-        typer.Option(metavar="COLUMN", help="Bytes, struct<bytes, path>, or paths. [image]"),
+        typer.Option(
+            metavar="COLUMN",
+            help="Bytes, struct<bytes, path>, paths, URLs, or (JSON) base64; by default image."
+            " Of tars, an ending as jpg; by default every image.",
+        ),
     ] = None,
     id_column: Annotated[
         str | None,
-        typer.Option(metavar="COLUMN", help="[id; else made of file, row group and row]"),
+        typer.Option(
+            metavar="COLUMN",
+            help="By default id; without it ids are made of file, row group and row, and of tars"
+            " they are the samples' keys.",
+        ),
     ] = None,
     follow_paths: Annotated[
         bool, typer.Option(help="Read image files that a table's rows name, wherever they are.")
     ] = True,
+    media_host: Annotated[
+        list[str] | None,
+        typer.Option(metavar="HOST", help="Fetch image URLs from it by https; may be repeated."),
+    ] = None,
     keep: Annotated[
         list[str] | None,
         typer.Option(metavar="COLUMN", help="Copy it to the output; may be given again."),
@@ -101,15 +120,20 @@ def caption(
     restart: Annotated[
         bool, typer.Option("--restart", help="Throw away what OUTPUT holds of an earlier job.")
     ] = False,
+    append: Annotated[
+        bool,
+        typer.Option("--append", help="Caption the files that came to INPUT since, as well."),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Read the schemas, print the plan, start nothing.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False,
 ) -> None:
-    """Caption the images of a Parquet table or of a folder, and be able to go on after any crash.
+    """Caption the images of a table or of a folder, and be able to go on after any crash.
 
     The same command again goes on where a job was stopped or killed. After a trial with --limit,
-    the same command without it goes on with the rest.
+    the same command without it goes on with the rest. With --append it captions what new files
+    hold, where the old ones are unchanged.
 
     Captions are in OUTPUT/captions, rows that could not be captioned in OUTPUT/dead_letters with
     the reason, pictures and totals in OUTPUT/report.html, and the closing audit in
@@ -118,16 +142,21 @@ def caption(
     Example: flashvl caption photos/ --output captions/
     Example: flashvl caption s3://bucket/table/ --output s3://bucket/captions/ --keep url
     --replicas 1:8
+    Example: flashvl caption 'shards/{000..099}.tar' --output captions/ --prompt-column txt
     """
+    if input.startswith("hf://"):
+        _allow_downloads()
     options = {
-        name: value for name, value in locals().items() if name not in ("dry_run", "as_json")
+        name: value
+        for name, value in locals().items()
+        if name not in ("dry_run", "as_json", "media_host")
     }
     with report_errors():
         from flashvl.batch.config import CaptionJob
         from flashvl.batch.job import check_caption_job, run_plan
         from flashvl.config import validate
 
-        options |= {"keep": tuple(keep or ())}
+        options |= {"keep": tuple(keep or ()), "media_hosts": tuple(media_host or ())}
         plan = check_caption_job(validate(CaptionJob, options, source="caption"))
         if dry_run:
             print(json.dumps(plan.describe(), indent=2) if as_json else plan)

@@ -1,6 +1,7 @@
 """Image URLs -> encoded images, without being led anywhere that nobody allowed."""
 
 import asyncio
+import base64
 import ipaddress
 import random
 import re
@@ -8,12 +9,20 @@ import socket
 import ssl
 from collections.abc import Iterable
 from typing import Any
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import unquote_to_bytes, urljoin, urlsplit
 
 import aiohttp
 
 from flashvl.errors import DataError
 
+DATA_URL_HEAD = re.compile(
+    r"""data: (?: (?: [^,"] | "[^"]*" )*? (?: ; | %3b ) )? \s* base64 \s*
+        (?: (?: ; | %3b ) [^,]*? )? (?: , | %2c )""",
+    re.IGNORECASE | re.VERBOSE,
+)
+MAX_HEAD = 2000
+"""Characters of a data URL before its data."""
+URL_SAFE = str.maketrans("-_", "+/")
 MAX_REDIRECTS = 3
 FETCH_TIMEOUT_S = 10.0
 """For one image, redirects and all."""
@@ -21,6 +30,39 @@ MAX_AT_ONCE = 16
 """Images that `fetch_all` fetches at once: a host's answer is mostly waited for."""
 PAUSES_S = (1.0, 4.0)
 """Before an image is asked for again, where that may help; jittered."""
+
+
+def is_data_url(url: str) -> bool:
+    return url.lstrip()[:5].lower() == "data:"
+
+
+def decode_data_url(url: str, max_bytes: int) -> bytes:
+    """The bytes in a data URL, however it is spelt.
+
+    Taken are upper case, parameters and escapes before the data; and in it line breaks and spaces,
+    escapes, the alphabet for URLs, and an end without padding. What type it names does not count:
+    the bytes tell what they are.
+
+    Raises:
+        DataError: it is none of base64, or too long.
+    """
+    url = url.lstrip()
+    head = DATA_URL_HEAD.match(url, 0, MAX_HEAD)
+    if head is None:
+        raise DataError(
+            f"URL {url[:40]!r} is no data URL of base64; write data:image/jpeg;base64,..."
+        )
+    try:
+        text = url[head.end() :]
+        if "%" in text:
+            text = unquote_to_bytes(text).decode("ascii")
+        text = "".join(text.split()).translate(URL_SAFE).rstrip("=")
+        if len(text) * 3 // 4 > max_bytes:
+            raise DataError(f"image has more than max_image_bytes={max_bytes}; compress it")
+        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+    except ValueError as error:
+        reason = " ".join(str(error).split())[:100]
+        raise DataError(f"data URL is not valid base64 ({reason}); encode it anew") from None
 
 
 class UnavailableError(DataError):

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.fs
 from fsspec import AbstractFileSystem
 
-from flashvl.data.storage import Location, locate
+from flashvl.data.storage import Location, is_uri, locate
 from flashvl.errors import ConfigError, DataError, FlashVLError
 
 STORE_ERRNOS = frozenset(
@@ -62,7 +62,7 @@ def read_row_file(path: str, store: AbstractFileSystem, max_bytes: int) -> bytes
         raise DataError(f"file {shown!r} cannot be read ({reason}); see to its store")
     is_known = not root or root in _last_read
     try:
-        location = locate(path) if root else Location(store, path)
+        location = locate(path) if is_uri(path) else Location(store, path)
         is_known = is_known or location.is_local or _is_same(location.store, store)
         read = _read_regular if location.is_local else _read_object
         data = read(location, max_bytes)

@@ -1,16 +1,19 @@
-"""Where a job's files lie: on local disks, or in whatever store Arrow knows (S3, GCS, Azure, HDFS).
+"""Where a job's files lie: on local disks, in whatever store Arrow knows (S3, GCS, Azure, HDFS), or
+on the Hugging Face hub.
 
-fsspec is the face of both; Arrow's own clients are behind it, so that nothing more is installed.
+fsspec is the face of all; Arrow's and the hub's own clients are behind it, so that nothing more is
+installed.
 """
 
 import functools
 import os
 import posixpath
+import re
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
 import pyarrow.fs
@@ -33,11 +36,17 @@ class Location:
         return Location(self.store, posixpath.join(self.path, name))
 
     def __str__(self) -> str:
-        return self.path if self.is_local else f"{self.store.fs.type_name}:{self.path}"
+        if self.is_local:
+            return self.path
+        return f"hf://{self.path}" if self.is_on_hub else f"{self.store.fs.type_name}:{self.path}"
 
     @property
     def is_local(self) -> bool:
         return isinstance(self.store, LocalFileSystem)
+
+    @property
+    def is_on_hub(self) -> bool:
+        return not isinstance(self.store, LocalFileSystem | ArrowFSWrapper)
 
     def is_file(self) -> bool:
         return self.store.isfile(self.path)
@@ -52,6 +61,8 @@ class Location:
         """The file for reading, by Arrow's own means."""
         if self.is_local:
             return pa.OSFile(self.path, "rb")
+        if self.is_on_hub:
+            return pa.PythonFile(self.store.open(self.path, "rb"), mode="r")
         return self.store.fs.open_input_file(self.path)
 
     def write(self, data: bytes) -> None:
@@ -101,15 +112,18 @@ GCS_RETRY_S = 30
 
 
 def locate(text: str | os.PathLike[str]) -> Location:
-    """The location that a path or a URI names; a URI's path is taken as it is, without escapes.
+    """The location that a path or a URI names; a store's path is taken as it is, without escapes.
+
+    A path may begin with `~`. A local file's URI is taken as it is written where such a file is,
+    else without its escapes: programs write both.
 
     Raises:
-        ConfigError: Arrow knows no such store, or it does not answer.
+        ConfigError: it is another machine's file; nobody knows such a store, or it does not answer.
     """
     text = os.fspath(text)
-    scheme, separator, rest = text.partition("://")
-    if not separator or scheme == "file":
-        return Location(LocalFileSystem(), os.path.abspath(rest if separator else text))
+    if paths := _local_paths(text):
+        there = [path for path in paths if os.path.lexists(path)]
+        return Location(LocalFileSystem(), (there or paths)[0])
     try:
         parts = urlsplit(text, allow_fragments=False)  # a key may hold any character
     except ValueError as error:
@@ -118,25 +132,63 @@ def locate(text: str | os.PathLike[str]) -> Location:
     return Location(store, posixpath.join(root, parts.path.lstrip("/")).rstrip("/"))
 
 
+def is_uri(text: str) -> bool:
+    """It names its store, and so is no path in another."""
+    return "://" in text or _LOCAL_URI.match(text) is not None
+
+
+_LOCAL_URI = re.compile(r"file:(?://(?P<host>[^/]*))?(?P<path>/.*)", re.IGNORECASE | re.DOTALL)
+
+
+def _local_paths(text: str) -> list[str]:
+    """What a local path, or a local file's URI, may mean; nothing where it is a store's URI.
+
+    Raises:
+        ConfigError: it is another machine's file.
+    """
+    uri = _LOCAL_URI.match(text)
+    if uri is None:
+        return [] if "://" in text else [os.path.abspath(os.path.expanduser(text))]
+    if (uri["host"] or "localhost").lower() != "localhost":
+        raise ConfigError(
+            f"{text} is a file of the machine {uri['host']!r}; write file:///PATH for one of this"
+        )
+    return list(
+        dict.fromkeys(os.path.abspath(path) for path in (uri["path"], unquote(uri["path"])))
+    )
+
+
 def is_below(text: str, roots: Sequence[str]) -> bool:
-    """The path or URI lies in one of `roots`, links of local paths followed; `..` does not help."""
-    place = _steps(text)
-    return any(place[: len(steps)] == steps for steps in map(_steps, roots))
+    """The path or URI, however it is read, lies in one of `roots`; neither links nor `..` help.
+
+    A brace pattern does not: `{x,.}.` is `..` as well.
+    """
+    if "{" in text:
+        return False
+    try:
+        places = _steps(text)
+    except ConfigError:
+        return False
+    steps_of_roots = [steps for root in roots for steps in _steps(root)]
+    return all(any(place[: len(steps)] == steps for steps in steps_of_roots) for place in places)
 
 
-def _steps(text: str) -> tuple[str, ...]:
+def _steps(text: str) -> list[tuple[str, ...]]:
     """From the store down; a URI's query belongs to the store, for it may name another server."""
-    scheme, separator, rest = text.partition("://")
-    if not separator or scheme == "file":
-        path = os.path.realpath(rest if separator else text)
-        return ("file", "", "", *path.rstrip("/").split("/"))
+    if paths := _local_paths(text):
+        return [("file", "", "", *os.path.realpath(path).rstrip("/").split("/")) for path in paths]
     parts = urlsplit(text, allow_fragments=False)
     path = posixpath.normpath("/" + parts.path.lstrip("/"))
-    return (parts.scheme, parts.netloc, parts.query, *path.rstrip("/").split("/"))
+    return [(parts.scheme, parts.netloc, parts.query, *path.rstrip("/").split("/"))]
 
 
 @functools.lru_cache(maxsize=64)  # where a bucket lies is asked for over the network
 def _open_store(uri: str) -> tuple[AbstractFileSystem, str]:
+    if uri.startswith("hf://"):
+        # Not by Arrow, which keeps to itself how the hub tells a file's versions apart.
+        from huggingface_hub import HfFileSystem
+
+        return HfFileSystem(), uri.removeprefix("hf://")
     if uri.startswith(("gs://", "gcs://")) and "retry_limit_seconds=" not in uri:
         # Else it is tried for a quarter of an hour whether there is a network.
         uri += f"{'&' if '?' in uri else '?'}retry_limit_seconds={GCS_RETRY_S}"
@@ -146,9 +198,32 @@ def _open_store(uri: str) -> tuple[AbstractFileSystem, str]:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
             f"{uri[:200]} cannot be opened ({reason}); name a local path or a URI that Arrow knows"
-            " (s3://, gs://, abfs://, hdfs://)"
+            " (s3://, gs://, abfs://, hdfs://), or hf://"
         ) from None
     return ArrowFSWrapper(filesystem), root
+
+
+def check_reachable(location: Location) -> None:
+    """See that the hub answers; fsspec takes whatever goes wrong there for a file that is missing.
+
+    Raises:
+        ConfigError: it does not answer.
+    """
+    if not location.is_on_hub:
+        return
+    try:
+        location.store.info(location.path)
+    except FileNotFoundError:
+        return
+    except Exception as error:  # of the hub's own kinds, of its HTTP library's, of its parser's
+        from huggingface_hub import is_offline_mode
+
+        reason = " ".join(str(error).split())[:200]
+        reason = "HF_HUB_OFFLINE is set" if is_offline_mode() else reason
+        raise ConfigError(
+            f"{location} cannot be reached ({reason}); write hf://datasets/OWNER/NAME/PATH, and"
+            " download it elsewhere where there is no network: hf download"
+        ) from None
 
 
 def walk(folder: Location, hidden: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -307,7 +307,7 @@ def test_the_plan_is_printed_and_nothing_started(tiny_random: Path, tmp_path: Pa
     command += ["--model", str(tiny_random), "--dry-run"]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
-    assert "rows            12" in result.stdout and "file, group and row" in result.stdout
+    assert "rows            12" in result.stdout and "group and row" in result.stdout
     result = CliRunner().invoke(app, [*command, "--json", "--limit", "5"])
     plan = json.loads(result.stdout)
     assert (plan["rows"], plan["done"]) == (5, 0)

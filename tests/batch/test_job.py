@@ -165,7 +165,7 @@ def test_captions_a_folder_of_images(
     images["gone.png"] = picture(5)
     wanted = {name: one_by_one(engine, data, "What is it?") for name, data in images.items()}
     rows = captions.to_pylist()
-    assert [Path(source.files[row.pop("row")]).name for row in rows] == [
+    assert [Path(source.files[row.pop("row")].path).name for row in rows] == [
         Path(r["id"]).name for r in rows
     ]
     assert {row.pop("id"): row for row in rows} == wanted
@@ -464,7 +464,7 @@ def test_a_glob_names_files_in_any_depth(tmp_path: Path, one_row: Path) -> None:
     (tmp_path / "deep" / "deeper").mkdir(parents=True)
     shutil.copy(one_row, tmp_path / "deep" / "deeper" / "two.parquet")
     source = find_source(str(tmp_path / "**" / "*.parquet"))
-    assert isinstance(source, ParquetFiles) and [file.row_groups for file in source.files] == [
+    assert isinstance(source, ParquetFiles) and [table.row_groups for table in source.tables] == [
         [1],
         [1],
     ]

@@ -7,13 +7,13 @@ readable.
 
 import itertools
 import os
-import posixpath
 from collections.abc import Sequence
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as types
 
+from flashvl.batch.inputs.rows import resolve_path
 from flashvl.batch.inputs.source import FAILURE, IMAGES
 from flashvl.batch.kept import bundle
 from flashvl.data.plain import is_list, is_valid_text, plain_type, to_plain
@@ -151,10 +151,5 @@ def _split(
     if folder is None:
         paths = nothing
     return images, [
-        path and _resolve(path, os.fsencode(folder or "")) for path in paths.to_pylist()
+        path and resolve_path(path, os.fsencode(folder or "")) for path in paths.to_pylist()
     ]
-
-
-def _resolve(path: bytes, folder: bytes) -> bytes:
-    """A path or URI in a table of `folder` -> itself, or a path in the table's own store."""
-    return path if b"://" in path else posixpath.join(folder, path)

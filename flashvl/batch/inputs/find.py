@@ -1,25 +1,35 @@
 """What a captioning job reads, found, counted and checked before anything starts.
 
-A source knows its rows' number from Parquet footers or from the file list, never from the pipeline,
-so that the closing audit compares two independent counts.
+A source knows its rows' number from Parquet footers, a tar's headers, a file's lines or the file
+list, never from the pipeline, so that the closing audit compares two independent counts.
 """
 
-import glob
-import posixpath
 from collections.abc import Sequence
 from dataclasses import replace
 
 import pyarrow as pa
 
-from flashvl.batch.inputs.images import IMAGE_SUFFIXES, ImageFolder
+from flashvl.batch.inputs.images import IMAGE_SUFFIXES, ImageFiles
+from flashvl.batch.inputs.jsonl import find_lines
+from flashvl.batch.inputs.listing import REMEDY, ListedFile, Listing, list_files
 from flashvl.batch.inputs.parquet import ParquetFiles, check_alike, read_footers
-from flashvl.batch.inputs.source import Source, hash_stats
+from flashvl.batch.inputs.source import Source
+from flashvl.batch.inputs.tar import find_tars
 from flashvl.batch.kept import check_keepable
+from flashvl.data.images import DEFAULT_LIMITS, ImageLimits
 from flashvl.data.schema import find_image_columns, is_paths
-from flashvl.data.storage import Location, locate, walk
 from flashvl.errors import ConfigError
 
-REMEDY = "name a Parquet file, a folder or glob of *.parquet, or a folder of images"
+_COMPRESSED = ("", ".gz", ".bz2", ".xz")
+SUFFIXES = {
+    "parquet": (".parquet",),
+    "tar": (*(f".tar{end}" for end in _COMPRESSED), ".tgz", ".tbz2", ".txz"),
+    "image": IMAGE_SUFFIXES,
+    "jsonl": tuple(f"{start}{end}" for start in (".jsonl", ".ndjson") for end in _COMPRESSED),
+}
+"""Of the kinds of input, those first that win where several are in one folder."""
+NAMED_SUFFIXES = tuple(f".json{end}" for end in _COMPRESSED)
+"""JSON Lines, too, where a file is named; in a folder they may be anything."""
 
 
 def find_source(
@@ -30,85 +40,84 @@ def find_source(
     prompt_column: str | None = None,
     keep: Sequence[str] = (),
     follow_paths: bool = True,
+    limits: ImageLimits = DEFAULT_LIMITS,
+    known: Sequence[ListedFile] = (),
 ) -> Source:
-    """The rows that `text` names: a Parquet file, a folder or glob of them, or a folder of images.
+    """The rows that `text` names: of Parquet, tars or JSON Lines, or image files.
 
-    A folder with a `*.parquet` anywhere below it is a folder of Parquet; else its image files are
-    the rows. Names that begin with a dot (and, for Parquet, `_`) are left out, as everywhere.
+    `text` is a file, a folder, a glob or a brace pattern. A folder with a `*.parquet` anywhere
+    below it is a folder of Parquet; else its tars, its image files or its JSON Lines are read,
+    whichever there is first. Names that begin with a dot (and, for all but images, `_`) are left
+    out, as everywhere.
 
     Args:
         follow_paths: read the files that a table's rows name, wherever they are.
+        limits: no larger image need be read.
+        known: files whose rows come first, in this order, so far as they are there.
 
     Raises:
-        ConfigError: there is nothing, or not an image table.
+        ConfigError: there is nothing, not an image table, or more than one.
     """
-    location = locate(text)
-    store = location.store
-    if location.is_folder():
-        tables = [
-            (path, info)
-            for path, info in walk(location, hidden=(".", "_"))
-            if path.lower().endswith(".parquet")
-        ]
-        if not tables:
-            if image_column or id_column or prompt_column or keep:
-                raise ConfigError(
-                    f"input {text!r} is a folder of images, which has no columns; leave out"
-                    " --image-column, --id-column, --prompt-column and --keep"
-                )
-            return _find_images(location, text)
-    elif location.is_file():
-        tables = [(location.path, store.info(location.path))]
-    else:
-        matches = store.glob(location.path) if glob.has_magic(text) else []
-        tables = [(path, store.info(path)) for path in sorted(matches) if store.isfile(path)]
-        if not tables:
-            raise ConfigError(f"input {text!r} does not exist, nor does it match a file; {REMEDY}")
-    for path, _ in tables:
-        if not path.lower().endswith(".parquet"):
-            raise ConfigError(f"input {text!r}: {path} does not end in .parquet; {REMEDY}")
-    files = read_footers(store, tables, _root(location))
+    kind, listing = _choose(text, list_files(text).in_order_of(known))
+    names = {"image": image_column, "id": id_column, "prompt": prompt_column}
+    if kind == "image":
+        if any(names.values()) or keep:
+            raise ConfigError(
+                f"input {text!r} is image files, which have no columns; leave out"
+                " --image-column, --id-column, --prompt-column and --keep"
+            )
+        return ImageFiles(listing=listing)
+    if kind == "tar":
+        return find_tars(listing, **names, kept=keep, limits=limits)
+    if kind == "jsonl":
+        return find_lines(listing, **names, kept=keep, follow_paths=follow_paths, limits=limits)
+    tables = read_footers(listing)
+    first = tables[0]
     columns = find_image_columns(
-        files[0].schema,
-        source=files[0].path,
-        image=image_column,
-        id=id_column,
-        prompt=prompt_column,
-        kept=keep,
-        partition=files[0].partition,
+        first.schema, source=first.path, **names, kept=keep, partition=first.partition
     )
-    check_alike(files, columns)
-    check_keepable(pa.schema(map(files[0].schema.field, columns.kept)), files[0].path)
-    if not follow_paths and is_paths(files[0].schema.field(columns.image).type):
+    check_alike(tables, columns)
+    check_keepable(pa.schema(map(first.schema.field, columns.kept)), first.path)
+    if not follow_paths and is_paths(first.schema.field(columns.image).type):
         raise ConfigError(
-            f"{files[0].path}: column {columns.image!r} holds paths, which may not be followed"
+            f"{first.path}: column {columns.image!r} holds paths, which may not be followed"
             " here; put the images' bytes into the table"
         )
     columns = replace(columns, follows_paths=follow_paths)
-    return ParquetFiles(store=store, files=files, columns=columns)
+    return ParquetFiles(listing=listing, tables=tables, columns=columns)
 
 
-def _root(location: Location) -> str:
-    """The folder that an input names, that its glob begins in, or that its file is in."""
-    if location.is_folder():
-        return location.path
-    steps = location.path.split("/")
-    first = next((n for n, step in enumerate(steps) if glob.has_magic(step)), len(steps) - 1)
-    if location.is_file():
-        first = len(steps) - 1
-    return "/".join(steps[:first]) or "/"
+def _choose(text: str, listing: Listing) -> tuple[str, Listing]:
+    """The kind of input, and its files.
 
-
-def _find_images(folder: Location, text: str) -> ImageFolder:
-    files = {
-        path: info
-        for path, info in walk(folder, hidden=(".",))
-        if posixpath.splitext(path)[1].lower() in IMAGE_SUFFIXES
-    }
-    if not files:
-        known = ", ".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))
+    Raises:
+        ConfigError: there is none, or tars beside what may be as well meant.
+    """
+    found: dict[str, list[ListedFile]] = {}
+    for file in listing.files:
+        if (kind := _kind(file, listing)) is not None:
+            found.setdefault(kind, []).append(file)
+    if not found:
+        first = f" ({listing.files[0].path} is none)" if listing.is_named else ""
         raise ConfigError(
-            f"input {text!r} holds no *.parquet and no image file ({known}); {REMEDY}"
+            f"input {text!r} holds no *.parquet, *.tar or *.jsonl and no image file"
+            f" ({', '.join(suffix[1:] for suffix in IMAGE_SUFFIXES)}){first}; {REMEDY}"
         )
-    stats = ((path, info["size"], str(info["mtime"])) for path, info in files.items())
-    return ImageFolder(folder=folder, files=list(files), file_hash=hash_stats(stats))
+    if "tar" in found and (rival := next((kind for kind in found if kind != "tar"), None)):
+        counts = f"{len(found['tar'])} tars and {len(found[rival])} files of {rival}"
+        raise ConfigError(
+            f"input {text!r} holds {counts}: which are meant? Name them by a glob, as"
+            f" {listing.root}/*.tar"
+        )
+    first_kind = next(kind for kind in SUFFIXES if kind in found)
+    return first_kind, listing.only(found[first_kind])
+
+
+def _kind(file: ListedFile, listing: Listing) -> str | None:
+    """What a file is by its name; None: nothing that is read, or hidden, it or a folder of its."""
+    name = file.path.lower()
+    kind = next((kind for kind, suffixes in SUFFIXES.items() if name.endswith(suffixes)), None)
+    if listing.is_named:
+        return kind or ("jsonl" if name.endswith(NAMED_SUFFIXES) else None)
+    is_hidden = kind != "image" and "/_" in f"/{listing.name(file)}"
+    return None if is_hidden else kind

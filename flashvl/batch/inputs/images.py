@@ -1,7 +1,6 @@
-"""Folders of image files."""
+"""Image files, each a row."""
 
 import os
-import posixpath
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,29 +8,29 @@ import pyarrow as pa
 import ray.data
 from fsspec import AbstractFileSystem
 
+from flashvl.batch.inputs.listing import ListedFile, Listing
 from flashvl.batch.inputs.source import Done
-from flashvl.data.storage import Location
 
-IMAGE_SUFFIXES = frozenset(
-    (
-        *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp"),
-        *(".tif", ".tiff", ".avif", ".heic", ".heif", ".hif", ".jp2", ".j2k", ".jpx"),
-    )
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp"),
+    *(".tif", ".tiff", ".avif", ".heic", ".heif", ".hif", ".jp2", ".j2k", ".jpx"),
 )
-"""Files of a folder with one of these suffixes are its images; what is in them is read later."""
+"""Files with one of these suffixes are images; what is in them is read later."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ImageFolder:
-    """Image files below a folder; the id is the path from there."""
+class ImageFiles:
+    """Image files; the id is the path from the input's folder."""
 
-    folder: Location
-    files: list[str]
-    file_hash: str
+    listing: Listing
 
     @property
     def store(self) -> AbstractFileSystem:
-        return self.folder.store
+        return self.listing.root.store
+
+    @property
+    def files(self) -> list[ListedFile]:
+        return self.listing.files
 
     @property
     def num_rows(self) -> int:
@@ -42,21 +41,19 @@ class ImageFolder:
         return pa.schema([])
 
     def describe(self) -> str:
-        return f"image files below {self.folder}: id is the path from there"
-
-    def hash(self) -> str:
-        return self.file_hash
+        return f"image files below {self.listing.root}: id is the path from there"
 
     def read(self, is_done: Done) -> ray.data.Dataset:
         rows = np.flatnonzero(~is_done)
+        files = [self.files[row] for row in rows]
         # A file's name may be no valid text: the path keeps its bytes, the id is made readable.
-        names = [os.fsencode(posixpath.relpath(self.files[row], self.folder.path)) for row in rows]
+        names = [os.fsencode(self.listing.name(file)) for file in files]
         table = pa.table(
             {
                 "id": pa.array([name.decode(errors="replace") for name in names], pa.string()),
                 "row": pa.array(rows, pa.int64()),
                 "image": pa.nulls(len(rows), pa.large_binary()),
-                "path": [os.fsencode(self.files[row]) for row in rows],
+                "path": [os.fsencode(file.path) for file in files],
             }
         )
         return ray.data.from_arrow(table)

@@ -1,7 +1,6 @@
 """Image tables in Parquet: their footers, and their rows a few at a time."""
 
 import os
-import posixpath
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,8 +13,9 @@ import pyarrow.parquet as pq
 import ray.data
 from fsspec import AbstractFileSystem
 
+from flashvl.batch.inputs.listing import ListedFile, Listing
 from flashvl.batch.inputs.row_groups import PIECE, read_row_groups
-from flashvl.batch.inputs.source import Done, hash_stats
+from flashvl.batch.inputs.source import Done
 from flashvl.data.schema import ImageColumns, find_image_columns
 from flashvl.data.storage import Location
 from flashvl.errors import ConfigError
@@ -32,8 +32,6 @@ class ParquetFile:
     path: str
     name: str
     """From the input's folder: what an id begins with where the table has none."""
-    size: int
-    mtime: str
     row_groups: list[int]
     """Rows of each."""
     schema: pa.Schema
@@ -46,32 +44,39 @@ class ParquetFile:
 class ParquetFiles:
     """An image table, in one file or many."""
 
-    store: AbstractFileSystem
-    files: list[ParquetFile]
+    listing: Listing
+    tables: list[ParquetFile]
+    """Its files, in their order."""
     columns: ImageColumns
 
     @property
+    def store(self) -> AbstractFileSystem:
+        return self.listing.root.store
+
+    @property
+    def files(self) -> list[ListedFile]:
+        return self.listing.files
+
+    @property
     def num_rows(self) -> int:
-        return sum(sum(file.row_groups) for file in self.files)
+        return sum(sum(table.row_groups) for table in self.tables)
 
     @property
     def kept(self) -> pa.Schema:
         # A row that cannot be read has none of them.
-        fields = map(self.files[0].schema.field, self.columns.kept)
+        fields = map(self.tables[0].schema.field, self.columns.kept)
         return pa.schema([field.with_nullable(True) for field in fields])
 
     def describe(self) -> str:
         columns = self.columns
         parts = [f"image from column {columns.image}"]
-        parts.append(f"id from {f'column {columns.id}' if columns.id else 'file, group and row'}")
+        made_of = f"file below {self.listing.root}, group and row"
+        parts.append(f"id from {f'column {columns.id}' if columns.id else made_of}")
         if columns.prompt:
             parts.append(f"prompt from column {columns.prompt}")
         if columns.kept:
             parts.append(f"kept {', '.join(columns.kept)}")
-        return f"{len(self.files)} Parquet files: {', '.join(parts)}"
-
-    def hash(self) -> str:
-        return hash_stats((file.path, file.size, file.mtime) for file in self.files)
+        return f"Parquet: {', '.join(parts)}"
 
     def read(self, is_done: Done) -> ray.data.Dataset:
         pieces = list(self._pieces(is_done))
@@ -85,7 +90,7 @@ class ParquetFiles:
             fn_kwargs={
                 "store": self.store,
                 "columns": self.columns,
-                "schema": self.files[0].schema,
+                "schema": self.tables[0].schema,
             },
             batch_size=None,
             batch_format="pyarrow",
@@ -94,7 +99,7 @@ class ParquetFiles:
     def _pieces(self, is_done: Done) -> Iterator[dict[str, Any]]:
         """The row groups in which a row is not done yet."""
         first_row = 0
-        for file in self.files:
+        for file in self.tables:
             for number, count in enumerate(file.row_groups):
                 skipped = is_done[first_row : first_row + count]
                 if not skipped.all():
@@ -110,24 +115,21 @@ class ParquetFiles:
                 first_row += count
 
 
-def read_footers(
-    store: AbstractFileSystem, tables: list[tuple[str, dict[str, Any]]], root: str
-) -> list[ParquetFile]:
+def read_footers(listing: Listing) -> list[ParquetFile]:
     """What the files of a table say of themselves.
-
-    Args:
-        root: folder that the input names, or where its glob begins: what is above it is no part of
-            the input.
 
     Raises:
         ConfigError: one is not readable.
     """
 
-    def read(table: tuple[str, dict[str, Any]]) -> ParquetFile:
-        path, info = table
-        name = os.fsencode(posixpath.relpath(path, root)).decode(errors="replace")
+    def read(listed: ListedFile) -> ParquetFile:
+        path = listed.path
+        name = os.fsencode(listing.name(listed)).decode(errors="replace")
         try:
-            with Location(store, path).open() as opened, pq.ParquetFile(opened) as file:
+            with (
+                Location(listing.root.store, path).open() as opened,
+                pq.ParquetFile(opened) as file,
+            ):
                 footer = file.metadata
                 row_groups = [footer.row_group(n).num_rows for n in range(footer.num_row_groups)]
                 schema = file.schema_arrow
@@ -147,8 +149,6 @@ def read_footers(
         return ParquetFile(
             path=path,
             name=name,
-            size=info["size"],
-            mtime=str(info["mtime"]),
             row_groups=row_groups,
             schema=schema,
             partition=partition,
@@ -156,7 +156,7 @@ def read_footers(
 
     # A footer is a few small reads: mostly waiting.
     with ThreadPoolExecutor(max_workers=16) as pool:
-        return list(pool.map(read, tables))
+        return list(pool.map(read, listing.files))
 
 
 def _partition(name: str) -> dict[str, str | None]:

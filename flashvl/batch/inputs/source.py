@@ -1,7 +1,6 @@
 """What every source of rows offers, whatever its files are."""
 
-import hashlib
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -10,6 +9,7 @@ import pyarrow as pa
 import ray.data
 from fsspec import AbstractFileSystem
 
+from flashvl.batch.inputs.listing import ListedFile
 from flashvl.data.schema import DEAD_LETTERS
 
 Done = npt.NDArray[np.bool_]
@@ -39,11 +39,12 @@ class Source(Protocol):
     def kept(self) -> pa.Schema:
         """The columns that go through to the output."""
 
-    def describe(self) -> str:
-        """What is read, for people."""
+    @property
+    def files(self) -> Sequence[ListedFile]:
+        """In the order of their rows."""
 
-    def hash(self) -> str:
-        """Of all files' paths, sizes and times of change: nobody reads 50 million images first."""
+    def describe(self) -> str:
+        """What is read, for people; the same however many files there are."""
 
     def read(self, is_done: Done) -> ray.data.Dataset:
         """The rows that are not done yet.
@@ -52,10 +53,3 @@ class Source(Protocol):
         `prompt`; perhaps `FAILURE`, of rows that are dead already; and, if any, `kept`, a struct of
         what goes through to the output.
         """
-
-
-def hash_stats(stats: Iterable[tuple[str, int, str]]) -> str:
-    whole = hashlib.blake2b(digest_size=16)
-    for path, size, mtime in stats:
-        whole.update(f"{path}\0{size}\0{mtime}\n".encode(errors="surrogateescape"))
-    return whole.hexdigest()

@@ -1,0 +1,405 @@
+"""JSON Lines: an object a line, whose fields are an image table's columns.
+
+An image is a path, from the file's own folder or absolute; a URI; base64, in a data URL or bare;
+`{"bytes": base64, "path": ...}`; or a list of these, asked about in one prompt.
+
+Lines are counted once, before anything starts, and where the pieces begin is remembered, so that
+tasks read them from there.
+"""
+
+import itertools
+import json
+import os
+import posixpath
+import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import ray.data
+from fsspec import AbstractFileSystem
+
+from flashvl.batch.inputs.compressed import is_damage, open_plain
+from flashvl.batch.inputs.listing import ListedFile, Listing
+from flashvl.batch.inputs.rows import (
+    BYTES_PER_READ,
+    ROWS_PER_READ,
+    as_blocks,
+    as_table,
+    as_text,
+    resolve_path,
+)
+from flashvl.batch.inputs.source import IMAGES, Done
+from flashvl.data.fetching import is_data_url
+from flashvl.data.images import ImageLimits
+from flashvl.data.schema import ImageColumns, find_image_columns
+from flashvl.data.storage import Location
+from flashvl.errors import ConfigError, DataError
+
+ROWS_PER_PIECE = 1024
+BYTES_PER_PIECE = 8 * 2**20
+NUM_SAMPLED = 100
+"""Of the first lines, whose fields are taken for those of all."""
+IMAGE_COLUMNS = ("image", "file_name")
+"""The images' column where none is named; the second is what Hugging Face's folders call it."""
+
+_PIECE = pa.schema(
+    [
+        ("file", pa.int32()),
+        ("begin", pa.int64()),
+        ("end", pa.int64()),
+        ("first_row", pa.int64()),
+        ("first_line", pa.int64()),
+        ("is_done", pa.binary()),
+        ("problem", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lines:
+    """Where the lines of a file are; those that are blank count for nothing."""
+
+    offsets: npt.NDArray[np.int64]
+    """(pieces + 1,): where each begins in the uncompressed file, and where the last ends."""
+    firsts: npt.NDArray[np.int64]
+    """(pieces + 1,): the number of lines before each, and of all."""
+    problem: str | None
+    """Why there is no more to read than that; what is lost is one more row."""
+    is_compressed: bool
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.firsts[-1]) + (self.problem is not None)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JsonLines:
+    """Files of JSON Lines."""
+
+    listing: Listing
+    lines: list[Lines]
+    """Of its files, in their order."""
+    columns: ImageColumns
+    limits: ImageLimits
+
+    @property
+    def store(self) -> AbstractFileSystem:
+        return self.listing.root.store
+
+    @property
+    def files(self) -> list[ListedFile]:
+        return self.listing.files
+
+    @property
+    def num_rows(self) -> int:
+        return sum(lines.num_rows for lines in self.lines)
+
+    @property
+    def kept(self) -> pa.Schema:
+        return pa.schema([(name, pa.string()) for name in self.columns.kept])
+
+    def describe(self) -> str:
+        columns = self.columns
+        parts = [f"image from field {columns.image}"]
+        made_of = f"file below {self.listing.root} and line"
+        parts.append(f"id from {f'field {columns.id}' if columns.id else made_of}")
+        if columns.prompt:
+            parts.append(f"prompt from field {columns.prompt}")
+        if columns.kept:
+            parts.append(f"kept {', '.join(columns.kept)}")
+        return f"JSON Lines: {', '.join(parts)}"
+
+    def read(self, is_done: Done) -> ray.data.Dataset:
+        return ray.data.from_arrow(as_blocks(list(self._pieces(is_done)), _PIECE)).map_batches(
+            _read_pieces,
+            fn_kwargs={
+                "store": self.store,
+                "paths": [os.fsencode(file.path) for file in self.files],
+                "names": [os.fsencode(self.listing.name(file)) for file in self.files],
+                "columns": self.columns,
+                "kept": self.kept,
+                "limits": self.limits,
+            },
+            batch_size=None,
+            batch_format="pyarrow",
+        )
+
+    def _pieces(self, is_done: Done) -> Iterator[pa.Table]:
+        """Those in which a row is not done yet; a compressed file's are one table, and one task's,
+        as it must be read from its beginning."""
+        first_row = 0
+        for number, lines in enumerate(self.lines):
+            done = is_done[first_row : first_row + lines.num_rows]
+            pieces = []
+            for n, (first, last) in enumerate(zip(lines.firsts, lines.firsts[1:], strict=False)):
+                piece = {"begin": lines.offsets[n], "end": lines.offsets[n + 1], "problem": None}
+                pieces.append(piece | {"first_line": first, "done": done[first:last]})
+            if lines.problem is not None:
+                last_piece = {"begin": 0, "end": 0, "problem": lines.problem}
+                pieces.append(last_piece | {"first_line": lines.firsts[-1], "done": done[-1:]})
+            left = [
+                piece
+                | {
+                    "file": number,
+                    "first_row": first_row + piece["first_line"],
+                    "is_done": np.packbits(piece["done"]).tobytes(),
+                }
+                for piece in pieces
+                if not piece["done"].all()
+            ]
+            size = len(left) if lines.is_compressed else 1
+            for start in range(0, len(left), size or 1):
+                yield pa.Table.from_pylist(left[start : start + size], schema=_PIECE)
+            first_row += lines.num_rows
+
+
+def find_lines(
+    listing: Listing,
+    *,
+    image: str | None,
+    id: str | None,
+    prompt: str | None,
+    kept: Sequence[str],
+    follow_paths: bool,
+    limits: ImageLimits,
+) -> JsonLines:
+    """
+    Raises:
+        ConfigError: one is not readable, the first lines are no JSON objects, or have no such
+            field.
+    """
+    store = listing.root.store
+
+    def read(file: ListedFile) -> Lines:
+        return count_lines(Location(store, file.path), limits)
+
+    with ThreadPoolExecutor(max_workers=16) as pool:
+        lines = list(pool.map(read, listing.files))
+    number = next((n for n, each in enumerate(lines) if each.firsts[-1]), 0)
+    first = Location(store, listing.files[number].path)
+    fields = _sample(first, min(int(lines[number].firsts[-1]), NUM_SAMPLED), limits)
+    if image is None:
+        image = next((name for name in IMAGE_COLUMNS if name in fields), None)
+    columns = find_image_columns(
+        pa.schema([(name, pa.string()) for name in fields]),
+        source=first.path,
+        image=image,
+        id=id,
+        prompt=prompt,
+        kept=kept,
+    )
+    columns = replace(columns, follows_paths=follow_paths)
+    return JsonLines(listing=listing, lines=lines, columns=columns, limits=limits)
+
+
+def _sample(location: Location, num_lines: int, limits: ImageLimits) -> list[str]:
+    """The fields of the first lines, of which there are so many.
+
+    Raises:
+        ConfigError: they are no JSON objects.
+    """
+    fields: dict[str, None] = {}
+    is_any, start = False, b""
+    with open_plain(location) as (stream, _):
+        for _, line in itertools.islice(_read_lines(stream, limits), num_lines):
+            start = start or (line or b"")[:1]
+            try:
+                fields |= dict.fromkeys(_parse(line))
+                is_any = True
+            except DataError:
+                continue
+    if start == b"[" or (start and not is_any):
+        array = " (an array: `jq -c '.[]' FILE` makes lines of it)" if start == b"[" else ""
+        raise ConfigError(f"{location} holds no JSON object a line{array}; write it as JSON Lines")
+    # An empty table is no fault: it has whatever fields are asked for.
+    return [as_text(name) or "" for name in fields] if start else [IMAGE_COLUMNS[0]]
+
+
+def count_lines(location: Location, limits: ImageLimits) -> Lines:
+    """
+    Raises:
+        ConfigError: it is compressed in a way that is not read.
+        OSError: it cannot be read.
+    """
+    offsets, firsts = [0], [0]
+    count = end = 0
+    problem = None
+    with open_plain(location) as (stream, is_compressed):
+        try:
+            for end, _ in _read_lines(stream, limits):
+                count += 1
+                if count - firsts[-1] >= ROWS_PER_PIECE or end - offsets[-1] >= BYTES_PER_PIECE:
+                    offsets.append(end)
+                    firsts.append(count)
+        except Exception as error:
+            if not is_damage(error):
+                raise
+            problem = (
+                f"{location} is broken behind line {count} ({error}): what it held from there on"
+                " is lost; make it anew"
+            )
+    if count > firsts[-1]:
+        offsets.append(end)
+        firsts.append(count)
+    return Lines(
+        offsets=np.array(offsets, np.int64),
+        firsts=np.array(firsts, np.int64),
+        problem=problem,
+        is_compressed=is_compressed,
+    )
+
+
+def _read_lines(
+    stream: BinaryIO, limits: ImageLimits, end: int | None = None
+) -> Iterator[tuple[int, bytes | None]]:
+    """The lines that are not blank, from where the stream is: where each ends, and what is in it;
+    None where that is longer than any image."""
+    most = 2 * limits.max_image_bytes + 2**20  # base64, and what is beside it
+    place = stream.tell()
+    while end is None or place < end:
+        line = stream.readline(most)
+        if not line:
+            return
+        place += len(line)
+        is_whole = len(line) < most or line.endswith(b"\n")
+        rest = line
+        while len(rest) == most and not rest.endswith(b"\n"):
+            rest = stream.readline(most)
+            place += len(rest)
+        if not is_whole:
+            yield place, None
+        elif line.strip():
+            yield place, line
+
+
+def _parse(line: bytes | None) -> dict[str, Any]:
+    """
+    Raises:
+        DataError: it is no JSON object.
+    """
+    if line is None:
+        raise DataError("line is longer than any image of max_image_bytes; shorten it")
+    try:
+        fields = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"line is not UTF-8 ({error}); write it as UTF-8") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"line is not JSON ({error}); write an object a line") from error
+    if not isinstance(fields, dict):
+        raise DataError("line is no JSON object; write an object a line")
+    return fields
+
+
+def _read_pieces(
+    pieces: pa.Table,
+    *,
+    store: AbstractFileSystem,
+    paths: list[bytes],
+    names: list[bytes],
+    columns: ImageColumns,
+    kept: pa.Schema,
+    limits: ImageLimits,
+) -> Iterator[pa.Table]:
+    """The rows of some pieces that are not done, a few at a time."""
+    has_prompt = columns.prompt is not None
+    rows: list[dict[str, Any]] = []
+    num_bytes = 0
+    for piece, path, line, place in _left_lines(pieces, store, paths, limits):
+        name = names[piece["file"]].decode(errors="replace")
+        keys = {"row": piece["first_row"] + place, "id": f"{name}:{piece['first_line'] + place}"}
+        if rows and (len(rows) == ROWS_PER_READ or num_bytes + len(line or b"") > BYTES_PER_READ):
+            yield as_table(rows, kept, [IMAGES], has_prompt)
+            rows, num_bytes = [], 0
+        rows.append(keys | _as_row(piece["problem"], line, path, columns))
+        num_bytes += len(line or b"")
+    if rows:
+        yield as_table(rows, kept, [IMAGES], has_prompt)
+
+
+def _left_lines(
+    pieces: pa.Table, store: AbstractFileSystem, paths: list[bytes], limits: ImageLimits
+) -> Iterator[tuple[dict[str, Any], str, bytes | None, int]]:
+    """The lines that are not done: their piece, file, content, and place in the piece."""
+    for number, group in itertools.groupby(pieces.to_pylist(), key=lambda piece: piece["file"]):
+        path = os.fsdecode(paths[number])
+        with open_plain(Location(store, path)) as (stream, _):
+            for piece in group:
+                if piece["problem"] is not None:
+                    yield piece, path, None, 0
+                    continue
+                is_done = np.unpackbits(np.frombuffer(piece["is_done"], np.uint8))
+                stream.seek(piece["begin"])
+                for place, (_, line) in enumerate(_read_lines(stream, limits, piece["end"])):
+                    if not is_done[place]:
+                        yield piece, path, line, place
+
+
+def _as_row(
+    problem: str | None, line: bytes | None, file: str, columns: ImageColumns
+) -> dict[str, Any]:
+    """Of `rows.as_table`, but for its place; what is wrong with it is its `problem`."""
+    if problem is not None:
+        return {"problem": problem}
+    row: dict[str, Any] = {}
+    try:
+        fields = _parse(line)
+        if columns.id is not None:
+            row["id"] = as_text(fields.get(columns.id))
+        row["kept"] = {name: as_text(fields.get(name)) for name in columns.kept}
+        if columns.prompt is not None:
+            row["prompt"] = as_text(fields.get(columns.prompt))
+        value = fields.get(columns.image)
+        row["images"] = [
+            {"path": _path(each, posixpath.dirname(file), columns.follows_paths)}
+            for each in (value if isinstance(value, list) else [value])
+        ]
+    except UnicodeEncodeError:
+        row["problem"] = "image is a path with half a surrogate pair; correct it"
+    except DataError as error:
+        row["problem"] = str(error)
+    return row
+
+
+def _path(value: Any, folder: str, follows_paths: bool) -> bytes | None:
+    """An image in JSON -> what `Source` calls its path; None: it is null.
+
+    Raises:
+        DataError: it is none, or may not be followed.
+        UnicodeEncodeError: no path can be such a text.
+    """
+    reference = read_image_field(value)
+    if reference is None:
+        return None
+    if not follows_paths and not is_data_url(reference):
+        raise DataError("image is a path, and paths are not followed here; write base64")
+    return resolve_path(os.fsencode(reference), os.fsencode(folder))
+
+
+_BASE64_STARTS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk", "SUkqA", "TU0AK", "AAAA")
+"""What JPEG, PNG, GIF, WebP, BMP, TIFF, and AVIF and JPEG 2000 files begin with."""
+_BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]{40,}={0,2}\s*")
+
+
+def read_image_field(value: Any) -> str | None:
+    """An image in JSON -> its path or URL; bare base64 becomes a data URL.
+
+    Raises:
+        DataError: it is none.
+    """
+    if isinstance(value, dict):
+        if isinstance(value.get("bytes"), str):
+            return f"data:;base64,{value['bytes']}"
+        value = value.get("path") or value.get("url")
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise DataError(
+            f"image is of type {type(value).__name__}; it must be a path, a URL or base64"
+        )
+    is_base64 = value.startswith(_BASE64_STARTS) and _BASE64.fullmatch(value)
+    return f"data:;base64,{value}" if is_base64 else value
