@@ -214,12 +214,17 @@ def chat(
 def serve(
     model: ModelOption = "tiny",
     host: Annotated[str, typer.Option(help="0.0.0.0: whoever reaches this machine.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Of HTTP.")] = 8000,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen on by HTTP; 0: any free one.")
+    ] = 8000,
     dtype: DtypeOption = "auto",
     replicas: ReplicasOption = "1",
     gpus_per_replica: GpusPerReplicaOption = 1.0,
     max_num_seqs: Annotated[int, typer.Option(help="Requests an engine answers at once.")] = 64,
     max_waiting: Annotated[int, typer.Option(help="That may wait; the next gets a 429.")] = 64,
+    graceful_shutdown_timeout_s: Annotated[
+        float, typer.Option(min=0, help="Seconds for answers under way to end, when it is stopped.")
+    ] = 60.0,
     media_host: Annotated[
         list[str] | None,
         typer.Option(metavar="HOST", help="Fetch image URLs from it by https; may be repeated."),
@@ -239,10 +244,15 @@ def serve(
 ) -> None:
     """Answer OpenAI clients over HTTP until Ctrl-C; open the address in a browser to try it.
 
+    Ctrl-C or SIGTERM takes no more requests, lets those under way end, and then ends the service; a
+    second one ends it at once.
+
     Example: flashvl serve --model tiny
     Example: curl -F image=@photo.jpg http://127.0.0.1:8000/v1/captions
     """
-    with report_errors():
+    from flashvl.serve.stopping import until_stopped
+
+    with report_errors(), until_stopped() as signals:
         from flashvl.config import validate
         from flashvl.serve.config import ServiceConfig
 
@@ -253,19 +263,24 @@ def serve(
             "gpus_per_replica": gpus_per_replica,
             "max_num_seqs": max_num_seqs,
             "max_waiting": max_waiting,
+            "graceful_shutdown_timeout_s": graceful_shutdown_timeout_s,
             "media_hosts": tuple(media_host or ()),
             "batch_roots": tuple(batch_root or ()),
             "api_keys_file": api_keys_file,
             "cors_origins": tuple(cors_origin or ()),
         }
         config = validate(ServiceConfig, options, source="serve")
-        from flashvl.serve.admission import read_api_keys
-        from flashvl.serve.run import serve_until_stopped
+        from flashvl.serve.listening import reserved_port
 
-        if host not in ("127.0.0.1", "localhost", "::1") and not read_api_keys(api_keys_file):
-            print(f"Anyone who reaches {host}:{port} may use it: FLASHVL_API_KEYS is not set.")
-        start_ray(include_dashboard=True)
-        serve_until_stopped(config, host, port, on_ready=print)
+        is_ray_ours = not os.environ.get("RAY_ADDRESS")
+        with reserved_port(host, port, is_held=is_ray_ours) as port:
+            from flashvl.serve.admission import read_api_keys
+            from flashvl.serve.run import serve_until_stopped
+
+            if host not in ("127.0.0.1", "localhost", "::1") and not read_api_keys(api_keys_file):
+                print(f"Anyone who reaches {host}:{port} may use it: FLASHVL_API_KEYS is not set.")
+            start_ray(include_dashboard=True)
+            serve_until_stopped(config, host, port, signals, tell=print, is_ray_ours=is_ray_ours)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -283,12 +284,16 @@ def serve(
             served_model,
         )
         from flashvl.serve.config import ServiceConfig
+        from flashvl.serve.listening import reserved_port
         from flashvl.serve.run import deployed
 
         _check_writable(json_file)
         check_preset(preset, random_weights)
-        start_ray()
-        with served_model(model, preset) as folder:
+        with (
+            reserved_port("127.0.0.1", port, is_held=not os.environ.get("RAY_ADDRESS")) as port,
+            served_model(model, preset) as folder,
+        ):
+            start_ray()
             config = ServiceConfig(model=folder, max_num_seqs=slots, max_waiting=slots // 2)
             overload = None
             with deployed(config, "127.0.0.1", port) as url:

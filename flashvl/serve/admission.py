@@ -1,6 +1,7 @@
 """Who may ask, and how much he may send: settled before a request is parsed."""
 
 import asyncio
+import contextlib
 import hmac
 import os
 from collections.abc import Callable
@@ -14,12 +15,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from flashvl.errors import ConfigError
 from flashvl.serve.metrics import refusals
 from flashvl.serve.protocol import RequestError
+from flashvl.serve.traffic import STOPPING, Traffic
 
 KEYS_VARIABLE = "FLASHVL_API_KEYS"
 OPEN_PATHS = frozenset(
     {"/", "/health", "/healthz", "/readyz", "/version", "/docs", "/openapi.json"}
 )
 """Asked for without a key: they tell nothing and do nothing."""
+ALIVE_PATH = "/healthz"
+"""Answered to the end: who does not live is killed."""
 ANSWERED_PATHS = frozenset(
     {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/captions"}
 )
@@ -57,38 +61,43 @@ class Admission:
         api_keys: tuple[bytes, ...],
         max_body_bytes: int,
         timeout_s: float,
+        traffic: Traffic,
         check_room: Callable[[], None],
     ):
         """
         Args:
             timeout_s: for the body.
+            traffic: told of each request.
             check_room: raises RequestError where `ANSWERED_PATHS` have no room at the moment.
         """
         self.app, self.api_keys, self.check_room = app, api_keys, check_room
+        self.traffic = traffic
         self.max_body_bytes, self.timeout_s = max_body_bytes, timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] != "http" or scope["path"] == ALIVE_PATH:
             await self.app(scope, receive, send)
             return
-        try:
-            headers = Headers(scope=scope)
-            if scope["path"] not in OPEN_PATHS and scope["method"] != "OPTIONS":
-                self._check_key(headers)
-            if scope["path"] in ANSWERED_PATHS:
-                self.check_room()
-            body = await self._read(headers, receive)
-        except RequestError as refusal:
-            await as_response(refusal)(scope, receive, send)
-            return
-        except _DisconnectedError:
-            return
-        replayed = iter([{"type": "http.request", "body": body, "more_body": False}])
+        with contextlib.ExitStack() as under_way:
+            try:
+                under_way.enter_context(self.traffic.request())
+                headers = Headers(scope=scope)
+                if scope["path"] not in OPEN_PATHS and scope["method"] != "OPTIONS":
+                    self._check_key(headers)
+                if scope["path"] in ANSWERED_PATHS:
+                    self.check_room()
+                body = await self._read(headers, receive)
+            except RequestError as refusal:
+                await as_response(refusal)(scope, receive, send)
+                return
+            except _DisconnectedError:
+                return
+            replayed = iter([{"type": "http.request", "body": body, "more_body": False}])
 
-        async def receive_again() -> Message:
-            return next(replayed, None) or await receive()
+            async def receive_again() -> Message:
+                return next(replayed, None) or await receive()
 
-        await self.app(scope, receive_again, send)
+            await self.app(scope, receive_again, send)
 
     def _check_key(self, headers: Headers) -> None:
         if not self.api_keys:
@@ -145,6 +154,6 @@ def as_response(refusal: RequestError) -> JSONResponse:
         headers["Retry-After"] = str(refusal.retry_after_s)
     if refusal.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    if refusal.status in (408, 413):
-        headers["Connection"] = "close"  # the rest of the body is not waited for
+    if refusal.status in (408, 413) or refusal.code == STOPPING:
+        headers["Connection"] = "close"  # neither the rest of the body nor a next request
     return JSONResponse(refusal.body.model_dump(), refusal.status, headers)

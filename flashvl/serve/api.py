@@ -168,6 +168,7 @@ def make_api(config: ServiceConfig, engines: Engines) -> FastAPI:
         api_keys=read_api_keys(config.api_keys_file),
         max_body_bytes=config.max_body_bytes,
         timeout_s=config.body_timeout_s,
+        traffic=engines.traffic,
         check_room=engines.check_room,
     )
     if config.cors_origins:

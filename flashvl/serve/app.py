@@ -1,6 +1,8 @@
 """The Serve application: an ingress that speaks HTTP, and engines behind it.
 
-`serve deploy serve_configs/tiny.yaml` builds it by `flashvl.serve.app:build_app`.
+`serve deploy serve_configs/tiny.yaml` builds it by `flashvl.serve.app:build_app`. Serve then lets
+the requests of a replica that it replaces or removes end within `graceful_shutdown_timeout_s`;
+`serve shutdown` ends the proxies at once, and what they carry with them.
 """
 
 import math
@@ -18,6 +20,7 @@ from flashvl.serve.api import make_api
 from flashvl.serve.config import ServiceConfig
 from flashvl.serve.dispatch import Engines
 from flashvl.serve.replica import EngineReplica
+from flashvl.serve.traffic import Traffic
 
 TARGET_SHARE = 0.75
 """Of an engine's slots in use, on average, that the autoscaler aims at: a full batch is the best
@@ -32,10 +35,15 @@ class Ingress:
 
     def __init__(self, config: ServiceConfig, engines: DeploymentHandle):
         self.config = config
-        self.engines = Engines(engines, config.request_timeout_s)
+        self.traffic = Traffic()
+        self.engines = Engines(engines, config.request_timeout_s, self.traffic)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return make_api(self.config, self.engines)
+
+    async def drain(self, grace_s: float) -> None:
+        """As `Traffic.drain`, of which Serve knows only the waiting."""
+        await self.traffic.drain(grace_s)
 
 
 def build_app(config: ServiceConfig) -> serve.Application:
@@ -68,7 +76,7 @@ def build_app(config: ServiceConfig) -> serve.Application:
         },
         health_check_period_s=10,
         health_check_timeout_s=60,
-        graceful_shutdown_timeout_s=config.request_timeout_s,
+        graceful_shutdown_timeout_s=config.graceful_shutdown_timeout_s,
         graceful_shutdown_wait_loop_s=0.5,
         max_surge_percent=100,
         **scaling,
@@ -77,7 +85,7 @@ def build_app(config: ServiceConfig) -> serve.Application:
         name="Ingress",
         max_ongoing_requests=UNBOUNDED,
         ray_actor_options={"num_cpus": 0},
-        graceful_shutdown_timeout_s=config.request_timeout_s,
+        graceful_shutdown_timeout_s=config.graceful_shutdown_timeout_s,
         graceful_shutdown_wait_loop_s=0.5,
         max_surge_percent=100,
     )(Ingress)

@@ -37,6 +37,8 @@ class ServiceConfig(StrictModel):
     """In which a client must have sent it."""
     request_timeout_s: PositiveFloat = 300.0
     """For the whole answer."""
+    graceful_shutdown_timeout_s: Annotated[float, Field(ge=0)] = 60.0
+    """For requests under way to end, when the service or a replica of it is to end."""
     media_hosts: tuple[str, ...] = ()
     """Hosts (`name`, or `name:port`) that images may be fetched from by https; none: only data URLs
     are taken."""

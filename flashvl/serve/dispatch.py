@@ -16,6 +16,7 @@ from ray.serve.handle import DeploymentHandle
 from flashvl.engine import Delta
 from flashvl.serve.protocol import RequestError
 from flashvl.serve.replica import Ask, Refusal
+from flashvl.serve.traffic import Traffic, stopping
 
 ATTEMPTS = 5
 """Replicas that a request is sent to, each having died before it said anything."""
@@ -32,11 +33,15 @@ def lost() -> RequestError:
 class Engines:
     """The engine replicas, by Serve's handle."""
 
-    def __init__(self, handle: DeploymentHandle, timeout_s: float):
+    def __init__(self, handle: DeploymentHandle, timeout_s: float, traffic: Traffic):
+        """
+        Args:
+            timeout_s: for a whole answer.
+        """
         # By Serve's gRPC, straight to the replica: a token as an object of Ray's costs more than to
         # make it.
         self.streams = handle.options(stream=True, _by_reference=False)
-        self.handle, self.timeout_s = handle, timeout_s
+        self.handle, self.timeout_s, self.traffic = handle, timeout_s, traffic
         self._refusal: RequestError | None = None
         self._full_until_s = 0.0
 
@@ -58,25 +63,32 @@ class Engines:
         Raises:
             RequestError: refused, too slow, or its replica died in the middle.
         """
+        deadline_s = asyncio.get_running_loop().time() + self.timeout_s
         try:
-            async with asyncio.timeout(self.timeout_s):
-                for attempt in range(ATTEMPTS):
-                    has_begun = False
-                    deltas = self.streams.answer.remote(ask)
-                    try:
-                        async for delta in deltas:
-                            has_begun = True
-                            if isinstance(delta, Refusal):
-                                raise self._as_error(delta)
-                            yield delta
-                        return
-                    except LOST:
-                        if has_begun or attempt == ATTEMPTS - 1:
-                            raise lost() from None
-                    finally:
-                        deltas.cancel()
-                    await asyncio.sleep(PAUSE_S * attempt)
+            for attempt in range(ATTEMPTS):
+                has_begun = False
+                deltas = self.streams.answer.remote(ask)
+                try:
+                    while True:
+                        # Each wait by itself: they are not all of the same task.
+                        with self.traffic.waiting(deadline_s) as limit:
+                            async with limit:
+                                delta = await anext(deltas, None)
+                        if delta is None:
+                            return
+                        has_begun = True
+                        if isinstance(delta, Refusal):
+                            raise self._as_error(delta)
+                        yield delta
+                except LOST:
+                    if has_begun or attempt == ATTEMPTS - 1:
+                        raise lost() from None
+                finally:
+                    deltas.cancel()
+                await asyncio.sleep(PAUSE_S * attempt)
         except TimeoutError:
+            if self.traffic.is_draining:
+                raise stopping() from None
             raise RequestError(
                 504,
                 f"no answer within request_timeout_s={self.timeout_s:g}; ask for fewer tokens",
@@ -85,7 +97,7 @@ class Engines:
         except (BackPressureError, DeploymentUnavailableError) as error:
             raise RequestError(503, f"no engine is available: {error}", retry_after_s=5) from None
         except TaskCancelledError:
-            raise RequestError(503, "the service is stopping", retry_after_s=1) from None
+            raise stopping() from None
 
     async def load(self, timeout_s: float) -> tuple[int, int]:
         """Requests that an engine runs, and that wait there.

@@ -19,7 +19,7 @@ from flashvl.model import FlashVLConfig
 from flashvl.model.loading import load_processor, resolve_checkpoint
 from flashvl.serve.config import ServiceConfig
 from flashvl.serve.conversations import as_conversation
-from flashvl.serve.media import decode_data_url
+from flashvl.serve.media import decode_data_url, is_data_url
 from flashvl.serve.protocol.chat import ChatCompletionRequest
 from flashvl.serve.protocol.completions import CompletionRequest
 from flashvl.serve.protocol.errors import RequestError
@@ -230,14 +230,10 @@ class Prompts:
     async def _get(self, url: str, place: str) -> bytes:
         limits = self.config.limits
         try:
-            if not url[:5].lower() == "data:":
+            if not is_data_url(url):
                 return await self.fetcher.fetch(url, limits.max_image_bytes)
-            data, media_type = decode_data_url(url, limits.max_image_bytes)
-            found = read_header(data, limits).media_type
-            if media_type is not None and media_type != found:
-                raise DataError(
-                    f"image is labelled {media_type} and is {found}; label it as what it is"
-                )
+            data = decode_data_url(url, limits.max_image_bytes)
+            read_header(data, limits)
             return data
         except DataError as error:
             raise RequestError(400, str(error), param=place, code="invalid_image") from None
