@@ -14,13 +14,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flashvl.errors import ConfigError
 from flashvl.serve.metrics import refusals
+from flashvl.serve.playground import PATHS
 from flashvl.serve.protocol import RequestError
 from flashvl.serve.traffic import STOPPING, Traffic
 
 KEYS_VARIABLE = "FLASHVL_API_KEYS"
-OPEN_PATHS = frozenset(
-    {"/", "/health", "/healthz", "/readyz", "/version", "/docs", "/openapi.json"}
-)
+OPEN_PATHS = PATHS | {"/health", "/healthz", "/readyz", "/version", "/docs", "/openapi.json"}
 """Asked for without a key: they tell nothing and do nothing."""
 ALIVE_PATH = "/healthz"
 """Answered to the end: who does not live is killed."""

@@ -1,15 +1,13 @@
 """The HTTP routes: OpenAI's where OpenAI has one."""
 
 import asyncio
-from importlib import resources
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Form, Path
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import HTMLResponse
 
 from flashvl import __version__
-from flashvl.model.loading import model_id
+from flashvl.model.loading import model_id, resolve_checkpoint
 from flashvl.model.tiling import describe_tiles
 from flashvl.serve.admission import Admission, read_api_keys
 from flashvl.serve.answers import Served
@@ -19,6 +17,7 @@ from flashvl.serve.completions import Texts
 from flashvl.serve.config import ServiceConfig
 from flashvl.serve.dispatch import Engines
 from flashvl.serve.errors import ERRORS, answer_errors_as_openai_does
+from flashvl.serve.playground import add_playground
 from flashvl.serve.prompts import Prompts
 from flashvl.serve.protocol.chat import ChatCompletion, ChatCompletionRequest
 from flashvl.serve.protocol.completions import CompletionRequest, TextCompletion
@@ -61,7 +60,6 @@ def make_api(config: ServiceConfig, engines: Engines) -> FastAPI:
     served = Served(name=model_id(config.model), prompts=Prompts(config), engines=engines)
     prompts = served.prompts
     chat, texts, responses = Chat(served), Texts(served), Responses(served)
-    page = resources.files("flashvl.serve").joinpath("playground/index.html").read_text()
 
     @api.post("/v1/chat/completions", response_model=ChatCompletion, responses=EVENTS)
     async def create_chat_completion(request: ChatCompletionRequest) -> Any:
@@ -146,9 +144,7 @@ def make_api(config: ServiceConfig, engines: Engines) -> FastAPI:
     async def version() -> Version:
         return Version(version=__version__)
 
-    @api.get("/", response_class=HTMLResponse, include_in_schema=False)
-    async def playground() -> HTMLResponse:
-        return HTMLResponse(page.replace("{{ model }}", served.name), headers=PAGE_HEADERS)
+    add_playground(api, served.name, resolve_checkpoint(config.model))
 
     def check_model(name: str | None) -> None:
         if name not in (None, served.name):
@@ -179,15 +175,6 @@ def make_api(config: ServiceConfig, engines: Engines) -> FastAPI:
             allow_headers=["Authorization", "Content-Type"],
         )
     return api
-
-
-PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; style-src 'unsafe-inline';"
-    " script-src 'unsafe-inline'; img-src 'self' data: blob:; media-src blob:;"
-    " frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-}
 
 
 def add_batches(api: FastAPI, batches: Batches) -> None:
