@@ -44,7 +44,8 @@ DROP = """([data, name]) => {
     files.items.add(new File([bytes], name, {type: "image/png"}));
     const drop = document.getElementById("choose");
     for (const kind of ["dragover", "drop"])
-        drop.dispatchEvent(new DragEvent(kind, {dataTransfer: files, cancelable: true, bubbles: true}));
+        drop.dispatchEvent(
+            new DragEvent(kind, {dataTransfer: files, cancelable: true, bubbles: true}));
 }"""
 
 
@@ -191,7 +192,7 @@ def test_all_of_it_is_reached_by_keyboard_and_has_a_name(page: Page) -> None:
     page.get_by_label("Example: a sign").click()
     expect(page.locator("#cut")).to_contain_text("tokens")
     reached = []
-    page.evaluate("document.activeElement.blur()")
+    page.get_by_role("heading", name="tiny").click()  # from the page's beginning
     for _ in range(20):
         page.keyboard.press("Tab")
         reached.append(
@@ -257,7 +258,7 @@ def test_what_is_too_long_is_said_and_can_be_mended(page: Page, tmp_path: Path) 
 
 def test_an_answer_is_stopped(page: Page) -> None:
     def lengthen(route: Route) -> None:
-        body = route.request.post_data_json | {"ignore_eos": True, "max_tokens": 2000}
+        body = route.request.post_data_json | {"ignore_eos": True, "max_tokens": 900}
         route.continue_(post_data=json.dumps(body))
 
     page.route("**/v1/chat/completions", lengthen)
@@ -365,6 +366,7 @@ def test_a_key_is_asked_for_when_it_is_needed(browser: Browser, closed: Service)
         expect(page.locator(".user")).to_have_count(1)
 
         page.get_by_role("link", name="Model card").click()
+        expect(page.locator("#card")).to_be_visible()
         card = (resolve_checkpoint("tiny-iss") / "README.md").read_text()
         assert page.locator("#card pre").text_content() == card
         page.keyboard.press("Escape")

@@ -245,7 +245,7 @@ def is_refused(response: requests.Response) -> bool:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_what_is_under_way_ends_and_nothing_new_begins(number: int) -> None:
     mark = uuid.uuid4().hex
-    lengths = (150, 400, 700)
+    lengths = (50, 300, 700)
     with serving("--dtype=float32", **{MARK: mark}) as service, ThreadPoolExecutor() as pool:
         url = service.url
         expected = {length: post(url, length).json() for length in lengths}
@@ -285,7 +285,7 @@ def test_what_does_not_end_in_time_is_told_so(is_impatient: bool) -> None:
     with serving("--max-num-seqs=16", grace, **{MARK: mark}) as service:
         with ThreadPoolExecutor() as pool:
             begun = [threading.Event() for _ in range(12)]
-            streams = [pool.submit(stream, service.url, 2000, event) for event in begun]
+            streams = [pool.submit(stream, service.url, 900, event) for event in begun]
             assert all(event.wait(60) for event in begun)
             service.process.terminate()
             if is_impatient:

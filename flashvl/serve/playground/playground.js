@@ -336,6 +336,7 @@ function figures(timing, usage) {
     item.append(dot, `${name} ${ms(part)}${more}`);
     list.append(item);
   }
+  line.addEventListener("toggle", () => line.scrollIntoView({block: "nearest"}));
   line.firstChild.prepend(bar);
   line.append(list);
   return line;
