@@ -221,7 +221,9 @@ def serve(
     replicas: ReplicasOption = "1",
     gpus_per_replica: GpusPerReplicaOption = 1.0,
     max_num_seqs: Annotated[int, typer.Option(help="Requests an engine answers at once.")] = 64,
-    max_waiting: Annotated[int, typer.Option(help="That may wait; the next gets a 429.")] = 64,
+    max_waiting: Annotated[
+        int, typer.Option(help="Requests that may wait; the next gets a 429.")
+    ] = 64,
     graceful_shutdown_timeout_s: Annotated[
         float, typer.Option(min=0, help="Seconds for answers under way to end, when it is stopped.")
     ] = 60.0,

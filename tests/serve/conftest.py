@@ -57,7 +57,11 @@ def serving(*options: str, **environment: str) -> Iterator[Service]:
     line = [sys.executable, "-m", "flashvl", "serve", f"--port={port}", *options]
     url = f"http://127.0.0.1:{port}"
     process = subprocess.Popen(
-        line, env=os.environ | environment, stdout=subprocess.PIPE, text=True
+        line,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # what a terminal tells a command and all that it started
     )
     assert process.stdout is not None
     try:

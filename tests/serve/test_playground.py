@@ -108,7 +108,7 @@ def question(page: Page) -> Locator:
 
 def ask(page: Page, text: str) -> str:
     """Ask and return the answer."""
-    answers = page.locator(".assistant")
+    answers = page.locator(".answer:has(.bar) .assistant")
     before = answers.count()
     question(page).fill(text)
     question(page).press("Enter")

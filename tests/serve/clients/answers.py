@@ -2,6 +2,7 @@
 
 import base64
 import json
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,4 +31,4 @@ def as_part(image: str) -> dict[str, Any]:
 
 
 def tell(**answers: Any) -> None:
-    print(json.dumps(answers, default=str))
+    sys.stdout.write(json.dumps(answers, default=str) + "\n")
