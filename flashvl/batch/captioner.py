@@ -17,7 +17,7 @@ from flashvl.batch.served import ServedEngine
 from flashvl.batch.tiling import append_columns, failure, without_kept
 from flashvl.data.features import Tiles, ask_about_image, tiles_from_bytes
 from flashvl.data.schema import CAPTIONS
-from flashvl.engine import AsyncEngine, Completion, Engine, Request
+from flashvl.engine import AsyncEngine, Completion, Engine, Request, StructuredOutputs
 from flashvl.engine.runner import share_cores
 from flashvl.errors import CheckpointError, DataError
 from flashvl.model.loading import load_processor
@@ -71,6 +71,8 @@ class Captioner:
             engines_per_node: that share the node's cores, where there are no GPUs.
         """
         self.job, self.gate = job, gate
+        schema = job.json_schema
+        self.form = None if schema is None else StructuredOutputs(json=schema)
         self.engine: OwnEngine | ServedEngine | CheckpointError
         try:
             self.engine = (
@@ -113,6 +115,7 @@ class Captioner:
                     temperature=job.temperature,
                     top_p=job.top_p,
                     seed=job.seed + row["row"],
+                    structured_outputs=self.form,
                 )
             )
         except DataError as error:

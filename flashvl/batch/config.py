@@ -40,6 +40,8 @@ class CaptionJob(StrictModel):
     rows with other URLs are dead letters."""
     keep: tuple[str, ...] = ()
     """Columns that go through to the output as they are."""
+    json_schema: str | None = None
+    """A JSON schema, as text, that every caption is valid under, unless it ends by `length`."""
     max_new_tokens: PositiveInt = 64
     """Longer captions end here, with finish reason `length`."""
     temperature: Annotated[float, Field(ge=0)] = 0.0

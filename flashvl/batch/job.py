@@ -5,6 +5,8 @@
 It does not start Ray: the entry point does. The model is a path that every node sees.
 """
 
+import hashlib
+import json
 import logging
 import time
 from contextlib import closing
@@ -44,6 +46,7 @@ from flashvl.config import StrictModel, pool_of
 from flashvl.data.features import ask_about_image, encode_prompt
 from flashvl.data.storage import Location, locate
 from flashvl.engine.engine import longest_conversation
+from flashvl.engine.grammar_check import GrammarError, checked
 from flashvl.errors import ConfigError, FlashVLError
 from flashvl.model import FlashVLConfig
 from flashvl.model.loading import load_processor, resolve_checkpoint
@@ -149,11 +152,13 @@ def check_caption_job(job: CaptionJob) -> Plan:
         known=known,
     )
     _check_prompt(job)
+    _check_schema(job)
     fingerprint: Fingerprint = {
         "version": __version__,
         "model": hash_folder(resolve_checkpoint(job.model)),
         "dtype": job.dtype,
         "prompt": job.prompt if job.prompt_column is None else f"column {job.prompt_column}",
+        "json_schema": _hash_schema(job.json_schema),
         "max_new_tokens": job.max_new_tokens,
         "temperature": job.temperature,
         "top_p": job.top_p,
@@ -320,3 +325,22 @@ def _check_prompt(job: CaptionJob) -> None:
             f"prompt of {num_tokens} tokens and max_new_tokens={job.max_new_tokens} exceed"
             f" the model's {longest}; shorten the one or lower the other"
         )
+
+
+def _check_schema(job: CaptionJob) -> None:
+    """
+    Raises:
+        ConfigError: no caption could be valid under it, or it is too much.
+    """
+    if job.json_schema is not None:
+        try:
+            checked("json", job.json_schema)
+        except GrammarError as error:
+            raise ConfigError(f"json_schema cannot be used: {error}") from None
+
+
+def _hash_schema(schema: str | None) -> str:
+    """Of what it says, not of its white space."""
+    if schema is None:
+        return "none"
+    return hashlib.blake2b(json.dumps(json.loads(schema)).encode(), digest_size=16).hexdigest()

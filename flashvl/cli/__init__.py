@@ -100,6 +100,10 @@ def caption(
         list[str] | None,
         typer.Option(metavar="COLUMN", help="Copy it to the output; may be given again."),
     ] = None,
+    json_schema: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Every caption is JSON, valid under this schema."),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of a caption at most.")] = 64,
     temperature: Annotated[float, typer.Option(help="0: the likeliest token each time.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample among the likeliest of this mass.")] = 1.0,
@@ -156,7 +160,11 @@ def caption(
         from flashvl.batch.job import check_caption_job, run_plan
         from flashvl.config import validate
 
-        options |= {"keep": tuple(keep or ()), "media_hosts": tuple(media_host or ())}
+        options |= {
+            "keep": tuple(keep or ()),
+            "media_hosts": tuple(media_host or ()),
+            "json_schema": json_schema and _read(json_schema),
+        }
         plan = check_caption_job(validate(CaptionJob, options, source="caption"))
         if dry_run:
             print(json.dumps(plan.describe(), indent=2) if as_json else plan)
@@ -177,6 +185,20 @@ def caption(
         if summary.duplicate_ids:
             print(f"{summary.duplicate_ids} rows have an id that is another's too; row tells which")
         print(f"Open {plan.output / 'report.html'} to see a sample.")
+
+
+def _read(file: Path) -> str:
+    """
+    Raises:
+        ConfigError: it cannot be read, or is no text.
+    """
+    from flashvl.errors import ConfigError
+
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise ConfigError(f"cannot read {file}: {reason}; name a JSON schema's file") from None
 
 
 @app.command()

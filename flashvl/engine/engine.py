@@ -330,17 +330,22 @@ class Engine:
 
     def _admit(self, sequences: list[Sequence], logits: torch.Tensor) -> torch.Tensor:
         """(rows, vocabulary) logits, -inf where a sequence's grammar admits no such token."""
-        masks = {
-            place: sequence.grammar.mask
+        grammars = {
+            place: sequence.grammar
             for place, sequence in enumerate(sequences)
             if sequence.grammar is not None
         }
-        if not masks:
+        if not grammars:
             return logits
+        is_out = self.grammars.left_out(list(grammars.values()))
+        for row, place in enumerate(grammars):
+            if sequences[place].request.ignore_eos:
+                is_out[row, self.end_token_ids] = True  # behind one, nothing is admitted
         choices = logits.clone()  # what they were is asked for by `logprobs`
-        is_out = torch.from_numpy(self.grammars.left_out(masks.values())).to(logits.device)
-        places = list(masks)
-        choices[places] = logits[places].masked_fill(is_out, -torch.inf)
+        places = list(grammars)
+        choices[places] = logits[places].masked_fill(
+            torch.from_numpy(is_out).to(logits.device), -torch.inf
+        )
         return choices
 
     def _go_on(
@@ -354,6 +359,8 @@ class Engine:
         Raises:
             DataError: what its grammar admits has become too much to tell.
         """
+        if sequence.grammar is not None:
+            sequence.grammar.check()
         if not sequence.sampler.is_plain:
             token = sequence.sampler.choose(choice, len(sequence.token_ids))
         num_before = len(sequence.logprobs)

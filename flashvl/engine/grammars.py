@@ -1,11 +1,12 @@
 """From what an answer must look like to the tokens that may come next, by llguidance."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 from llguidance import LLMatcher, LLTokenizer
+from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 from transformers import PreTrainedTokenizerBase
 
 from flashvl.data.features import BREAK
@@ -18,35 +19,25 @@ from flashvl.errors import DataError
 class Grammar:
     """What may follow in one answer; for one thread."""
 
-    mask: bytes
-    """Of every token one bit, the lowest first: whether it may be next."""
-
     def __init__(self, matcher: LLMatcher):
-        """
-        Raises:
-            DataError: nothing may follow, not even the end.
-        """
-        self._matcher = matcher
-        self._look_ahead()
+        self.matcher = matcher
 
     @property
     def is_over(self) -> bool:
         """Nothing but the end may follow."""
-        return self._matcher.is_stopped()
+        return self.matcher.is_stopped()
 
     def add(self, token: int) -> None:
-        """Go on by a token that was admitted.
+        """Go on by a token that was admitted."""
+        self.matcher.consume_token(token)
 
+    def check(self) -> None:
+        """
         Raises:
             DataError: to tell what may follow has become too much.
         """
-        self._matcher.consume_token(token)
-        self._look_ahead()
-
-    def _look_ahead(self) -> None:
-        self.mask = self._matcher.compute_bitmask()
-        if self._matcher.is_error():
-            line = " ".join(self._matcher.get_error().split())
+        if self.matcher.is_error():
+            line = " ".join(self.matcher.get_error().split())
             raise DataError(f"structured_outputs are too complex ({line[:200]}); make them simpler")
 
 
@@ -77,16 +68,22 @@ class Grammars:
             grammar = checked(kind, text)
         except GrammarError as error:
             raise DataError(f"structured_outputs.{kind} cannot be used: {error}") from None
-        return Grammar(LLMatcher(self._tokenizer, grammar, log_level=0, limits=LIMITS))
+        compiled = Grammar(LLMatcher(self._tokenizer, grammar, log_level=0, limits=LIMITS))
+        self.left_out([compiled])
+        compiled.check()
+        return compiled
 
-    def left_out(self, masks: Iterable[bytes]) -> npt.NDArray[np.bool_]:
-        """(masks, vocabulary), True where a token may not be next.
+    def left_out(self, grammars: Sequence[Grammar]) -> npt.NDArray[np.bool_]:
+        """(grammars, vocabulary), True where a token may not be next.
 
-        Control tokens are none of an answer's text, though a grammar may name them.
+        Control tokens are none of an answer's text, though a grammar may name them. `check` tells
+        of whose it could not be told.
         """
-        rows = list(masks)
-        bits = np.frombuffer(b"".join(rows), np.uint8).reshape(len(rows), -1)
-        is_out = np.unpackbits(bits, 1, self.vocab_size, bitorder="little") == 0
+        bits = allocate_token_bitmask(len(grammars), self.vocab_size)
+        for place, each in enumerate(grammars):
+            fill_next_token_bitmask(each.matcher, bits, place)
+        is_in = np.unpackbits(bits.view(np.uint8), 1, self.vocab_size, bitorder="little")
+        is_out = is_in == 0
         is_out[:, self._control_tokens] = True
         return is_out
 

@@ -21,14 +21,11 @@ class Sampler:
         self.has_penalties = bool(
             request.repetition_penalty != 1 or request.presence_penalty or request.frequency_penalty
         )
-        # Behind an end token a grammar admits nothing.
-        self.never_ends = request.ignore_eos and request.structured_outputs is not None
         self.is_plain = not (
             request.temperature
             or self.has_penalties
             or request.logit_bias
             or request.min_new_tokens
-            or self.never_ends
         )
         """The likeliest token is the next one, whatever came before."""
 
@@ -41,8 +38,6 @@ class Sampler:
         logits = logits.float().cpu().clone()
         if num_new_tokens < request.min_new_tokens:
             logits[[*self.end_token_ids, *request.stop_token_ids]] = -torch.inf
-        elif self.never_ends:
-            logits[self.end_token_ids] = -torch.inf
         if logits.max() == -torch.inf:
             return None
         if request.logit_bias:

@@ -192,7 +192,7 @@ def test_answers_are_valid_and_nobody_else_is_changed(
         free.append(ask(picture, max_new_tokens=24, **options))
         # The tokens of an answer are bounded by its bytes.
         constrained.append(
-            ask(picture, max_new_tokens=3000, structured_outputs=under(schema), **options)
+            ask(picture, max_new_tokens=900, structured_outputs=under(schema), **options)
         )
     alone = engine.generate(free)
     mixed = [request for pair in zip(free, constrained, strict=True) for request in pair]
