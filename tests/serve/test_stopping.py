@@ -295,8 +295,11 @@ def test_what_does_not_end_in_time_is_told_so(is_impatient: bool) -> None:
                 wait_until(lambda: is_refused(requests.get(f"{service.url}/readyz", timeout=9)), 10)
                 service.process.terminate()
             assert service.process.wait(60) == 0
-            for future in streams:
-                seen = future.result(timeout=60)
-                assert (seen.status, seen.is_done, seen.finish_reasons) == (200, False, [])
-                assert [error["code"] for error in seen.errors] == ["service_stopping"]
+            seen = [future.result(timeout=60) for future in streams]
+        assert {each.status for each in seen} == {200}
+        cut = [each for each in seen if not each.is_done]
+        assert cut  # on a machine that is busy some may have ended before
+        for each in cut:
+            assert each.finish_reasons == []
+            assert [error["code"] for error in each.errors] == ["service_stopping"]
     assert_nothing_is_left(mark)
