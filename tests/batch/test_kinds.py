@@ -7,6 +7,7 @@ import io
 import json
 import lzma
 import os
+import random
 import ssl
 import subprocess
 import sys
@@ -432,6 +433,22 @@ def test_refuses_what_is_not_json_lines(tmp_path: Path) -> None:
     assert find_source(str(path)).describe().startswith("JSON Lines: image from field file_name")
     path.write_text("")
     assert find_source(str(path)).num_rows == 0
+
+
+def test_broken_files_whose_names_are_no_text_are_told_of(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"\xff")
+    folder.mkdir()
+    tar, lines = folder / os.fsdecode(b"\xfe.tar"), folder / os.fsdecode(b"\xfe.jsonl.gz")
+    tar.write_bytes(WHOLE[:-3000])
+    lines.write_bytes(gzip.compress(random.Random(0).randbytes(10**5))[:-9])
+    source = find_source(str(tar))
+    assert isinstance(source, TarFiles)
+    assert "\ufffd.tar is broken at" in source.tars[0].rows["problem"].to_pylist()[-1]
+    (piece,) = source._pieces(np.arange(source.num_rows) < source.num_rows - 1)
+    assert piece["id"].to_pylist() == ["\ufffd.tar"]
+    problem = jsonl.count_lines(locate(lines), ImageLimits()).problem
+    assert problem is not None and "\ufffd.jsonl.gz is broken" in problem
+    problem.encode()
 
 
 def test_a_line_longer_than_any_image_is_a_dead_letter_and_not_held(tmp_path: Path) -> None:

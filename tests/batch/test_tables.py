@@ -34,7 +34,7 @@ def read(source: Any, is_done: Any = None) -> pa.Table:
     assert isinstance(source, ParquetFiles)
     is_done = np.zeros(source.num_rows, bool) if is_done is None else is_done
     pieces = pa.Table.from_pylist(list(source._pieces(is_done)), schema=PIECE)
-    schema = source.files[0].schema
+    schema = source.tables[0].schema
     tables = read_row_groups(pieces, store=source.store, columns=source.columns, schema=schema)
     return pa.concat_tables(tables, promote_options="default")
 
@@ -178,7 +178,7 @@ def test_partitions_begin_below_the_input(tmp_path: Path) -> None:
         source = find_source(str(text))
         assert isinstance(source, ParquetFiles)
         is_above = "day=1" in str(text)
-        assert source.files[0].partition == ({} if is_above else {"day": "1"})
+        assert source.tables[0].partition == ({} if is_above else {"day": "1"})
         assert read(source)["image"].to_pylist() == [b"i"]
     pq.write_table(pa.table({"jpg": [b"i"]}), folder / "day=1" / "a.parquet")
     rows = read(find_source(str(folder.parent.parent), keep=["id", "day"])).to_pylist()

@@ -29,6 +29,7 @@ from flashvl.batch.inputs.rows import (
     BYTES_PER_READ,
     ROWS_PER_READ,
     as_blocks,
+    as_name,
     as_table,
     as_text,
     resolve_path,
@@ -240,8 +241,8 @@ def count_lines(location: Location, limits: ImageLimits) -> Lines:
             if not is_damage(error):
                 raise
             problem = (
-                f"{location} is broken behind line {count} ({error}): what it held from there on"
-                " is lost; make it anew"
+                f"{as_name(str(location))} is broken behind line {count} ({error}): what it held from"
+                " there on is lost; make it anew"
             )
     if count > firsts[-1]:
         offsets.append(end)

@@ -55,6 +55,11 @@ def resolve_path(path: bytes, folder: bytes) -> bytes:
     return path if is_uri(text) or is_data_url(text) else posixpath.join(folder, path)
 
 
+def as_name(path: str) -> str:
+    """A path, or a name in a tar, that may be no valid text, made readable."""
+    return os.fsencode(path).decode(errors="replace")
+
+
 def as_text(value: Any) -> str | None:
     """A JSON value as text: a string as it is, all else as JSON; no half of a surrogate pair."""
     if value is None:

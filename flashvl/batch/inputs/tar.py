@@ -32,6 +32,7 @@ from flashvl.batch.inputs.rows import (
     BYTES_PER_READ,
     ROWS_PER_READ,
     as_blocks,
+    as_name,
     as_table,
     as_text,
 )
@@ -221,8 +222,11 @@ def read_headers(location: Location, image: str | None, wanted: frozenset[str]) 
     rows = index.rows()
     if problem is not None:
         name = posixpath.basename(location.path)
-        reason = f"{location} is broken {problem}: what it held from there on is lost; make it anew"
-        rows.append({"id": as_text(name), "offset": 0, "size": 0, "texts": [], "problem": reason})
+        reason = (
+            f"{as_name(str(location))} is broken {problem}: what it held from there on is lost;"
+            " make it anew"
+        )
+        rows.append({"id": as_name(name), "offset": 0, "size": 0, "texts": [], "problem": reason})
     return Tar(
         rows=pa.Table.from_pylist(rows, schema=_MEMBER),
         columns=frozenset(index.columns),
@@ -344,11 +348,6 @@ class _Index:
             return
         if isinstance(fields, dict):
             self.columns |= {as_name(f"{column}.{name}") for name in fields}
-
-
-def as_name(text: str) -> str:
-    """A name from a tar, which may be no valid text, made readable."""
-    return os.fsencode(text).decode(errors="replace")
 
 
 def _read_members(
