@@ -241,8 +241,8 @@ def count_lines(location: Location, limits: ImageLimits) -> Lines:
             if not is_damage(error):
                 raise
             problem = (
-                f"{as_name(str(location))} is broken behind line {count} ({error}): what it held from"
-                " there on is lost; make it anew"
+                f"{as_name(str(location))} is broken behind line {count} ({error}): what it held"
+                " from there on is lost; make it anew"
             )
     if count > firsts[-1]:
         offsets.append(end)
