@@ -1,5 +1,6 @@
 """From what an answer must look like to the tokens that may come next, by llguidance."""
 
+import functools
 import json
 from collections.abc import Sequence
 
@@ -51,10 +52,21 @@ class Grammars:
         Args:
             vocab_size: the model's, which may be greater than the tokenizer's.
         """
-        self.vocab_size = vocab_size
-        self._control_tokens = sorted(TokenTable(tokenizer).control_tokens - set(end_token_ids))
-        self._tokenizer = LLTokenizer(
-            _without_names(tokenizer), n_vocab=vocab_size, eos_token=end_token_ids
+        self.tokenizer, self.vocab_size, self.end_token_ids = tokenizer, vocab_size, end_token_ids
+
+    @functools.cached_property
+    def _control_tokens(self) -> list[int]:
+        """Those that no text may hold, save the end tokens."""
+        return sorted(TokenTable(self.tokenizer).control_tokens - set(self.end_token_ids))
+
+    @functools.cached_property
+    def _tokens(self) -> LLTokenizer:
+        """The vocabulary in llguidance's form, made for the first answer that needs it.
+
+        Qwen's takes two seconds, which most engines never need to spend.
+        """
+        return LLTokenizer(
+            _without_names(self.tokenizer), n_vocab=self.vocab_size, eos_token=self.end_token_ids
         )
 
     def compile(self, outputs: StructuredOutputs) -> Grammar:
@@ -68,7 +80,7 @@ class Grammars:
             grammar = checked(kind, text)
         except GrammarError as error:
             raise DataError(f"structured_outputs.{kind} cannot be used: {error}") from None
-        compiled = Grammar(LLMatcher(self._tokenizer, grammar, log_level=0, limits=LIMITS))
+        compiled = Grammar(LLMatcher(self._tokens, grammar, log_level=0, limits=LIMITS))
         self.left_out([compiled])
         compiled.check()
         return compiled
