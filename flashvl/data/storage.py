@@ -60,7 +60,7 @@ class Location:
     def open(self) -> pa.NativeFile:
         """The file for reading, by Arrow's own means."""
         if self.is_local:
-            return pa.OSFile(self.path, "rb")
+            return pa.OSFile(os.fsencode(self.path), "rb")  # a name may be no text
         if self.is_on_hub:
             return pa.PythonFile(self.store.open(self.path, "rb"), mode="r")
         return self.store.fs.open_input_file(self.path)
