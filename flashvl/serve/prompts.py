@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from flashvl.data.features import Message, encode_prompt
-from flashvl.data.fetching import Fetcher
+from flashvl.data.fetching import Fetcher, decode_data_url, is_data_url
 from flashvl.data.images import read_header
 from flashvl.engine import StructuredOutputs
 from flashvl.engine.engine import longest_conversation
@@ -19,7 +19,6 @@ from flashvl.model import FlashVLConfig
 from flashvl.model.loading import load_processor, resolve_checkpoint
 from flashvl.serve.config import ServiceConfig
 from flashvl.serve.conversations import as_conversation
-from flashvl.serve.media import decode_data_url, is_data_url
 from flashvl.serve.protocol.chat import ChatCompletionRequest
 from flashvl.serve.protocol.completions import CompletionRequest
 from flashvl.serve.protocol.errors import RequestError

@@ -11,8 +11,8 @@ import requests
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flashvl.data.fetching import decode_data_url, is_data_url
 from flashvl.errors import DataError
-from flashvl.serve.media import decode_data_url, is_data_url
 from tests.serve.conftest import data_url, encode, noise
 
 PICTURE = encode(noise(0))

@@ -4,6 +4,6 @@ A field that we do not know is refused, not ignored: who asks for it relies on i
 """
 
 from flashvl.serve.protocol.errors import RequestError
-from flashvl.serve.protocol.parts import Closed, decode_base64
+from flashvl.serve.protocol.parts import Closed
 
-__all__ = ["Closed", "RequestError", "decode_base64"]
+__all__ = ["Closed", "RequestError"]

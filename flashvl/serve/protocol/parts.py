@@ -1,6 +1,5 @@
 """What several kinds of request have in common."""
 
-import base64
 from typing import Annotated, Any
 
 from pydantic import (
@@ -98,11 +97,3 @@ class StreamOptions(Closed):
     include_obfuscation: bool = False
     """Taken and ignored."""
     continuous_usage_stats: Annotated[Any, Only(False)] = None
-
-
-def decode_base64(text: str) -> bytes:
-    """
-    Raises:
-        ValueError: it is not base64.
-    """
-    return base64.b64decode(text, validate=True)
