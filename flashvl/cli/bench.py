@@ -390,24 +390,21 @@ def _write_latencies(
 
 
 def _print_throughputs(found: Sequence["Throughput"]) -> None:
-    has_batches = any(each.times_batches is not None for each in found)
-    _print_table(
-        ["width", "", "tokens/s", "decoding", "TTFT ms", "TPOT ms", "roofline"]
-        + has_batches * ["batches"],
+    rows = [
         [
-            [
-                str(each.width),
-                each.name,
-                f"{each.tokens_per_s:.1f}",
-                f"{each.decode_tokens_per_s:.1f}",
-                f"{each.ttft_ms:.0f}",
-                f"{each.tpot_ms:.1f}",
-                f"{each.roofline_fraction:.0%}",
-            ]
-            + has_batches * [f"{each.times_batches:.2f}x"]
-            for each in found
-        ],
-    )
+            str(each.width),
+            each.name,
+            f"{each.tokens_per_s:.1f}",
+            f"{each.decode_tokens_per_s:.1f}",
+            f"{each.ttft_ms:.0f}",
+            f"{each.tpot_ms:.1f}",
+            f"{each.roofline_fraction:.0%}",
+            *([] if each.times_batches is None else [f"{each.times_batches:.2f}x"]),
+        ]
+        for each in found
+    ]
+    header = ["width", "", "tokens/s", "decoding", "TTFT ms", "TPOT ms", "roofline", "batches"]
+    _print_table(header[: len(rows[0])], rows)
 
 
 def _print_latencies(latencies: Sequence["Latency"], machine: "Machine") -> None:
