@@ -63,7 +63,7 @@ def test_the_command_has_rows_of_vllm(vllm_python: Path, tmp_path: Path) -> None
         ("vLLM", 16),
     ]
     assert written["vllm"] in result.stdout
-    assert sum(line.startswith("16  ") for line in result.stdout.splitlines()) == 2
+    assert sum(line.split()[:1] == ["16"] for line in result.stdout.splitlines()) == 2
     assert Image.open(plot).format == "PNG"
 
 
