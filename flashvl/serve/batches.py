@@ -3,8 +3,10 @@
 Ray keeps the jobs, whichever ingress is asked; how far one is, its output itself tells.
 """
 
+import contextlib
 import json
 import logging
+import re
 import shlex
 import sys
 import time
@@ -29,6 +31,8 @@ logger = logging.getLogger("ray.serve")
 
 SUBMIT_S = 30.0
 """In which the cluster must take a job."""
+
+BATCH_ID = re.compile(r"batch-[0-9a-f]{32}")
 
 Place = Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=r"^[^\x00-\x1f]+$")]
 Status = Literal["validating", "in_progress", "completed", "failed", "cancelled"]
@@ -164,10 +168,11 @@ class Batches:
         return self.get(batch_id)
 
     def _find(self, batch_id: str) -> JobDetails:
-        try:
-            job = self._client.get_job_info(batch_id)
-        except RuntimeError:  # Ray's word for "not found"
-            job = None
+        job = None
+        # Ray's client writes an id into a URL as it is, where `#` and `/` mean something.
+        if BATCH_ID.fullmatch(batch_id):
+            with contextlib.suppress(RuntimeError):  # Ray's word for "not found"
+                job = self._client.get_job_info(batch_id)
         if job is None or "flashvl" not in (job.metadata or {}):
             raise RequestError(404, f"no batch {batch_id[:100]!r}", param="batch_id")
         return job

@@ -112,8 +112,9 @@ class Engines:
             raise RequestError(503, "no engine is ready", retry_after_s=1) from None
 
     def _as_error(self, refusal: Refusal) -> RequestError:
-        if refusal.reason == "bad_request":
-            return RequestError(400, refusal.message, param="messages")
+        if refusal.reason != "overloaded":
+            code = None if refusal.reason == "bad_request" else refusal.reason
+            return RequestError(400, refusal.message, param="messages", code=code)
         self._refusal = RequestError(
             429,
             refusal.message,

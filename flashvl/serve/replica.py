@@ -15,7 +15,7 @@ from typing import Any, Literal
 from PIL import Image
 
 from flashvl.batch.manifest import hash_folder
-from flashvl.data.features import Message, decode_tiles
+from flashvl.data.features import Message, Tiles, decode_tiles
 from flashvl.engine import AsyncEngine, Completion, Delta, Engine, Request
 from flashvl.engine.runner import share_cores
 from flashvl.errors import DataError
@@ -48,7 +48,7 @@ class Ask:
 class Refusal:
     """In place of an answer."""
 
-    reason: Literal["overloaded", "bad_request"]
+    reason: Literal["overloaded", "bad_request", "invalid_image"]
     message: str
     retry_after_s: int | None = None
     full_for_s: float = 0.0
@@ -98,7 +98,14 @@ class EngineReplica:
         completion: Completion | None = None
         self.num_admitted += 1
         try:
-            async with contextlib.aclosing(self._deltas(ask)) as deltas:
+            try:  # beside the event loop, which others' tokens go through
+                tiles = await asyncio.to_thread(
+                    decode_tiles, ask.images, self.engine.engine.processor, config.limits
+                )
+            except DataError as error:
+                yield Refusal(reason="invalid_image", message=str(error))
+                return
+            async with contextlib.aclosing(self._deltas(ask, tiles)) as deltas:
                 async for delta in deltas:
                     completion = delta.completion
                     if completion is not None:  # counted first: who has the last asks for no more
@@ -137,10 +144,7 @@ class EngineReplica:
         folder = resolve_checkpoint(self.config.model)
         return await asyncio.to_thread(hash_folder, folder), self.config.dtype
 
-    async def _deltas(self, ask: Ask) -> AsyncGenerator[Delta, None]:
-        processor = self.engine.engine.processor
-        # Beside the event loop, which others' tokens go through.
-        tiles = await asyncio.to_thread(decode_tiles, ask.images, processor, self.config.limits)
+    async def _deltas(self, ask: Ask, tiles: Tiles) -> AsyncGenerator[Delta, None]:
         request = Request(messages=ask.messages, images=tiles, **ask.sampling)
         if ask.is_streamed:
             async with contextlib.aclosing(self.engine.stream(request)) as deltas:

@@ -66,7 +66,7 @@ def test_a_batch_is_cancelled(url: str, batch_root: Path) -> None:
 def test_a_batch_that_cannot_begin_or_is_not_there(url: str, batch_root: Path) -> None:
     refused = create(url, input=str(batch_root / "none"), output=str(batch_root / "x"))
     assert refused.status_code == 400 and "does not exist" in refused.json()["error"]["message"]
-    for path in ("nothing", "batch-0", "..", "raysubmit_1"):
+    for path in ("nothing", "batch-0", "..", "raysubmit_1", "%23", "%3F", "a%2Fb", "a%23b"):
         answer = requests.get(f"{url}/v1/batches/{path}", timeout=60)
         assert answer.status_code == 404, (path, answer.text)
         assert requests.post(f"{url}/v1/batches/{path}/cancel", timeout=60).status_code == 404

@@ -31,6 +31,7 @@ OPERATIONS = [
     ("GET", "/healthz"),
     ("GET", "/readyz"),
     ("GET", "/version"),
+    ("GET", "/model-card"),
 ]
 GOOD = {"messages": ask("Hi", encode(noise(0))), "prompt": "Hi", "input": "Hi"}
 CHECKS = (
