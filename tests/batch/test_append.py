@@ -57,7 +57,7 @@ class Interrupted(Exception):
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("kind", ["parquet", "png"])
+@pytest.mark.parametrize("kind", [pytest.param("parquet", marks=pytest.mark.slow), "png"])
 def test_new_files_are_captioned_behind_the_old_ones(
     plain: dict[int, str],
     tiny_random: Path,

@@ -110,14 +110,14 @@ def test_an_interrupted_job_goes_on_with_the_rest(
 @pytest.mark.ray
 def test_sigterm_keeps_what_is_done(ray_cluster: None, job: CaptionJob) -> None:
     def terminate(now: Progress) -> None:
-        if now.num_done > 20:
+        if now.num_done:
             os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(FlashVLError, match=r"stopped by SIGTERM with \d+ of 60 rows on disk"):
         run_caption_job(job, terminate)
     assert signal.getsignal(signal.SIGTERM) == before
-    assert 20 < len(rows_of(Path(job.output))) < NUM_ROWS
+    assert 0 < len(rows_of(Path(job.output))) < NUM_ROWS
     run_caption_job(job)
     assert len(rows_of(Path(job.output))) == NUM_ROWS
 

@@ -242,7 +242,9 @@ def is_refused(response: requests.Response) -> bool:
     return True
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_what_is_under_way_ends_and_nothing_new_begins(number: int) -> None:
     mark = uuid.uuid4().hex
     lengths = (50, 300, 700)
@@ -280,7 +282,7 @@ def test_what_is_under_way_ends_and_nothing_new_begins(number: int) -> None:
     assert_nothing_is_left(mark)
 
 
-@pytest.mark.parametrize("is_impatient", [False, True])
+@pytest.mark.parametrize("is_impatient", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_what_does_not_end_in_time_is_told_so(is_impatient: bool) -> None:
     """Or when somebody asks a second time."""
     mark = uuid.uuid4().hex
