@@ -247,7 +247,7 @@ def test_appending_killed_again_and_again_ends_as_if_undisturbed(
             "from flashvl.cli import main; main()"
         )
         options = ["--model", str(tiny_random), "--max-new-tokens", "4", "--max-num-seqs", "8"]
-        options += ["--append", "--max-error-rate", "0.1"]
+        options += ["--append", "--max-error-rate", "0.1", "--dtype", "float32"]
         return [sys.executable, "-c", code, "caption", str(folder), "--output", str(to), *options]
 
     add(folder, "tar", "m", images(0))
