@@ -6,10 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import ray.data
-from fsspec import AbstractFileSystem
 
-from flashvl.batch.inputs.listing import ListedFile, Listing
-from flashvl.batch.inputs.source import Done
+from flashvl.batch.inputs.source import Done, Source
 
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp"),
@@ -19,18 +17,8 @@ IMAGE_SUFFIXES = (
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ImageFiles:
+class ImageFiles(Source):
     """Image files; the id is the path from the input's folder."""
-
-    listing: Listing
-
-    @property
-    def store(self) -> AbstractFileSystem:
-        return self.listing.root.store
-
-    @property
-    def files(self) -> list[ListedFile]:
-        return self.listing.files
 
     @property
     def num_rows(self) -> int:

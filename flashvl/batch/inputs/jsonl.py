@@ -34,7 +34,7 @@ from flashvl.batch.inputs.rows import (
     as_text,
     resolve_path,
 )
-from flashvl.batch.inputs.source import IMAGES, Done
+from flashvl.batch.inputs.source import IMAGES, Done, Source
 from flashvl.data.fetching import is_data_url
 from flashvl.data.images import ImageLimits
 from flashvl.data.schema import ImageColumns, find_image_columns
@@ -79,22 +79,13 @@ class Lines:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class JsonLines:
+class JsonLines(Source):
     """Files of JSON Lines."""
 
-    listing: Listing
     lines: list[Lines]
     """Of its files, in their order."""
     columns: ImageColumns
     limits: ImageLimits
-
-    @property
-    def store(self) -> AbstractFileSystem:
-        return self.listing.root.store
-
-    @property
-    def files(self) -> list[ListedFile]:
-        return self.listing.files
 
     @property
     def num_rows(self) -> int:

@@ -11,11 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
-from fsspec import AbstractFileSystem
 
 from flashvl.batch.inputs.listing import ListedFile, Listing
 from flashvl.batch.inputs.row_groups import PIECE, read_row_groups
-from flashvl.batch.inputs.source import Done
+from flashvl.batch.inputs.source import Done, Source
 from flashvl.data.schema import ImageColumns, find_image_columns
 from flashvl.data.storage import Location
 from flashvl.errors import ConfigError
@@ -41,21 +40,12 @@ class ParquetFile:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ParquetFiles:
+class ParquetFiles(Source):
     """An image table, in one file or many."""
 
-    listing: Listing
     tables: list[ParquetFile]
     """Its files, in their order."""
     columns: ImageColumns
-
-    @property
-    def store(self) -> AbstractFileSystem:
-        return self.listing.root.store
-
-    @property
-    def files(self) -> list[ListedFile]:
-        return self.listing.files
 
     @property
     def num_rows(self) -> int:

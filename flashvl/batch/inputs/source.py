@@ -1,7 +1,7 @@
 """What every source of rows offers, whatever its files are."""
 
-from collections.abc import Sequence
-from typing import Protocol
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -9,7 +9,7 @@ import pyarrow as pa
 import ray.data
 from fsspec import AbstractFileSystem
 
-from flashvl.batch.inputs.listing import ListedFile
+from flashvl.batch.inputs.listing import ListedFile, Listing
 from flashvl.data.schema import DEAD_LETTERS
 
 Done = npt.NDArray[np.bool_]
@@ -25,27 +25,36 @@ FAILURE = [DEAD_LETTERS.field(name) for name in ("stage", "error", "reason")]
 """Null in rows that are well."""
 
 
-class Source(Protocol):
-    """Rows to caption."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source(ABC):
+    """Rows to caption, of the files that were listed."""
+
+    listing: Listing
 
     @property
     def store(self) -> AbstractFileSystem:
         """Where the paths without a scheme are that it reads."""
+        return self.listing.root.store
 
     @property
+    def files(self) -> list[ListedFile]:
+        """In the order of their rows."""
+        return self.listing.files
+
+    @property
+    @abstractmethod
     def num_rows(self) -> int: ...
 
     @property
+    @abstractmethod
     def kept(self) -> pa.Schema:
         """The columns that go through to the output."""
 
-    @property
-    def files(self) -> Sequence[ListedFile]:
-        """In the order of their rows."""
-
+    @abstractmethod
     def describe(self) -> str:
         """What is read, for people; the same however many files there are."""
 
+    @abstractmethod
     def read(self, is_done: Done) -> ray.data.Dataset:
         """The rows that are not done yet.
 

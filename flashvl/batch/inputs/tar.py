@@ -36,7 +36,7 @@ from flashvl.batch.inputs.rows import (
     as_table,
     as_text,
 )
-from flashvl.batch.inputs.source import IMAGE, Done
+from flashvl.batch.inputs.source import IMAGE, Done, Source
 from flashvl.data.images import ImageLimits
 from flashvl.data.schema import ImageColumns, find_image_columns
 from flashvl.data.storage import Location
@@ -86,22 +86,13 @@ class Tar:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TarFiles:
+class TarFiles(Source):
     """Tars of images."""
 
-    listing: Listing
     tars: list[Tar]
     """Its files, in their order."""
     columns: ImageColumns
     limits: ImageLimits
-
-    @property
-    def store(self) -> AbstractFileSystem:
-        return self.listing.root.store
-
-    @property
-    def files(self) -> list[ListedFile]:
-        return self.listing.files
 
     @property
     def num_rows(self) -> int:
