@@ -188,6 +188,67 @@ def test_the_camera(page: Page) -> None:
     expect(page.locator("#choose")).to_be_visible()
 
 
+OPENED = """() => new Promise((done) => {
+    // As soon as there is a stream, before its first frame.
+    const video = document.getElementById("video");
+    const wait = () => video.srcObject ? done() : setTimeout(wait, 0);
+    document.getElementById("camera").click();
+    wait();
+})"""
+
+
+def test_the_camera_is_cancelled_before_its_first_frame(page: Page) -> None:
+    for _ in range(5):
+        page.evaluate(f"({OPENED})().then(() => document.getElementById('no-camera').click())")
+        expect(page.locator("#choose")).to_be_visible()
+    # Nor can a picture be taken before there is one.
+    is_disabled = page.evaluate(
+        f"({OPENED})().then(() => document.getElementById('shoot').disabled)"
+    )
+    assert is_disabled
+    expect(page.get_by_role("button", name="Take the picture")).to_be_enabled()
+
+
+def test_every_camera_that_was_opened_is_closed(page: Page) -> None:
+    page.evaluate("""() => {
+        const devices = navigator.mediaDevices, open = devices.getUserMedia.bind(devices);
+        window.streams = [];
+        devices.getUserMedia = async (wish) => {
+            const stream = await open(wish);
+            streams.push(stream);
+            return stream;
+        };
+    }""")
+    page.evaluate("for (let time = 0; time < 3; time++) document.getElementById('camera').click()")
+    page.get_by_role("button", name="Take the picture").click()
+    expect(page.locator("#cut")).to_contain_text("tokens")
+    page.wait_for_function("streams.length === 3")
+    states = page.evaluate(
+        "streams.flatMap((stream) => stream.getTracks().map((t) => t.readyState))"
+    )
+    assert states == ["ended"] * 3
+
+
+def test_the_picture_chosen_last_is_the_one_shown(page: Page, picture: bytes) -> None:
+    """Whatever takes longer, or fails, of those before it."""
+    slow, broken = encode(noise(0, (1500, 1500))), b"no picture"
+    for earlier in (slow, broken):
+        page.evaluate(
+            f"""([earlier, chosen]) => {{
+                const drop = {DROP};
+                drop([earlier, "earlier.png"]);
+                drop([chosen, "chosen.png"]);
+            }}""",
+            [base64.b64encode(each).decode() for each in (earlier, picture)],
+        )
+        expect(page.locator("#cut")).to_contain_text("tokens")
+        page.wait_for_timeout(500)
+        shown = page.locator("#image").get_attribute("src") or ""
+        assert shown.endswith(base64.b64encode(picture).decode())
+        expect(page.locator("#picture-error")).to_be_hidden()
+        page.get_by_role("button", name="Remove the picture").click()
+
+
 def test_all_of_it_is_reached_by_keyboard_and_has_a_name(page: Page) -> None:
     page.get_by_label("Example: a sign").click()
     expect(page.locator("#cut")).to_contain_text("tokens")

@@ -10,6 +10,7 @@ let frame = [0, 0];       // of the tiles around it, in its pixels
 let turns = [];           // messages so far, without the picture
 let running = null;       // AbortController of the answer that is being streamed
 let heldBack = null;      // what waits for an API key
+let choices = 0;          // pictures chosen so far: what an earlier one still waits for is void
 
 // The service
 
@@ -72,26 +73,29 @@ async function watchQueue() {
 async function take(file, questions = QUESTIONS) {
   stopCamera();
   if (!file) return;
+  const choice = ++choices;
   const url = await new Promise((done) => {
     const reader = new FileReader();
     reader.onload = () => done(reader.result);
     reader.onerror = () => done("");
     reader.readAsDataURL(file);
   });
-  await show(url, questions, file.name);
+  if (choice === choices) await show(url, questions, file.name);
 }
 
 async function show(url, questions, name = "") {
   removePicture();
-  const image = at("image");
+  const image = at("image"), choice = choices;
   image.src = url;
   try { await image.decode(); } catch {
+    if (choice !== choices) return;
     removePicture();
     at("picture-error").textContent = `${name || "That"} is no picture that this browser can show.`;
     at("picture-error").hidden = false;
     at("picture-error").scrollIntoView({block: "nearest"});
     return;
   }
+  if (choice !== choices) return;
   picture = url;
   at("empty").hidden = true;
   at("shown").hidden = false;
@@ -110,6 +114,7 @@ function fit() {
 }
 
 function removePicture() {
+  choices += 1;
   picture = null;
   frame = [0, 0];
   clear();
@@ -140,14 +145,16 @@ function draw(name, attributes, ...children) {
 }
 
 async function drawTiles() {
-  const {naturalWidth: width, naturalHeight: height} = at("image");
+  const {naturalWidth: width, naturalHeight: height} = at("image"), choice = choices;
   let told;
   try { told = await (await call("/v1/tiles", {width, height})).json(); } catch (error) {
+    if (choice !== choices) return;
     if (error.status === 401) askForKey(drawTiles);
     at("cut").textContent = error.status === 401 ? "" : error.message;
     at("legend").hidden = true;
     return;
   }
+  if (choice !== choices) return;
   const count = told.grid[0] * told.grid[1];
   const hasOverview = told.num_tiles > count;
   const views = hasOverview ? told.views.slice(1) : told.views;
@@ -207,14 +214,20 @@ function chooseTile(chosen) {
 }
 
 async function useCamera() {
-  const video = at("video");
-  try { video.srcObject = await navigator.mediaDevices.getUserMedia({video: {facingMode: "environment"}}); }
-  catch (error) { say("error", `No camera: ${error.message}`); return; }
+  stopCamera();
+  const choice = ++choices;
+  let stream;
+  try { stream = await navigator.mediaDevices.getUserMedia({video: {facingMode: "environment"}}); }
+  catch (error) { if (choice === choices) say("error", `No camera: ${error.message}`); return; }
+  if (choice !== choices) { stop(stream); return; }
   removePicture();
   at("empty").hidden = true;
   at("camera-view").hidden = false;
-  await video.play();
-  at("shoot").focus();
+  at("video").srcObject = stream;  // plays by itself, and then tells that there is a picture to take
+}
+
+function stop(stream) {
+  for (const track of stream?.getTracks() ?? []) track.stop();
 }
 
 function shoot() {
@@ -228,9 +241,10 @@ function shoot() {
 }
 
 function stopCamera() {
-  const video = at("video");
-  video.srcObject?.getTracks().forEach((track) => track.stop());
-  video.srcObject = null;
+  choices += 1;
+  stop(at("video").srcObject);
+  at("video").srcObject = null;
+  at("shoot").disabled = true;
   if (!at("camera-view").hidden) at("empty").hidden = false;
   at("camera-view").hidden = true;
 }
@@ -412,6 +426,7 @@ function on(id, kind, react) { at(id)?.addEventListener(kind, react); }
 on("file", "change", (event) => take(event.target.files[0]));
 on("remove", "click", removePicture);
 on("camera", "click", useCamera);
+on("video", "loadeddata", () => { at("shoot").disabled = false; at("shoot").focus(); });
 on("shoot", "click", shoot);
 on("no-camera", "click", stopCamera);
 on("stop", "click", () => running?.abort());
@@ -442,7 +457,11 @@ document.addEventListener("keydown", (event) => { if (event.key === "Escape" && 
 for (const button of document.querySelectorAll("[data-copy]")) button.addEventListener("click", () => copy(button.dataset.copy));
 for (const example of document.querySelectorAll(".example")) example.addEventListener("click", async () => {
   const image = example.querySelector("img"), questions = JSON.parse(example.dataset.questions);
-  await take(await (await fetch(image.src)).blob(), questions);
+  const choice = ++choices;
+  let file;
+  try { file = await (await fetch(image.src)).blob(); } catch (error) { say("error", error.message); return; }
+  if (choice !== choices) return;
+  await take(file, questions);
   setQuestion(questions[0]);
   if (at("key-form").hidden) at("question").focus();
 });
