@@ -4,12 +4,12 @@ import copy
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from flashvl.errors import ConfigError
+from flashvl.errors import ConfigError, one_line
 
 
 class StrictModel(BaseModel):
@@ -33,6 +33,12 @@ def _is_a_range(replicas: str) -> str:
 
 Replicas = Annotated[str, Field(pattern=r"^[1-9]\d*(:[1-9]\d*)?$"), AfterValidator(_is_a_range)]
 """Engines: their number, or LEAST:MOST."""
+
+Dtype = Literal["auto", "float32", "bfloat16"]
+"""Number format of a model that answers; `auto` is the machine's fastest, bfloat16 or float32."""
+
+DEFAULT_PROMPT = "Describe the image."
+"""Question that is asked about an image where the caller asks none."""
 
 ModelT = TypeVar("ModelT", bound=StrictModel)
 
@@ -76,7 +82,7 @@ def _read_yaml_mapping(path: Path) -> dict[str, Any]:
         reason = error.strerror or type(error).__name__
         raise ConfigError(f"cannot read {path}: {reason}; name an existing YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ConfigError(f"{path} is not valid YAML: {reason}") from None
     if not isinstance(values, dict):
         raise ConfigError(

@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from importlib.metadata import requires
-from typing import NoReturn, Protocol
+from typing import NoReturn
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from flashvl.errors import ConfigError, FlashVLError
+from flashvl.progress import ShowProgress
 
 MIN_CPUS = 3
 """Logical CPUs of a local Ray: a worker takes the two of a laptop, and data must still flow."""
@@ -35,12 +36,6 @@ MIN_BAR, MAX_BAR = 10, 40
 """Columns of a progress bar."""
 PROGRESS_LINE_S = 10.0
 """Seconds between two lines of progress where there is no terminal."""
-
-
-class ShowProgress(Protocol):
-    """Shows how far a long run is, and parts of a note as far as there is room: `a, b, c`."""
-
-    def __call__(self, done: int, total: int, note: str = "") -> None: ...
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Every error that a user can cause and mend.
+"""Every error that a user can cause and put right.
 
 The message is one line: the rule, the value that broke it, and the remedy. Entry points print it
 and exit with status 2; anything that is not a `FlashVLError` is a bug and keeps its traceback.
@@ -19,3 +19,13 @@ class DataError(FlashVLError):
 
 class CheckpointError(FlashVLError):
     """A model folder is missing, incomplete or not a Flash-VL checkpoint."""
+
+
+def one_line(error: BaseException | str, width: int = 200) -> str:
+    """The message of another library's error on one line of printable characters.
+
+    Args:
+        width: characters after which the message is cut.
+    """
+    text = " ".join(str(error).split())[:width] or type(error).__name__
+    return "".join(character if character.isprintable() else "?" for character in text)

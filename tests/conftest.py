@@ -69,7 +69,7 @@ def write_random(preset: str, folder: Path) -> Path:
 
     from flashvl.data.tokenizer import train_tokenizer
     from flashvl.model import FlashVLForConditionalGeneration
-    from flashvl.model.assembly import build_processor
+    from flashvl.model.parts.assembly import build_processor
     from flashvl.model.presets import build_config
 
     config = build_config(preset)

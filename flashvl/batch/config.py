@@ -5,10 +5,9 @@ from typing import Annotated, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
-from flashvl.config import Replicas, StrictModel
-from flashvl.data.images import ImageLimits
+from flashvl.config import DEFAULT_PROMPT, Dtype, Replicas, StrictModel
+from flashvl.data.limits import ImageLimits
 from flashvl.data.schema import IMAGE_MARKER
-from flashvl.model.loading import Dtype
 
 
 class CaptionJob(StrictModel):
@@ -23,7 +22,7 @@ class CaptionJob(StrictModel):
     """Shipped model's name, or a Flash-VL folder."""
     dtype: Dtype = "auto"
     """float32: a caption is the same whoever shares its batch, on any machine."""
-    prompt: str = "Describe the image."
+    prompt: str = DEFAULT_PROMPT
     """Asked about every image, unless there is a `prompt_column`."""
     prompt_column: str | None = None
     """Holds a prompt for each row."""

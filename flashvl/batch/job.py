@@ -32,7 +32,6 @@ from flashvl.batch.manifest import (
     check_same,
     claim,
     has_begun,
-    hash_folder,
     hash_listed,
     read_files,
 )
@@ -40,7 +39,7 @@ from flashvl.batch.outputs import SUMMARY, OutputFolder, Parts, check_output, re
 from flashvl.batch.pipeline import captioned, check_pool
 from flashvl.batch.progress import Meter, OnProgress
 from flashvl.batch.report import build_report
-from flashvl.batch.served import check_service
+from flashvl.batch.service import check_service
 from flashvl.batch.stopping import stopped_by_sigterm
 from flashvl.config import StrictModel, pool_of
 from flashvl.data.features import ask_about_image, encode_prompt
@@ -49,7 +48,7 @@ from flashvl.engine.engine import longest_conversation
 from flashvl.engine.grammar_check import GrammarError, checked
 from flashvl.errors import ConfigError, FlashVLError
 from flashvl.model import FlashVLConfig
-from flashvl.model.loading import load_processor, resolve_checkpoint
+from flashvl.model.loading import hash_folder, load_processor, resolve_checkpoint
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pyarrow.types as types
 
 from flashvl.data.plain import is_valid_text, mend_text, plain_type, to_plain
-from flashvl.errors import ConfigError
+from flashvl.errors import ConfigError, one_line
 
 
 def bundle(columns: pa.Table) -> pa.StructArray:
@@ -44,7 +44,7 @@ def check_keepable(schema: pa.Schema, source: str) -> None:
             pq.write_table(arrived, file)
             written = pq.read_schema(pa.BufferReader(file.getvalue()))
         except (pa.ArrowException, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
         else:
             if written.field(field.name).type == field.type:
                 continue

@@ -7,12 +7,10 @@ An input may grow by files: theirs are the rows behind those that were there. Th
 says so, in one write, as it names the list of files that holds.
 """
 
-import functools
 import hashlib
 import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -32,25 +30,6 @@ GROWING = ("input", "num_rows")
 """What of a fingerprint changes where the input has grown."""
 
 _FILE = pa.schema([("path", pa.binary()), ("size", pa.int64()), ("stamp", pa.string())])
-
-
-def hash_folder(folder: Path) -> str:
-    """Of the contents of the files in a model's folder, and of their names."""
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    return _hash_files(
-        tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
-    )
-
-
-@functools.lru_cache(maxsize=4)
-def _hash_files(files: tuple[tuple[Path, int, int], ...]) -> str:
-    """Asked again before the job starts, and then known: the weights of a 2B model take seconds."""
-    whole = hashlib.blake2b(digest_size=16)
-    for path, _, _ in files:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "blake2b").digest()
-        whole.update(path.name.encode() + digest)
-    return whole.hexdigest()
 
 
 def hash_listed(files: Sequence[ListedFile]) -> str:

@@ -16,8 +16,8 @@ from ray.exceptions import RayTaskError
 
 from flashvl.batch.captioner import Captioner
 from flashvl.batch.config import CaptionJob
+from flashvl.batch.decoding import tile_images
 from flashvl.batch.inputs.source import Done, Source
-from flashvl.batch.tiling import tile_images
 from flashvl.config import pool_of
 from flashvl.errors import ConfigError, FlashVLError
 from flashvl.model.loading import SHIPPED, resolve_checkpoint

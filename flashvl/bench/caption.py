@@ -26,12 +26,12 @@ from flashvl.batch.config import CaptionJob
 from flashvl.batch.job import run_caption_job
 from flashvl.batch.progress import Progress
 from flashvl.bench.contenders import make_photo
+from flashvl.config import DEFAULT_PROMPT
 from flashvl.data.features import Tiles, ask_about_image, decode_tiles
 from flashvl.data.images import decode_image
 from flashvl.engine import Engine, Request
 from flashvl.model.loading import inference_dtype, load_model, load_processor
 
-PROMPT = "Describe the image."
 MAX_NEW_TOKENS = 64
 NAIVE_BATCH_SIZE = 32
 
@@ -109,7 +109,9 @@ def _run_engine(model: str, photos: list[bytes]) -> float:
 
 
 def _request(tiles: Tiles) -> Request:
-    return Request(messages=ask_about_image(PROMPT), images=tiles, max_new_tokens=MAX_NEW_TOKENS)
+    return Request(
+        messages=ask_about_image(DEFAULT_PROMPT), images=tiles, max_new_tokens=MAX_NEW_TOKENS
+    )
 
 
 def _decoding(model: str, photos: list[bytes]) -> float:
@@ -130,7 +132,7 @@ def _job(model: str, table: Path, output: Path) -> float:
         input=str(table),
         output=str(output),
         model=model,
-        prompt=PROMPT,
+        prompt=DEFAULT_PROMPT,
         max_new_tokens=MAX_NEW_TOKENS,
     )
     run_caption_job(job, on_progress)
@@ -160,7 +162,7 @@ class _Naive:
 
     def __call__(self, batch: dict[str, list[object]]) -> dict[str, list[object]]:
         images = [decode_image(data) for data in batch["image"]]  # type: ignore[arg-type]
-        content = [{"type": "image"}, {"type": "text", "text": PROMPT}]
+        content = [{"type": "image"}, {"type": "text", "text": DEFAULT_PROMPT}]
         text = self.processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True
         )

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.generation.streamers import BaseStreamer
 
 from flashvl.bench.models import Twins
+from flashvl.config import DEFAULT_PROMPT
 from flashvl.data.features import (
     Tiles,
     ask_about_image,
@@ -26,7 +27,6 @@ from flashvl.data.synthetic import PhotoScene, Sample, encode_jpeg
 from flashvl.engine import Engine, Request
 from flashvl.engine.cache import bytes_per_token
 
-QUESTION = "Describe the image."
 WIDTH, HEIGHT, QUALITY = 1024, 768, 90
 
 
@@ -140,7 +140,7 @@ def build_flashvl(twins: Twins) -> tuple[EngineContender, GenerateContender]:
 
 def make_request(tiles: Tiles, num_tokens: int) -> Request:
     """The question about one image, to be answered with exactly `num_tokens`."""
-    messages = ask_about_image(QUESTION)
+    messages = ask_about_image(DEFAULT_PROMPT)
     return Request(messages=messages, images=tiles, max_new_tokens=num_tokens, ignore_eos=True)
 
 

@@ -12,8 +12,8 @@ from flashvl.data import synthetic
 from flashvl.data.tokenizer import train_tokenizer
 from flashvl.errors import ConfigError
 from flashvl.model import FlashVLForConditionalGeneration, FlashVLProcessor
-from flashvl.model.assembly import build_processor
 from flashvl.model.loading import inference_dtype, load_model, load_processor
+from flashvl.model.parts.assembly import build_processor
 from flashvl.model.presets import build_config
 
 MAX_WEIGHTS = 3 * 10**9

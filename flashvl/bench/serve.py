@@ -25,12 +25,12 @@ import psutil
 
 from flashvl.bench.contenders import make_photo
 from flashvl.bench.models import RandomWeights, build_random
+from flashvl.config import DEFAULT_PROMPT
 from flashvl.data.features import ask_about_image, decode_tiles
 from flashvl.engine import AsyncEngine, Engine, Request
 from flashvl.model.loading import model_id
 from flashvl.serve.config import ServiceConfig
 
-QUESTION = "Describe the image."
 WAYS = ("engine", "service")
 REPORT_S = 0.5
 
@@ -241,7 +241,7 @@ async def _ask_engine(engine: AsyncEngine, jpeg: bytes, tokens: int) -> _Answer:
     answer = _Answer(time.perf_counter(), [])
     tiles = await asyncio.to_thread(decode_tiles, [jpeg], engine.engine.processor)
     request = Request(
-        messages=ask_about_image(QUESTION),
+        messages=ask_about_image(DEFAULT_PROMPT),
         images=tiles,
         max_new_tokens=tokens,
         ignore_eos=True,
@@ -263,7 +263,7 @@ async def _ask_service(
                 "role": "user",
                 "content": [
                     {"type": "image_url", "image_url": {"url": image}},
-                    {"type": "text", "text": QUESTION},
+                    {"type": "text", "text": DEFAULT_PROMPT},
                 ],
             }
         ],

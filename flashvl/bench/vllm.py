@@ -20,7 +20,8 @@ import torch
 from transformers.dynamic_module_utils import custom_object_save
 
 from flashvl.bench import vllm_answers
-from flashvl.bench.contenders import QUESTION, GenerateContender, Work
+from flashvl.bench.contenders import GenerateContender, Work
+from flashvl.config import DEFAULT_PROMPT
 from flashvl.errors import ConfigError
 from flashvl.model import FlashVLForConditionalGeneration, FlashVLProcessor
 
@@ -174,7 +175,7 @@ def run_vllm(
     Raises:
         ConfigError: vLLM ends before its time.
     """
-    content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
+    content = [{"type": "image"}, {"type": "text", "text": DEFAULT_PROMPT}]
     prompt = processor.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
     )

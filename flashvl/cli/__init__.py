@@ -21,7 +21,9 @@ from flashvl.cli.options import (
     ReplicasOption,
     write_json,
 )
-from flashvl.entrypoint import ShowProgress, report_errors, show_progress, start_ray
+from flashvl.config import DEFAULT_PROMPT
+from flashvl.entrypoint import report_errors, show_progress, start_ray
+from flashvl.progress import ShowProgress
 
 if TYPE_CHECKING:
     from flashvl.batch.progress import OnProgress
@@ -66,7 +68,7 @@ def caption(
     output: Annotated[str, typer.Option(help="Folder or URI, new or a job's to go on with.")],
     model: ModelOption = "tiny",
     dtype: DtypeOption = "auto",
-    prompt: Annotated[str, typer.Option(help="Asked about every image.")] = "Describe the image.",
+    prompt: Annotated[str, typer.Option(help="Asked about every image.")] = DEFAULT_PROMPT,
     prompt_column: Annotated[
         str | None,
         typer.Option(
@@ -403,7 +405,7 @@ def import_(
     """
     _allow_downloads()
     with report_errors():
-        from flashvl.model.released import fetch_folder, import_released
+        from flashvl.model.parts.released import fetch_folder, import_released
 
         import_released(fetch_folder(source), output)
         print(f"{output}: {source} as stored; use it with --model {output}")
@@ -430,11 +432,11 @@ def assemble(
     """
     _allow_downloads()
     with report_errors():
-        from flashvl.model import assembly
-        from flashvl.model.released import fetch_folder
+        from flashvl.model.parts.assembly import assemble
+        from flashvl.model.parts.released import fetch_folder
 
         parts = fetch_folder(vision), fetch_folder(llm)
-        assembly.assemble(*parts, output, tiling=tiling, seed=seed)
+        assemble(*parts, output, tiling=tiling, seed=seed)
         print(f"{output}: {vision} and {llm}, adapter untrained; name it as a recipe's init_from")
 
 

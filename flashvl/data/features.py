@@ -15,7 +15,8 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from flashvl.data.images import DEFAULT_LIMITS, ImageLimits, decode_reduced
+from flashvl.data.images import decode_reduced
+from flashvl.data.limits import DEFAULT_LIMITS, ImageLimits
 from flashvl.data.schema import IMAGE_MARKER
 from flashvl.errors import DataError
 from flashvl.model import FlashVLProcessor

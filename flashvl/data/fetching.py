@@ -13,7 +13,7 @@ from urllib.parse import unquote_to_bytes, urljoin, urlsplit
 
 import aiohttp
 
-from flashvl.errors import DataError
+from flashvl.errors import DataError, one_line
 
 DATA_URL_HEAD = re.compile(
     r"""data: (?: (?: [^,"] | "[^"]*" )*? (?: ; | %3b ) )? \s* base64 \s*
@@ -61,7 +61,7 @@ def decode_data_url(url: str, max_bytes: int) -> bytes:
             raise DataError(f"image has more than max_image_bytes={max_bytes}; compress it")
         return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
     except ValueError as error:
-        reason = " ".join(str(error).split())[:100]
+        reason = one_line(error, 100)
         raise DataError(f"data URL is not valid base64 ({reason}); encode it anew") from None
 
 

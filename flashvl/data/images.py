@@ -8,15 +8,14 @@ import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import TypeVar
 
 from PIL import Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
-from pydantic import Field, PositiveInt
 
-from flashvl.config import StrictModel
+from flashvl.data.limits import DEFAULT_LIMITS, ImageLimits
 from flashvl.data.salvage import JPEG_SIGNATURE, BareFile, Info, end_jpeg, strip_metadata
-from flashvl.errors import ConfigError, DataError
+from flashvl.errors import ConfigError, DataError, one_line
 from flashvl.model.rgb import orientation_of, to_rgb
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "HEIF")
@@ -26,28 +25,9 @@ it decodes a pixel (ICO and ICNS do not). HEIF takes the extra `heif`."""
 HEIF_BRANDS = frozenset((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"))
 AVIF_BRANDS = frozenset((b"avif", b"avis"))
 
-PILLOW_MAX_PIXELS = 178_956_970
-"""Pillow's own limit, twice `Image.MAX_IMAGE_PIXELS`, which is the whole process's to change."""
-
-
 Size = tuple[int, int]
 """(width, height)."""
 
-
-class ImageLimits(StrictModel):
-    """What an image may be at most and at least; checked before its pixels are decoded."""
-
-    max_image_bytes: PositiveInt = 32 * 2**20
-    """Encoded size in bytes."""
-    max_image_pixels: Annotated[int, Field(gt=0, le=PILLOW_MAX_PIXELS)] = 50_000_000
-    """Width x height; bounds the memory of a decode, at 3 or 4 bytes a pixel for each copy."""
-    max_image_side: PositiveInt = 16_384
-    """The longer side in pixels."""
-    min_image_side: PositiveInt = 2
-    """The shorter side in pixels; 2 refuses the 1x1 images that web pages track readers with."""
-
-
-DEFAULT_LIMITS = ImageLimits()
 
 T = TypeVar("T")
 
@@ -180,7 +160,7 @@ def _use_image(data: bytes, info: Info, limits: ImageLimits, use: Callable[[Imag
             return use(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(
-            f"image is too large for Pillow ({_one_line(error)}); "
+            f"image is too large for Pillow ({type(error).__name__}: {one_line(error)}); "
             f"shrink it to max_image_pixels={limits.max_image_pixels}"
         ) from error
 
@@ -191,7 +171,8 @@ def _explain(error: Exception, data: bytes) -> DataError:
             f"image is in no known format: its {len(data)} bytes begin with {data[:12]!r}; "
             f"give a whole file of {', '.join(FORMATS)}"
         )
-    return DataError(f"image cannot be decoded ({_one_line(error)}); replace the damaged file")
+    reason = f"{type(error).__name__}: {one_line(error)}"
+    return DataError(f"image cannot be decoded ({reason}); replace the damaged file")
 
 
 def _open(data: bytes) -> Image.Image:
@@ -285,7 +266,3 @@ def _check_size(width: int, height: int, limits: ImageLimits) -> None:
             f"{size}, shorter than min_image_side={limits.min_image_side}; "
             "leave it out or lower the limit"
         )
-
-
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]

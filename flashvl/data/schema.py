@@ -14,10 +14,6 @@ from flashvl.errors import ConfigError
 IMAGE_MARKER = "<image>"
 """Stands in a message's content where an image goes, as in LLaVA's data."""
 
-IMAGE_TABLE = pa.schema([("id", pa.string()), ("image", pa.binary())])
-"""Input of captioning, in its plainest form: one encoded image (JPEG, PNG, ...) a row. See
-`find_image_columns` for the others."""
-
 CONVERSATIONS = pa.schema(
     [
         ("index", pa.int64()),

@@ -21,7 +21,7 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.arrow import ArrowFSWrapper
 from fsspec.implementations.local import LocalFileSystem
 
-from flashvl.errors import ConfigError
+from flashvl.errors import ConfigError, one_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +195,7 @@ def _open_store(uri: str) -> tuple[AbstractFileSystem, str]:
     try:
         filesystem, root = pa.fs.FileSystem.from_uri(uri)
     except (OSError, ValueError, pa.ArrowException) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise ConfigError(
             f"{uri[:200]} cannot be opened ({reason}); name a local path or a URI that Arrow knows"
             " (s3://, gs://, abfs://, hdfs://), or hf://"
@@ -218,7 +218,7 @@ def check_reachable(location: Location) -> None:
     except Exception as error:  # of the hub's own kinds, of its HTTP library's, of its parser's
         from huggingface_hub import is_offline_mode
 
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         reason = "HF_HUB_OFFLINE is set" if is_offline_mode() else reason
         raise ConfigError(
             f"{location} cannot be reached ({reason}); write hf://datasets/OWNER/NAME/PATH, and"

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
+from flashvl.config import DEFAULT_PROMPT
 from flashvl.data.schema import IMAGE_MARKER
 
 Split = Literal["train", "heldout"]
@@ -256,7 +257,7 @@ def sample(split: Split, seed: int, index: int, tasks: tuple[Task, ...] = TASKS)
         scene = _scene_for(rng.choice(tasks), rng)
         if split_of(scene) == split:
             break
-    turns = [Turn("caption", "Describe the image.", scene.caption()), *scene.turns(rng)]
+    turns = [Turn("caption", DEFAULT_PROMPT, scene.caption()), *scene.turns(rng)]
     chosen = tuple(turn for turn in turns if turn.task in tasks)
     return Sample(scene, chosen, style_seed=rng.getrandbits(32), size=rng.randrange(96, 161, 8))
 

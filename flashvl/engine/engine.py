@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from flashvl.config import Dtype
 from flashvl.data.features import Tiles, encode_prompt, make_tiles
 from flashvl.engine.cache import KVCache, bytes_per_token
 from flashvl.engine.grammars import Grammar, Grammars
@@ -27,7 +28,7 @@ from flashvl.engine.sequence import AnswerText, Sequence
 from flashvl.engine.tokens import TokenTable
 from flashvl.errors import DataError
 from flashvl.model import FlashVLConfig, FlashVLForConditionalGeneration, FlashVLProcessor
-from flashvl.model.loading import Dtype, inference_dtype, load_model, load_processor
+from flashvl.model.loading import inference_dtype, load_model, load_processor
 
 MAX_LENGTH = 4096
 """Tokens of a conversation: an ISS image of 2,880, a long question and a long answer."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from flashvl.data import synthetic
+from flashvl.data.answers import is_exact
 from flashvl.data.features import ask_about_image
 from flashvl.engine import Engine, Request
 
@@ -58,7 +59,7 @@ def evaluate_scenes(
         while batch := list(itertools.islice(items, BATCH_SIZE)):
             completions = engine.generate([_request(item) for item in batch])
             correct += sum(
-                completion.text == item.answer
+                is_exact(completion.text, item.answer)
                 for completion, item in zip(completions, batch, strict=True)
             )
             on_progress(len(batch))

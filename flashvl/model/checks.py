@@ -3,14 +3,14 @@
 The libraries would say it in a traceback, at the first question, or after hours of building layers.
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from flashvl.errors import CheckpointError, FlashVLError
+from flashvl.errors import CheckpointError, FlashVLError, one_line
 from flashvl.model.configuration_flashvl import FlashVLConfig
-from flashvl.model.weights import one_line
 
 SIZES = (
     "hidden_size",
@@ -99,3 +99,18 @@ def shorten(value: Any) -> str:
     """A value that somebody wrote, for a line of a message."""
     text = ascii(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        CheckpointError: no file, or none that holds an object.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is no readable JSON object; download the folder anew")
+    return content

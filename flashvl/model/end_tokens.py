@@ -13,8 +13,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from flashvl.errors import CheckpointError
 from flashvl.model.chat_formats import CHAT_FORMATS
+from flashvl.model.checks import read_json
 from flashvl.model.configuration_flashvl import FlashVLConfig
-from flashvl.model.weights import read_json
 
 FILE = "generation_config.json"
 

@@ -1,23 +1,20 @@
 """A model's name or folder -> the model and its processor."""
 
+import functools
+import hashlib
 import json
 from pathlib import Path
-from typing import Literal
 
 import torch
 from transformers import AutoProcessor
 
-from flashvl.errors import CheckpointError
+from flashvl.errors import CheckpointError, one_line
 from flashvl.model.checks import check_shapes, check_sizes, shorten
 from flashvl.model.configuration_flashvl import FlashVLConfig
 from flashvl.model.end_tokens import end_at, find_end_token
 from flashvl.model.modeling_flashvl import FlashVLForConditionalGeneration
+from flashvl.model.parts.released import OWNER, fetch_folder, import_once, is_released
 from flashvl.model.processing_flashvl import FlashVLProcessor
-from flashvl.model.released import OWNER, fetch_folder, import_once, is_released
-from flashvl.model.weights import one_line
-
-Dtype = Literal["auto", "float32", "bfloat16"]
-"""Of a model that answers; auto: `inference_dtype` of its machine."""
 
 SHIPPED = Path(__file__).parent.parent / "checkpoints"
 """Folders of the checkpoints inside the package, called by their names."""
@@ -126,3 +123,22 @@ def inference_dtype() -> torch.dtype:
 def model_id(model: str | Path) -> str:
     """What clients call a model: its name, or its folder's."""
     return Path(model).name
+
+
+def hash_folder(folder: Path) -> str:
+    """Of the contents of the files in a model's folder, and of their names."""
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    return _hash_files(
+        tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def _hash_files(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """Asked again before the job starts, and then known: the weights of a 2B model take seconds."""
+    whole = hashlib.blake2b(digest_size=16)
+    for path, _, _ in files:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "blake2b").digest()
+        whole.update(path.name.encode() + digest)
+    return whole.hexdigest()

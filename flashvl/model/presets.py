@@ -13,9 +13,9 @@ from transformers import (
 )
 
 from flashvl.errors import ConfigError
-from flashvl.model.assembly import tiling_fields
 from flashvl.model.configuration_flashvl import FlashVLConfig
 from flashvl.model.modeling_flashvl import FlashVLModel
+from flashvl.model.parts.assembly import tiling_fields
 from flashvl.model.tiling import TilingMode
 
 

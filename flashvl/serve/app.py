@@ -14,7 +14,7 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig
 from ray.serve.handle import DeploymentHandle
 
-from flashvl.batch.served import DEPLOYMENT
+from flashvl.batch.service import DEPLOYMENT
 from flashvl.config import pool_of
 from flashvl.serve.api import make_api
 from flashvl.serve.config import ServiceConfig

@@ -21,7 +21,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from flashvl.batch.config import CaptionJob
 from flashvl.batch.job import Plan, check_caption_job
 from flashvl.batch.outputs import SUMMARY, Parts
-from flashvl.config import Replicas, validate
+from flashvl.config import DEFAULT_PROMPT, Replicas, validate
 from flashvl.data.storage import is_below, locate
 from flashvl.errors import FlashVLError
 from flashvl.serve.config import ServiceConfig
@@ -51,7 +51,7 @@ class BatchRequest(Closed):
     """Parquet or a folder of images, below one of the service's `batch_roots`."""
     output: Place
     """Folder that is new or a batch's to go on with, below one of them."""
-    prompt: Annotated[str, StringConstraints(max_length=100_000)] = "Describe the image."
+    prompt: Annotated[str, StringConstraints(max_length=100_000)] = DEFAULT_PROMPT
     prompt_column: str | None = None
     image_column: str | None = None
     id_column: str | None = None

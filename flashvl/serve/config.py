@@ -4,9 +4,8 @@ from typing import Annotated
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from flashvl.config import Replicas, StrictModel
-from flashvl.data.images import ImageLimits
-from flashvl.model.loading import Dtype
+from flashvl.config import Dtype, Replicas, StrictModel
+from flashvl.data.limits import ImageLimits
 
 
 class ServiceConfig(StrictModel):

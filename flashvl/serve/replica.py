@@ -14,12 +14,12 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from flashvl.batch.manifest import hash_folder
+from flashvl.config import DEFAULT_PROMPT, Dtype
 from flashvl.data.features import Message, Tiles, decode_tiles
 from flashvl.engine import AsyncEngine, Completion, Delta, Engine, Request
 from flashvl.engine.runner import share_cores
 from flashvl.errors import DataError
-from flashvl.model.loading import Dtype, resolve_checkpoint
+from flashvl.model.loading import hash_folder, resolve_checkpoint
 from flashvl.serve.config import ServiceConfig
 from flashvl.serve.metrics import EngineMetrics, refusals
 
@@ -190,7 +190,7 @@ class EngineReplica:
 
 def _health_request() -> Request:
     return Request(
-        messages=[{"role": "user", "content": "<image>\nDescribe the image."}],
+        messages=[{"role": "user", "content": f"<image>\n{DEFAULT_PROMPT}"}],
         images=[Image.new("RGB", (64, 64), "white")],
         max_new_tokens=1,
     )

@@ -9,11 +9,11 @@ from flashvl.data import synthetic
 from flashvl.data.tokenizer import train_tokenizer
 from flashvl.errors import ConfigError
 from flashvl.model import FlashVLForConditionalGeneration
-from flashvl.model.assembly import build_processor
 from flashvl.model.end_tokens import build_generation_config
 from flashvl.model.loading import load_model, load_processor
+from flashvl.model.parts.assembly import build_processor
+from flashvl.model.parts.weights import refuse_existing
 from flashvl.model.presets import build_config
-from flashvl.model.weights import refuse_existing
 from flashvl.train.checkpoint import save_pretrained
 
 ADAPTER = "multi_modal_projector"

@@ -13,11 +13,11 @@ from ray.train import DataConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Queue
 
-from flashvl.data.pipeline import training_rows
 from flashvl.errors import ConfigError
 from flashvl.model.loading import load_processor, resolve_checkpoint
 from flashvl.train.checkpoint import LOG, read_log
 from flashvl.train.recipe import Recipe
+from flashvl.train.rows import training_rows
 from flashvl.train.supervised import train_worker
 
 PROGRESS_INTERVAL_S = 1.0

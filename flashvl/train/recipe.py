@@ -6,7 +6,7 @@ from typing import Literal, Self
 from pydantic import Field, PositiveInt, model_validator
 
 from flashvl.config import StrictModel
-from flashvl.data.pipeline import TrainingData
+from flashvl.train.rows import TrainingData
 
 Part = Literal["vision_tower", "multi_modal_projector", "language_model"]
 

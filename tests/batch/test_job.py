@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from flashvl.batch.captioner import CAPTIONED, Captioner
 from flashvl.batch.config import CaptionJob
+from flashvl.batch.decoding import tile_images
 from flashvl.batch.gate import Gate
 from flashvl.batch.inputs.find import find_source
 from flashvl.batch.inputs.images import IMAGE_SUFFIXES
@@ -26,9 +27,9 @@ from flashvl.batch.inputs.parquet import ParquetFiles
 from flashvl.batch.job import Summary, run_caption_job
 from flashvl.batch.outputs import OutputFolder
 from flashvl.batch.progress import Progress
-from flashvl.batch.tiling import tile_images
 from flashvl.config import validate
-from flashvl.data.images import ImageLimits, decode_image
+from flashvl.data.images import decode_image
+from flashvl.data.limits import ImageLimits
 from flashvl.data.schema import CAPTIONS, DEAD_LETTERS
 from flashvl.data.storage import locate
 from flashvl.engine import Engine, Request

@@ -27,6 +27,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashvl.batch.apart import check_apart
+from flashvl.batch.decoding import ImageReader, tile_images
 from flashvl.batch.inputs import jsonl
 from flashvl.batch.inputs.find import find_source
 from flashvl.batch.inputs.listing import _expand, list_files
@@ -35,9 +36,8 @@ from flashvl.batch.inputs.row_groups import PIECE, read_row_groups
 from flashvl.batch.inputs.source import Source
 from flashvl.batch.inputs.tar import TarFiles
 from flashvl.batch.job import check_caption_job, run_caption_job
-from flashvl.batch.tiling import ImageReader, tile_images
 from flashvl.data import fetching, storage
-from flashvl.data.images import ImageLimits
+from flashvl.data.limits import ImageLimits
 from flashvl.data.storage import is_below, locate
 from flashvl.errors import ConfigError
 from tests.batch.hub import REPO, hub_of

@@ -17,7 +17,8 @@ from PIL import Image
 from pydantic import ValidationError
 
 from flashvl.data import images
-from flashvl.data.images import ImageLimits, decode_image
+from flashvl.data.images import decode_image
+from flashvl.data.limits import ImageLimits
 from flashvl.errors import DataError
 from flashvl.model import FlashVLImageProcessor
 from tests.data import damage

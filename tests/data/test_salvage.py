@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from flashvl.data.images import FORMATS, ImageLimits, decode_image, decode_reduced, read_header
+from flashvl.data.images import FORMATS, decode_image, decode_reduced, read_header
+from flashvl.data.limits import ImageLimits
 from flashvl.data.salvage import strip_metadata
 from flashvl.errors import DataError
 from tests.data import damage

@@ -27,8 +27,8 @@ from transformers import (
 
 from flashvl.data.tokenizer import train_tokenizer
 from flashvl.errors import CheckpointError, ConfigError
-from flashvl.model.assembly import assemble
 from flashvl.model.loading import load_model, load_processor
+from flashvl.model.parts.assembly import assemble
 
 TOWER = {
     "hidden_size": 16,

@@ -9,7 +9,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from flashvl.model import FlashVLImageProcessor
-from flashvl.model.assembly import PIXELS
+from flashvl.model.parts.assembly import PIXELS
 from flashvl.model.tiling import Size
 
 SIGLIP2: dict[str, Any] = {

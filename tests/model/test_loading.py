@@ -19,8 +19,8 @@ from flashvl.model import (
     FlashVLProcessor,
     loading,
 )
-from flashvl.model.assembly import build_processor
 from flashvl.model.loading import load_model, load_processor, resolve_checkpoint
+from flashvl.model.parts.assembly import build_processor
 
 WEIGHT = "model.multi_modal_projector.linear_2.weight"
 

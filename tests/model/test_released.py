@@ -25,7 +25,7 @@ from flashvl.data.tokenizer import train_tokenizer
 from flashvl.errors import CheckpointError, ConfigError
 from flashvl.model import assembly, released
 from flashvl.model.loading import load_model, load_processor, resolve_checkpoint
-from flashvl.model.released import fetch_folder, import_released
+from flashvl.model.parts.released import fetch_folder, import_released
 
 Weights = dict[str, torch.Tensor]
 
@@ -659,7 +659,7 @@ def test_a_name_that_is_neither_folder_nor_repository() -> None:
 MEASURE = """
 import re, sys
 from pathlib import Path
-from flashvl.model.released import import_released
+from flashvl.model.parts.released import import_released
 
 def peak_kib():
     return int(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1])

@@ -16,7 +16,7 @@ from flashvl.batch.inputs.parquet import ParquetFiles, check_alike, read_footers
 from flashvl.batch.inputs.source import Source
 from flashvl.batch.inputs.tar import find_tars
 from flashvl.batch.kept import check_keepable
-from flashvl.data.images import DEFAULT_LIMITS, ImageLimits
+from flashvl.data.limits import DEFAULT_LIMITS, ImageLimits
 from flashvl.data.schema import find_image_columns, is_paths
 from flashvl.errors import ConfigError
 

@@ -36,7 +36,7 @@ from flashvl.batch.inputs.rows import (
 )
 from flashvl.batch.inputs.source import IMAGES, Done, Source
 from flashvl.data.fetching import is_data_url
-from flashvl.data.images import ImageLimits
+from flashvl.data.limits import ImageLimits
 from flashvl.data.schema import ImageColumns, find_image_columns
 from flashvl.data.storage import Location
 from flashvl.errors import ConfigError, DataError

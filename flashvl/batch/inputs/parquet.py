@@ -17,7 +17,7 @@ from flashvl.batch.inputs.row_groups import PIECE, read_row_groups
 from flashvl.batch.inputs.source import Done, Source
 from flashvl.data.schema import ImageColumns, find_image_columns
 from flashvl.data.storage import Location
-from flashvl.errors import ConfigError
+from flashvl.errors import ConfigError, one_line
 
 HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 MAX_READ_TASKS = 512
@@ -128,7 +128,7 @@ def read_footers(listing: Listing) -> list[ParquetFile]:
                 if min(row_groups, default=0) < 0 or sum(row_groups) != footer.num_rows:
                     raise ValueError(f"its row groups have {row_groups} rows of {footer.num_rows}")
         except (OSError, ValueError, pa.ArrowException) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
             raise ConfigError(
                 f"{path} is not a readable Parquet file ({reason}); replace or remove it"
             ) from None

@@ -18,7 +18,7 @@ from fsspec import AbstractFileSystem
 from flashvl.batch.inputs.columns import as_rows
 from flashvl.data.schema import ImageColumns
 from flashvl.data.storage import Location
-from flashvl.errors import FlashVLError
+from flashvl.errors import FlashVLError, one_line
 
 ROWS_PER_READ = 64
 """Rows that a task holds at once, at most; fewer where they are large."""
@@ -111,7 +111,7 @@ def _opened(location: Location, row_group: int, num_rows: int) -> Iterator[pq.Pa
                 raise ValueError("its rows are others than they were")
         except (OSError, ValueError, pa.ArrowException) as error:
             raise FlashVLError(
-                f"{_name(location)} cannot be read any more ({_one_line(error)}); see to it, and"
+                f"{_name(location)} cannot be read any more ({one_line(error)}); see to it, and"
                 " run the same command again for the rest"
             ) from error
         yield file
@@ -134,7 +134,7 @@ def _batches(
             batch = next(batches, None)
         except (OSError, ValueError, pa.ArrowException) as error:
             _check_bytes(location, footer)
-            raise _DamagedError(_one_line(error)) from None
+            raise _DamagedError(one_line(error)) from None
         if batch is None:
             return
         yield batch
@@ -156,7 +156,7 @@ def _check_bytes(location: Location, footer: pq.RowGroupMetaData) -> None:
                     file.read_at(min(BYTES_PER_READ, end - offset), offset)
     except OSError as error:
         raise FlashVLError(
-            f"{_name(location)} cannot be read any more ({_one_line(error)}); see to its store, and"
+            f"{_name(location)} cannot be read any more ({one_line(error)}); see to its store, and"
             " run the same command again for the rest"
         ) from error
 
@@ -195,7 +195,3 @@ def _with_partition(table: pa.Table, piece: dict[str, Any], columns: ImageColumn
 
 def _name(location: Location) -> str:
     return os.fsencode(str(location)).decode(errors="replace")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

@@ -37,7 +37,7 @@ from flashvl.batch.inputs.rows import (
     as_text,
 )
 from flashvl.batch.inputs.source import IMAGE, Done, Source
-from flashvl.data.images import ImageLimits
+from flashvl.data.limits import ImageLimits
 from flashvl.data.schema import ImageColumns, find_image_columns
 from flashvl.data.storage import Location
 from flashvl.errors import ConfigError, DataError

@@ -6,6 +6,7 @@ from fastapi import UploadFile
 from pydantic import BaseModel, Field, PositiveInt, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from flashvl.config import DEFAULT_PROMPT
 from flashvl.engine.request import FinishReason
 from flashvl.serve.protocol.answers import Timings, Usage
 from flashvl.serve.protocol.completions import MAX_PROMPT_TOKENS
@@ -84,7 +85,7 @@ class CaptionRequest(Closed):
 
     image: UploadFile
     """JPEG, PNG, WebP and others."""
-    prompt: Text = "Describe the image."
+    prompt: Text = DEFAULT_PROMPT
     max_tokens: PositiveInt | None = None
 
     @field_validator("image", mode="before")

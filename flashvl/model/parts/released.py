@@ -16,8 +16,11 @@ import torch
 from huggingface_hub import is_offline_mode, snapshot_download
 from transformers import Qwen2Tokenizer
 
-from flashvl.errors import CheckpointError, ConfigError
-from flashvl.model.assembly import (
+from flashvl.errors import CheckpointError, ConfigError, one_line
+from flashvl.model.checks import check_shapes, check_sizes, read_json, shorten, usable
+from flashvl.model.configuration_flashvl import FlashVLConfig
+from flashvl.model.end_tokens import build_generation_config
+from flashvl.model.parts.assembly import (
     build_processor,
     find_image_token,
     load_tokenizer,
@@ -25,20 +28,15 @@ from flashvl.model.assembly import (
     tiling_fields,
     tower_config,
 )
-from flashvl.model.checks import check_shapes, check_sizes, shorten, usable
-from flashvl.model.configuration_flashvl import FlashVLConfig
-from flashvl.model.end_tokens import build_generation_config
-from flashvl.model.tiling import TilingMode
-from flashvl.model.weights import (
+from flashvl.model.parts.weights import (
     apple_name,
     build_empty,
-    one_line,
-    read_json,
     read_weights,
     refuse_existing,
     rename_weights,
     save_model,
 )
+from flashvl.model.tiling import TilingMode
 
 OWNER = "FlashVL/"
 """Of the published repositories on the hub."""

@@ -24,25 +24,23 @@ from transformers.processing_utils import TextKwargs
 from transformers.utils import logging
 
 from flashvl.config import StrictModel, validate
-from flashvl.errors import CheckpointError, ConfigError
+from flashvl.errors import CheckpointError, ConfigError, one_line
 from flashvl.model.chat_formats import CHAT_FORMATS
-from flashvl.model.checks import check_shapes, check_sizes, shorten, usable
+from flashvl.model.checks import check_shapes, check_sizes, read_json, shorten, usable
 from flashvl.model.configuration_flashvl import FlashVLConfig
 from flashvl.model.end_tokens import build_generation_config
 from flashvl.model.image_processing_flashvl import FlashVLImageProcessor, FlashVLImagesKwargs
 from flashvl.model.modeling_flashvl import FlashVLMultiModalProjector
-from flashvl.model.processing_flashvl import FlashVLProcessor
-from flashvl.model.tiling import TilingMode
-from flashvl.model.weights import (
+from flashvl.model.parts.weights import (
     apple_name,
     build_empty,
-    one_line,
-    read_json,
     read_weights,
     refuse_existing,
     rename_weights,
     save_model,
 )
+from flashvl.model.processing_flashvl import FlashVLProcessor
+from flashvl.model.tiling import TilingMode
 
 PIXELS: dict[str, dict[str, Any]] = {
     "siglip_vision_model": {},

@@ -18,7 +18,7 @@ from flashvl.config import StrictModel
 from flashvl.data import synthetic
 from flashvl.data.features import decode_tiles, encode_conversation
 from flashvl.data.schema import CONVERSATIONS
-from flashvl.errors import ConfigError, DataError
+from flashvl.errors import ConfigError, DataError, one_line
 from flashvl.model import FlashVLProcessor
 from flashvl.model.loading import load_processor
 
@@ -65,7 +65,7 @@ class TrainingData(StrictModel):
         try:
             dataset = pq.ParquetDataset(self.parquet)
         except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             raise ConfigError(f"data.parquet={self.parquet}: {reason}") from None
         missing = set(CONVERSATIONS.names) - set(dataset.schema.names)
         if missing or not dataset.fragments:

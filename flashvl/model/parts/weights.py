@@ -3,19 +3,18 @@
 read_weights -> rename_weights -> save_model
 """
 
-import json
 import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
 
-from flashvl.errors import CheckpointError, ConfigError
+from flashvl.errors import CheckpointError, ConfigError, one_line
+from flashvl.model.checks import read_json
 from flashvl.model.configuration_flashvl import FlashVLConfig
 from flashvl.model.modeling_flashvl import FlashVLForConditionalGeneration
 from flashvl.model.processing_flashvl import FlashVLProcessor
@@ -187,24 +186,3 @@ def _new_folder(output: Path) -> Iterator[Path]:
             raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        CheckpointError: no file, or none that holds an object.
-    """
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is no readable JSON object; download the folder anew")
-    return content
-
-
-def one_line(error: Exception) -> str:
-    """The message of another library's error, cut to one line."""
-    text = " ".join(str(error).split())[:300] or type(error).__name__
-    return "".join(character if character.isprintable() else "?" for character in text)

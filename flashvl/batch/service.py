@@ -57,7 +57,7 @@ class ServedEngine:
 def check_service(application: str, model: str, dtype: str) -> None:
     """
     Args:
-        model: hash of the model's folder, by `manifest.hash_folder`.
+        model: hash of the model's folder, by `flashvl.model.loading.hash_folder`.
 
     Raises:
         ConfigError: it does not run on this cluster, or runs another model.

@@ -21,7 +21,7 @@ from flashvl.data.fetching import (
     is_data_url,
     is_web_url,
 )
-from flashvl.data.images import ImageLimits
+from flashvl.data.limits import ImageLimits
 from flashvl.data.row_files import read_row_file
 from flashvl.errors import DataError
 from flashvl.model import FlashVLProcessor
