@@ -26,7 +26,7 @@ OCCUPANCY = pa.field("occupancy", pa.float32())
 """The part of the engine's slots that was in use since its answer before; null if unknown."""
 ANSWERED = pa.schema([*(field for field in CAPTIONS if field not in KEYS), *FAILURE, OCCUPANCY])
 CAPTIONED = pa.schema([*KEYS, *ANSWERED])
-"""And `kept`, if there is such a column. A row with neither caption nor stage was not taken, as the
+"""And `kept`, if there is such a column. A row with neither caption nor step was not taken, as the
 job is to stop."""
 
 
@@ -102,7 +102,7 @@ class Captioner:
     async def _answer(
         self, engine: OwnEngine | ServedEngine, row: dict[str, Any]
     ) -> dict[str, Any]:
-        if row["stage"] is not None:
+        if row["step"] is not None:
             return row
         job = self.job
         pixels = tiles_from_bytes(row["tiles"], engine.processor)

@@ -69,9 +69,9 @@ def append_columns(rows: pa.Table, others: pa.Table) -> pa.Table:
 def _tile_row(
     row: dict[str, Any], processor: FlashVLProcessor, reader: "ImageReader"
 ) -> dict[str, Any]:
-    if row.get("stage") is not None:
+    if row.get("step") is not None:
         return row
-    stage = "read"
+    step = "read"
     try:
         if row["id"] is None:
             raise DataError("id is null; give every row an id")
@@ -79,22 +79,22 @@ def _tile_row(
             raise DataError("prompt is null; give every row a prompt")
         tiles = []
         for image in reader.read(row):
-            stage = "decode"
+            step = "decode"
             tiles.append(decode_tiles([image], processor, reader.limits))
-            stage = "read"
+            step = "read"
     except DataError as error:
-        return failure(stage, error)
+        return failure(step, error)
     return {
         "tiles": b"".join(each.pixels.tobytes() for each in tiles),
         "counts": [count for each in tiles for count in each.counts],
     }
 
 
-def failure(stage: str, error: DataError) -> dict[str, str]:
+def failure(step: str, error: DataError) -> dict[str, str]:
     """What `FAILURE` is to say: the class is that of the error that it came from, if from any."""
     cause = error.__cause__ or error.__context__ or error
     reason = str(error).encode(errors="backslashreplace").decode()  # a path may be no text
-    return {"stage": stage, "error": type(cause).__name__, "reason": reason}
+    return {"step": step, "error": type(cause).__name__, "reason": reason}
 
 
 class ImageReader:
@@ -111,7 +111,7 @@ class ImageReader:
         paths = [
             os.fsdecode(image["path"])
             for row in rows
-            if row.get("stage") is None
+            if row.get("step") is None
             for image in _images(row)
             if image["path"] is not None
         ]

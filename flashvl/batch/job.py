@@ -266,7 +266,7 @@ def _caption_once(
     answers = captioned(plan.job, plan.source, is_done, gate)
     with stopped_by_sigterm(gate) as stop, closing(answers) as tables:
         for rows in tables:
-            rows = rows.filter(pc.or_(pc.is_valid(rows["caption"]), pc.is_valid(rows["stage"])))
+            rows = rows.filter(pc.or_(pc.is_valid(rows["caption"]), pc.is_valid(rows["step"])))
             num_answered += rows.num_rows
             meter.add(output.write(rows))
             _check_error_rate(plan, output)
@@ -302,9 +302,9 @@ def _check_error_rate(plan: Plan, output: OutputFolder) -> None:
 
 
 def _example(output: OutputFolder) -> str:
-    for stages, reasons in output.dead_letters.columns("stage", "reason"):
+    for steps, reasons in output.dead_letters.columns("step", "reason"):
         if len(reasons):
-            return f"{stages[-1]}: {reasons[-1]}"
+            return f"{steps[-1]}: {reasons[-1]}"
     return "see dead_letters"
 
 

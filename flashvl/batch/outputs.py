@@ -121,7 +121,7 @@ class OutputFolder:
         _, firsts = np.unique(places, return_index=True)
         rows = rows.take(np.sort(firsts[~self.is_done[places[firsts]]]))
         self.is_done[places] = True
-        is_well = pc.is_null(rows["stage"])
+        is_well = pc.is_null(rows["step"])
         dead = rows.filter(pc.invert(is_well))
         self.num_done += rows.num_rows
         self.num_dead += dead.num_rows

@@ -55,7 +55,7 @@ class Bar:
 class Reason:
     """Dead letters that died of the same."""
 
-    stage: str
+    step: str
     error: str
     count: int
     example_id: str
@@ -137,13 +137,13 @@ def _reasons(output: OutputFolder) -> list[Reason]:
     """The most frequent first; one of each for an example."""
     counts: Counter[tuple[str, str]] = Counter()
     examples: dict[tuple[str, str], tuple[str, str]] = {}
-    for columns in output.dead_letters.columns("stage", "error", "id", "reason"):
-        for stage, error, row_id, reason in zip(*columns, strict=True):
-            counts[stage, error] += 1
-            examples.setdefault((stage, error), (str(row_id), reason))
+    for columns in output.dead_letters.columns("step", "error", "id", "reason"):
+        for step, error, row_id, reason in zip(*columns, strict=True):
+            counts[step, error] += 1
+            examples.setdefault((step, error), (str(row_id), reason))
     return [
         Reason(
-            stage=key[0],
+            step=key[0],
             error=key[1],
             count=count,
             example_id=examples[key][0],

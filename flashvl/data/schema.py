@@ -16,13 +16,13 @@ IMAGE_MARKER = "<image>"
 
 CONVERSATIONS = pa.schema(
     [
-        ("index", pa.int64()),
+        ("row", pa.int64()),
         ("images", pa.list_(pa.binary())),
         ("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
     ]
 )
-"""Input of training. `index` is the row's stable number; `images`, encoded and perhaps none, are in
-the order of the `IMAGE_MARKER`s in the messages."""
+"""Input of training. `row` is the row's place in the data, from 0; `images`, encoded and perhaps
+none, are in the order of the `IMAGE_MARKER`s in the messages."""
 
 CAPTIONS = pa.schema(
     [
@@ -40,13 +40,13 @@ from 0, which is one of a kind where an id need not be."""
 DEAD_LETTERS = pa.schema(
     [
         ("id", pa.string()),
-        ("stage", pa.string()),
+        ("step", pa.string()),
         ("error", pa.string()),
         ("reason", pa.string()),
         ("row", pa.int64()),
     ]
 )
-"""Output of captioning: one row for each input row that could not be captioned: at which `stage`
+"""Output of captioning: one row for each input row that could not be captioned: at which `step`
 (read, decode, caption), the class of the `error`, and in words why."""
 
 

@@ -269,7 +269,7 @@ def samples(
     return (sample(split, seed, index, tasks) for index in range(count))
 
 
-def conversation(drawn: Sample, index: int, words_share: float = 0.0) -> dict[str, Any]:
+def conversation(drawn: Sample, row: int, words_share: float = 0.0) -> dict[str, Any]:
     """The sample as a row of `schema.CONVERSATIONS`: all its turns, in random order.
 
     Args:
@@ -286,7 +286,7 @@ def conversation(drawn: Sample, index: int, words_share: float = 0.0) -> dict[st
         messages.append({"role": "user", "content": question})
         messages.append({"role": "assistant", "content": turn.answer})
     images = [encode_jpeg(drawn.image(), rng.randint(75, 95))] if is_shown else []
-    return {"index": index, "images": images, "messages": messages}
+    return {"row": row, "images": images, "messages": messages}
 
 
 def encode_jpeg(image: Image.Image, quality: int) -> bytes:

@@ -25,7 +25,7 @@ class DeadLetter:
     """One picture that could not be captioned."""
 
     id: str
-    stage: str
+    step: str
     reason: str
 
 
@@ -43,5 +43,5 @@ def read_results(table: Path, captions: Path) -> list[Result]:
 
 def read_dead_letters(captions: Path) -> list[DeadLetter]:
     """The rows that could not be captioned, by id."""
-    rows = pq.read_table(captions / "dead_letters", columns=["id", "stage", "reason"]).to_pylist()
+    rows = pq.read_table(captions / "dead_letters", columns=["id", "step", "reason"]).to_pylist()
     return sorted((DeadLetter(**row) for row in rows), key=lambda letter: letter.id)

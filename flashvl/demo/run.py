@@ -84,10 +84,10 @@ def render_demo(demo: Demo) -> RenderableType:
         captions.caption = f"and {len(demo.results) - SHOWN_ROWS} more in the report"
 
     dead = Table(title="Dead letters", title_justify="left", expand=False)
-    for name in ("image", "stage", "reason"):
+    for name in ("image", "step", "reason"):
         dead.add_column(name, overflow="fold")
     for letter in demo.dead_letters:
-        dead.add_row(Text(letter.id), Text(letter.stage), Text(letter.reason))
+        dead.add_row(Text(letter.id), Text(letter.step), Text(letter.reason))
 
     summary = demo.summary
     num_right = sum(result.is_right for result in demo.results)

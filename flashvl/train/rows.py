@@ -1,6 +1,6 @@
 """Ray Data: conversations -> training rows, in an order that does not depend on the cluster.
 
-A row is `index`, `input_ids`, `labels`, `tiles` (uint8 bytes) and, for synthetic scenes, `cells`.
+A row is `row`, `input_ids`, `labels`, `tiles` (uint8 bytes) and, for synthetic scenes, `cells`.
 Blocks hold exactly one micro-batch each and keep their order, so Ray's splitter deals them to the
 workers in turn: step k of two workers sees the same samples as step k of one that accumulates two.
 """
@@ -132,10 +132,10 @@ def _encode_rows(
                 row["messages"], tiles.counts, processor, max_length
             )
         except DataError as error:
-            logger.warning("row %s is left out: %s", row["index"], error)
+            logger.warning("row %s is left out: %s", row["row"], error)
             continue
         yield {
-            "index": row["index"],
+            "row": row["row"],
             "input_ids": input_ids,
             "labels": labels,
             "tiles": tiles.pixels.tobytes(),
@@ -143,7 +143,7 @@ def _encode_rows(
 
 
 def _columns(rows: Iterable[dict[str, Any]]) -> dict[str, list[Any]]:
-    columns: dict[str, list[Any]] = {"index": [], "input_ids": [], "labels": [], "tiles": []}
+    columns: dict[str, list[Any]] = {"row": [], "input_ids": [], "labels": [], "tiles": []}
     for row in rows:
         for name, values in columns.items():
             values.append(row[name])

@@ -109,7 +109,7 @@ def test_new_files_are_captioned_behind_the_old_ones(
     rows = captions_of_well(output)
     wanted = [plain[place] for place in range(NUM_ROWS)]
     assert [rows[place] for place in (*range(6), *range(7, NUM_ROWS + 2))] == [*wanted, plain[0]]
-    assert rows_of(output)[6]["stage"] == "decode"
+    assert rows_of(output)[6]["step"] == "decode"
 
     captioned.clear()
     assert run_caption_job(job) == run_caption_job(job.model_copy(update={"append": False}))

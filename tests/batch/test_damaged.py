@@ -64,7 +64,7 @@ def caption(source: Path, output: Path, files: dict[str, bytes], model: Path | s
             decode_image(data)
             assert rows[name]["caption"] is not None, rows[name]
         except DataError as error:
-            assert (rows[name]["stage"], rows[name]["reason"]) == ("decode", str(error))
+            assert (rows[name]["step"], rows[name]["reason"]) == ("decode", str(error))
 
 
 def damaged(number: int) -> dict[str, bytes]:

@@ -48,7 +48,7 @@ def test_images_that_lie_elsewhere(
     assert {place: rows[place]["caption"] for place in range(NUM_ROWS)} == plain
     assert rows[3]["id"] == "in.parquet:0:3"
     dead = [rows[place] for place in range(NUM_ROWS, NUM_ROWS + 4)]
-    assert [row["stage"] for row in dead] == ["read", "decode", "read", "read"]
+    assert [row["step"] for row in dead] == ["read", "decode", "read", "read"]
     assert [row["error"] for row in dead] == [
         "FileNotFoundError",
         "DataError",
@@ -93,13 +93,13 @@ def test_columns_that_are_kept_prompts_of_rows_and_partitions(
         assert row["id"] == f"key {place}" and row["size"] == {"w": place, "h": [place, 2]}
         assert row["day"] == ("1" if place < half else "2")
         if place in (half - 1, NUM_ROWS - 1):
-            assert row["stage"] == "caption" and "2 <image>" in row["reason"]
+            assert row["step"] == "caption" and "2 <image>" in row["reason"]
         else:
             assert row["caption"] == plain[place]
     job = make_job(tiny_random, tmp_path / "in", tmp_path / "out2", prompt_column="ask")
     run_caption_job(job)
     rows = rows_of(tmp_path / "out2")
-    assert rows[0]["stage"] == "read" and rows[0]["reason"].startswith("prompt is null")
+    assert rows[0]["step"] == "read" and rows[0]["reason"].startswith("prompt is null")
     assert rows[half]["id"] == "day=2/x.parquet:0:0" and rows[half]["caption"] == plain[half]
 
 
@@ -145,7 +145,7 @@ def test_several_images_a_row_and_what_is_kept_of_every_type(
     (both,) = Engine.from_pretrained(tiny_random, "float32").generate([request])
     rows = rows_of(tmp_path / "out")
     assert rows[0]["caption"] == plain[0] and rows[1]["caption"] == both.text
-    assert rows[2]["stage"] == "read" and "no image" in rows[2]["reason"]
+    assert rows[2]["step"] == "read" and "no image" in rows[2]["reason"]
     wanted = pq.read_table(tmp_path / "in.parquet").select(list(columns))
     for name in ("captions", "dead_letters"):
         schema = pq.read_table(tmp_path / "out" / name).schema
@@ -187,7 +187,7 @@ def test_damage_and_odd_paths_cost_their_rows_and_a_resume_doubles_none(
     rows = rows_of(tmp_path / "out")
     assert {place: rows[place]["caption"] for place in range(NUM_ROWS)} == plain
     for place in range(NUM_ROWS, NUM_ROWS + len(odd)):
-        assert rows[place]["stage"] == "read" and len(rows[place]["reason"]) < 700
+        assert rows[place]["step"] == "read" and len(rows[place]["reason"]) < 700
     for place in range(NUM_ROWS + len(odd), len(rows)):
         assert rows[place]["reason"].startswith(f"{file}: row group 1 is damaged")
 
@@ -287,7 +287,7 @@ def test_a_long_prompt_of_a_row_is_a_dead_letter(
     )
     rows = rows_of(tmp_path / "out")
     last = rows.pop(NUM_ROWS - 1)
-    assert last["stage"] == "caption" and "exceed max_model_len" in last["reason"]
+    assert last["step"] == "caption" and "exceed max_model_len" in last["reason"]
     assert all(row["caption"] == plain[place] for place, row in rows.items())
 
 

@@ -124,8 +124,8 @@ def test_captions_what_it_can_of_two_files_and_accounts_for_the_rest(
     assert Counter(captions["id"].to_pylist()) + Counter(dead["id"].to_pylist()) == Counter(
         None if row_id is None else str(row_id) for row_id in ids
     )
-    stages = {row["id"]: row["stage"] for row in dead.to_pylist()}
-    assert stages == {"3": "read", "11": "decode", "17": "decode", "39": "decode", None: "read"}
+    steps = {row["id"]: row["step"] for row in dead.to_pylist()}
+    assert steps == {"3": "read", "11": "decode", "17": "decode", "39": "decode", None: "read"}
     wanted = [
         {"id": str(row_id), "row": row, **one_by_one(engine, image)}
         for row, (row_id, image) in enumerate(zip(ids, images, strict=True))
@@ -170,8 +170,8 @@ def test_captions_a_folder_of_images(
         Path(r["id"]).name for r in rows
     ]
     assert {row.pop("id"): row for row in rows} == wanted
-    stages = {row["id"]: row["stage"] for row in dead.to_pylist()}
-    assert stages == {"letter.jpg": "decode", "large.bmp": "read"}
+    steps = {row["id"]: row["step"] for row in dead.to_pylist()}
+    assert steps == {"letter.jpg": "decode", "large.bmp": "read"}
 
 
 @pytest.mark.ray
@@ -328,7 +328,7 @@ def test_every_row_comes_out_once_whatever_the_mixture(
     assert [row["id"] for row in letters.to_pylist()] == [
         row_id for row_id, kind in zip(ids, kinds, strict=True) if kind != "good"
     ]
-    assert all(row["reason"] and row["stage"] for row in letters.to_pylist())
+    assert all(row["reason"] and row["step"] for row in letters.to_pylist())
 
 
 def tile(rows: pa.Table, model: Path) -> pa.Table:
@@ -347,7 +347,7 @@ def test_a_file_that_is_gone_when_its_turn_comes_is_a_dead_letter(
         }
     )
     (row,) = tile(rows, tiny_random).to_pylist()
-    assert row["stage"] == "read" and "No such file" in row["reason"] and row["tiles"] is None
+    assert row["step"] == "read" and "No such file" in row["reason"] and row["tiles"] is None
     assert row["error"] == "FileNotFoundError"
 
 

@@ -53,7 +53,7 @@ def read_all(source: Source, is_done: Any = None) -> dict[int, dict[str, Any]]:
     by_row = {row["row"]: row for row in rows}
     assert len(by_row) == len(rows)
     for row in rows:
-        if "images" in row and row["stage"] is None:
+        if "images" in row and row["step"] is None:
             (row["image"],) = ImageReader([row], ImageLimits(), source.store, ()).read(row)
     return by_row
 
@@ -287,7 +287,7 @@ def test_of_a_broken_tar_what_is_whole_is_read(
         return
     rows = read_all(source)
     assert sorted(rows) == list(range(source.num_rows))
-    broken = [row for row in rows.values() if row["stage"] is not None]
+    broken = [row for row in rows.values() if row["step"] is not None]
     assert len(broken) <= 1 and all("0.tar is broken" in row["reason"] for row in broken)
     for place in range(source.num_rows - len(broken)):
         assert rows[place]["id"] == f"{place:03d}" and rows[place]["image"] == PICTURES[place]
@@ -475,7 +475,7 @@ def test_of_broken_compressed_lines_what_is_whole_is_read(
     source = find_source(str(tmp_path))
     rows = read_all(source)
     assert sorted(rows) == list(range(source.num_rows))
-    (broken,) = (place for place, row in rows.items() if row["stage"] is not None)
+    (broken,) = (place for place, row in rows.items() if row["step"] is not None)
     assert 0 < broken < NUM_ROWS and f"broken behind line {broken}" in rows[broken]["reason"]
     images = [rows[place]["image"] for place in range(source.num_rows) if place != broken]
     assert images == [*PICTURES[:broken], *PICTURES]
@@ -534,7 +534,7 @@ def test_urls_of_rows_are_fetched_from_allowed_hosts_only(
     assert "host 'e.x'" in reasons[-1] and "--media-host HOST" in reasons[-1]
     reasons = tile_images(rows, **step)["reason"].to_pylist()
     assert all("--media-host HOST" in reason for reason in reasons)
-    assert set(tiled["stage"].to_pylist()[NUM_ROWS:]) == {"read"}
+    assert set(tiled["step"].to_pylist()[NUM_ROWS:]) == {"read"}
 
 
 def test_data_urls_in_a_column_of_paths_are_pictures(tiny_random: Path, tmp_path: Path) -> None:

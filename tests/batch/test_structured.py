@@ -53,7 +53,7 @@ def test_every_caption_is_valid_and_the_engines(
     run_caption_job(job)
     engine = Engine.from_pretrained("tiny", "float32")
     rows = rows_of(tmp_path / "out")
-    assert rows[6]["stage"] == "decode"
+    assert rows[6]["step"] == "decode"
     for number, scene in enumerate(scenes(6)):
         (expected,) = engine.generate(
             [

@@ -213,15 +213,15 @@ def test_bytes_that_are_no_text(text_type: pa.DataType, tmp_path: Path) -> None:
     rows.validate(full=True)
     good, bad, null = rows.to_pylist()
     assert good["id"] == good["prompt"] == "one" and null["id"] is None
-    assert good["stage"] is None and null["stage"] is None
-    assert bad["id"] == r"t\xffwo" and bad["stage"] == "read"
+    assert good["step"] is None and null["step"] is None
+    assert bad["id"] == r"t\xffwo" and bad["step"] == "read"
     assert bad["reason"].startswith(r"id is no UTF-8: b't\xffwo'")
     assert bad["path"] == os.fsencode(tmp_path) + b"/t\xffwo"  # as on a disk
     mended = "t\N{REPLACEMENT CHARACTER}wo"
     assert bad["kept"] == {"kept": mended, "many": [mended], "one": {"x": mended}}
     assert good["kept"] == {"kept": "one", "many": ["one"], "one": {"x": "one"}}
     source = find_source(str(file), id_column="kept", prompt_column=None, keep=())
-    assert read(source)["stage"].to_pylist() == [None, "read", None]
+    assert read(source)["step"].to_pylist() == [None, "read", None]
 
 
 def test_a_prompt_that_is_no_text_costs_its_row(tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_a_prompt_that_is_no_text_costs_its_row(tmp_path: Path) -> None:
     column = pa.DictionaryArray.from_arrays(pa.array([0, 1, 0], pa.int32()), values)
     file = write(tmp_path / "t.parquet", id=[1, 2, 3], ask=column)
     rows = read(find_source(str(file), prompt_column="ask")).to_pylist()
-    assert [row["stage"] for row in rows] == [None, "read", None]
+    assert [row["step"] for row in rows] == [None, "read", None]
     assert rows[1]["reason"].startswith("prompt is no UTF-8") and rows[1]["id"] == "2"
 
 
@@ -295,9 +295,9 @@ def test_a_damaged_page_costs_its_row_group_at_most(
     assert [row["row"] for row in rows] == sorted(set(range(3 * GROUP)) - is_done)
     for row in rows:
         if row["row"] // GROUP != row_group:
-            assert row.get("stage") is None and row["id"] == f"id {row['row']}"
-        elif row.get("stage") is not None:
-            assert row["stage"] == "read" and row["id"] is not None
+            assert row.get("step") is None and row["id"] == f"id {row['row']}"
+        elif row.get("step") is not None:
+            assert row["step"] == "read" and row["id"] is not None
             assert "\n" not in row["reason"]
 
 
@@ -323,12 +323,12 @@ def test_damage_is_told_with_file_and_row_group_and_what_else_can_be_read_is(
     file.write_bytes(data)
     rows = read(find_source(str(file), keep=["n"])).to_pylist()
     assert [row["row"] for row in rows] == list(range(200))
-    dead = [row["row"] for row in rows if row.get("stage")]
+    dead = [row["row"] for row in rows if row.get("step")]
     assert 0 < dead[0] <= 90 and dead == list(range(dead[0], 100))  # the pages before are whole
     for row in rows:
         assert row["id"] == f"id {row['row']}" and row["kept"] == {"n": row["row"]}
     assert rows[95]["reason"].startswith(f"{file}: row group 0 is damaged")
-    assert [row["image"] for row in rows if not row.get("stage")] == [
+    assert [row["image"] for row in rows if not row.get("step")] == [
         image for n, image in enumerate(images) if n not in dead
     ]
 
@@ -338,7 +338,7 @@ def test_a_file_that_lost_its_middle(tmp_path: Path) -> None:
     (tmp_path / "t.parquet").write_bytes(data[:2000] + data[4000:])
     rows = read(find_source(str(tmp_path / "t.parquet"))).to_pylist()
     assert [row["row"] for row in rows] == list(range(3 * GROUP))
-    assert sum(row.get("stage") is not None for row in rows) >= GROUP
+    assert sum(row.get("step") is not None for row in rows) >= GROUP
 
 
 def test_a_store_that_fails_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -437,7 +437,7 @@ def test_what_is_kept_is_as_pyarrow_reads_it_from_the_input(tmp_path: Path) -> N
     output = OutputFolder(locate(tmp_path / "out"), NUM_ROWS, source.kept)
     rows = read(source)
     answers = pa.Table.from_pylist(
-        [{"row": 0, "caption": "c"}, {"row": 1, "stage": "read"}, {"row": 2, "caption": "c"}],
+        [{"row": 0, "caption": "c"}, {"row": 1, "step": "read"}, {"row": 2, "caption": "c"}],
         schema=CAPTIONED,
     )
     output.write(answers.append_column("kept", rows["kept"]))
@@ -477,7 +477,7 @@ def test_a_damaged_column_is_kept_as_null_although_it_says_that_it_is_never(tmp_
     rows = read(source)
     assert rows["kept"].to_pylist() == [{"n": None}] * 9
     output = OutputFolder(locate(tmp_path / "out"), 9, source.kept)
-    answers = pa.Table.from_pylist(rows.select(["row", "stage"]).to_pylist(), schema=CAPTIONED)
+    answers = pa.Table.from_pylist(rows.select(["row", "step"]).to_pylist(), schema=CAPTIONED)
     output.write(answers.append_column("kept", rows["kept"]))
     output.finish_rows()
     assert output.num_dead == 9

@@ -77,7 +77,7 @@ def test_refuses_in_one_line(
 def test_rows_survive_parquet(tmp_path: Path) -> None:
     rows = {
         "CONVERSATIONS": {
-            "index": 2**40,
+            "row": 2**40,
             "images": [b"\xff\xd8", b""],
             "messages": [{"role": "user", "content": f"{schema.IMAGE_MARKER}\nWhat is it?"}],
         },
@@ -91,7 +91,7 @@ def test_rows_survive_parquet(tmp_path: Path) -> None:
         },
         "DEAD_LETTERS": {
             "id": "8",
-            "stage": "decode",
+            "step": "decode",
             "error": "DataError",
             "reason": "image is empty",
             "row": 3,

@@ -484,7 +484,7 @@ def test_a_conversation_asks_every_turn_of_the_picture(split: Split, seed: int, 
     drawn = sample(split, seed, index)
     row = conversation(drawn, index)
     pa.Table.from_pylist([row], schema=CONVERSATIONS).validate(full=True)
-    assert row["index"] == index
+    assert row["row"] == index
     messages = row["messages"]
     assert [m["role"] for m in messages] == ["user", "assistant"] * len(drawn.turns)
     questions = [m["content"] for m in messages[::2]]

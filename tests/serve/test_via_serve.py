@@ -61,7 +61,7 @@ def test_a_job_through_the_service(url: str, cluster: Cluster, tmp_path: Path) -
     )
     for row, answer in rows.items():
         if row == 7:
-            assert answer["stage"] == "decode"
+            assert answer["step"] == "decode"
         else:
             assert answer["caption"] == expected[row % 20].text
     # A free slot was kept for each: it waited for a step, not for a caption.

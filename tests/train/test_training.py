@@ -153,10 +153,10 @@ def conversations(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Image.new("RGB", (20, 20)).save(buffer, "PNG")
     question = {"role": "user", "content": "<image>\nWhat is this?"}
     answer = {"role": "assistant", "content": "5 shapes"}
-    rows.insert(3, {"index": 16, "images": [b"no image"], "messages": [question, answer]})
-    rows.insert(7, {"index": 17, "images": [buffer.getvalue()], "messages": [question]})
+    rows.insert(3, {"row": 16, "images": [b"no image"], "messages": [question, answer]})
+    rows.insert(7, {"row": 17, "images": [buffer.getvalue()], "messages": [question]})
     long = {"role": "assistant", "content": "5 shapes" * 500}
-    rows.append({"index": 18, "images": [buffer.getvalue()], "messages": [question, long]})
+    rows.append({"row": 18, "images": [buffer.getvalue()], "messages": [question, long]})
     folder = tmp_path_factory.mktemp("conversations")
     pq.write_table(pa.Table.from_pylist(rows, schema=CONVERSATIONS), folder / "part.parquet")
     return folder

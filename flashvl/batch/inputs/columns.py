@@ -50,7 +50,7 @@ def as_rows(
         found["id"] = pc.coalesce(found["id"], pa.array(made_ids, pa.string()))
         problems = dict.fromkeys(range(table.num_rows), damage)
     failures = [
-        {"stage": "read", "error": "DataError", "reason": problems[row]} if row in problems else {}
+        {"step": "read", "error": "DataError", "reason": problems[row]} if row in problems else {}
         for row in range(table.num_rows)
     ]
     failed = pa.Table.from_pylist(failures, schema=pa.schema(FAILURE))

@@ -41,7 +41,7 @@ def as_table(
     if len(kept):
         fields.append(pa.field("kept", pa.struct(list(kept))))
     failed = [
-        row | {"stage": "read", "error": "DataError", "reason": row["problem"]}
+        row | {"step": "read", "error": "DataError", "reason": row["problem"]}
         if row.get("problem") is not None
         else row
         for row in rows

@@ -21,7 +21,7 @@ IMAGE = [pa.field("image", pa.large_binary()), pa.field("path", pa.binary())]
 """Encoded, or where its file is: a path or a URI, in bytes, as a name need be no text."""
 IMAGES = pa.field("images", pa.list_(pa.struct(IMAGE)))
 """Of rows that have several, which are asked about in one prompt."""
-FAILURE = [DEAD_LETTERS.field(name) for name in ("stage", "error", "reason")]
+FAILURE = [DEAD_LETTERS.field(name) for name in ("step", "error", "reason")]
 """Null in rows that are well."""
 
 
