@@ -31,11 +31,9 @@ def ray_cluster() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def random_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Preset -> folder of a model of its shape with fewer layers and random weights.
+    """Preset -> folder of a small model of its shape with random weights (`write_random`)."""
+    from tests.support.models import write_random
 
-    Its answers are gibberish that depends on the image: with a training's first weights it would
-    repeat its last token whatever it sees.
-    """
     return functools.cache(lambda preset: write_random(preset, tmp_path_factory.mktemp(preset)))
 
 
@@ -62,35 +60,6 @@ def assert_obeys_umask(request: pytest.FixtureRequest) -> Iterator[Callable[[Pat
     before = os.umask(request.param)
     yield check
     os.umask(before)
-
-
-def write_random(preset: str, folder: Path) -> Path:
-    import torch
-
-    from flashvl.data.tokenizer import train_tokenizer
-    from flashvl.model import FlashVLForConditionalGeneration
-    from flashvl.model.parts.assembly import build_processor
-    from flashvl.model.presets import build_config
-
-    config = build_config(preset)
-    tokenizer = train_tokenizer(["Describe the image.", "a large red circle"], vocab_size=300)
-    config.vision_config.num_hidden_layers = 1
-    config.text_config.num_hidden_layers = 2
-    config.text_config.layer_types = config.text_config.layer_types[:2]
-    config.text_config.vocab_size = len(tokenizer)
-
-    torch.manual_seed(0)
-    model = FlashVLForConditionalGeneration(config)
-    # What a layer adds is to outweigh what a token is, and the image what the prompt says.
-    gains = {"embed_tokens": 0.1, "o_proj": 16.0, "down_proj": 16.0, "projector.linear_3": 16.0}
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.dim() > 1:
-                gain = next((gain for part, gain in gains.items() if part in name), 1.0)
-                weight.normal_(std=gain if "embed" in name else gain * weight.shape[-1] ** -0.5)
-    model.save_pretrained(folder)
-    build_processor(config, tokenizer).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -7,10 +7,10 @@ import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
-from moto.server import ThreadedMotoServer
 
 from flashvl.batch.job import run_caption_job
-from tests.batch.pictures import NUM_ROWS, PICTURES, captions_of, make_job
+from tests.support.jobs import NUM_ROWS, PICTURES, captions_of, make_job
+from tests.support.stores import s3_bucket
 
 
 @pytest.fixture(scope="session")
@@ -28,13 +28,6 @@ def plain(
 
 @pytest.fixture(scope="session")
 def s3() -> Iterator[str]:
-    """A bucket of a real S3 server: its URI and its query."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    port = server.get_host_and_port()[1]
-    query = f"endpoint_override=http://127.0.0.1:{port}&region=us-east-1"
-    uri = f"s3://key:secret@bucket/{{}}?{query}&allow_bucket_creation=true"
-    store, _ = pa.fs.FileSystem.from_uri(uri.format("x"))
-    store.create_dir("bucket")
-    yield uri
-    server.stop()
+    """The URI of a bucket on a real S3 server, with a `{}` for the key."""
+    with s3_bucket() as (_, uri):
+        yield uri

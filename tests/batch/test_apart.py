@@ -9,7 +9,7 @@ from flashvl.batch.apart import check_apart
 from flashvl.batch.config import CaptionJob
 from flashvl.batch.job import run_caption_job
 from flashvl.errors import ConfigError
-from tests.batch.pictures import picture
+from tests.support.jobs import picture
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,5 @@
 """An input that grows: what is new is captioned, once, and what is old is left as it is."""
 
-import base64
 import json
 import os
 import random
@@ -24,8 +23,16 @@ from flashvl.batch.progress import Progress
 from flashvl.config import validate
 from flashvl.data.storage import Location, locate
 from flashvl.errors import ConfigError
-from tests.batch.pictures import NUM_ROWS, PICTURES, make_job, picture, rows_of
-from tests.batch.test_kinds import write_tar
+from tests.support.images import base64_of
+from tests.support.jobs import (
+    NUM_ROWS,
+    PICTURES,
+    Interrupted,
+    make_job,
+    picture,
+    rows_of,
+    write_tar,
+)
 
 
 def add(folder: Path, kind: str, name: str, images: list[bytes]) -> None:
@@ -38,7 +45,7 @@ def add(folder: Path, kind: str, name: str, images: list[bytes]) -> None:
         for number, data in enumerate(images):
             path.with_name(f"{name}{number:02d}.png").write_bytes(data)
     elif kind == "jsonl":
-        lines = [json.dumps({"image": base64.b64encode(data).decode()}) for data in images]
+        lines = [json.dumps({"image": base64_of(data)}) for data in images]
         path.write_text("\n".join(lines))
     else:
         write_tar(path, {f"{name}{n:02d}.png": data for n, data in enumerate(images)})
@@ -50,10 +57,6 @@ def begin(job: CaptionJob) -> Plan:
     plan.output.make_folder()
     claim(plan.output, plan.fingerprint, plan.source.files, plan.known)
     return plan
-
-
-class Interrupted(Exception):
-    pass
 
 
 @pytest.mark.ray

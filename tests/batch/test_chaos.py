@@ -16,13 +16,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from ray.cluster_utils import Cluster
 
-from tests.batch.pictures import picture, rows_of
+from tests.support.cluster import workers
+from tests.support.jobs import picture, rows_of
 
 NODE = {"num_cpus": 2, "object_store_memory": 80 * 2**20}
 MIN_LIFE_S = 15.0
@@ -65,26 +65,6 @@ def cluster() -> Iterator[Cluster]:
         cluster.add_node(**NODE)
     yield cluster
     cluster.shutdown()
-
-
-AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
-"""A raylet dies with them; the head's must not, for a cluster ends with it."""
-
-
-def workers(cluster: Cluster, title: str) -> list[psutil.Process]:
-    """Processes of the cluster's nodes with a title that begins so, but for `AGENTS`."""
-    found = []
-    for node in cluster.list_all_nodes():
-        raylet = node.all_processes["raylet"][0].process
-        if raylet.poll() is None:
-            for process in psutil.Process(raylet.pid).children(recursive=True):
-                try:
-                    line = " ".join(process.cmdline())
-                    if line.startswith(title) and not line.startswith(AGENTS):
-                        found.append(process)
-                except psutil.Error:
-                    continue  # it ended meanwhile
-    return found
 
 
 def kill_one(

@@ -13,8 +13,9 @@ from flashvl.batch.inputs.images import IMAGE_SUFFIXES
 from flashvl.batch.job import run_caption_job
 from flashvl.data.images import decode_image
 from flashvl.errors import DataError
-from tests.batch.pictures import rows_of
-from tests.data.damage import PICTURE, damaged_files, encode
+from tests.support.damage import PICTURE, damaged_files
+from tests.support.images import encode
+from tests.support.jobs import rows_of
 
 SUFFIXES = {
     "JPEG": ".jfif",

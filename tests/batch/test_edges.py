@@ -18,7 +18,7 @@ from flashvl.batch.config import CaptionJob
 from flashvl.batch.job import run_caption_job
 from flashvl.batch.progress import Progress
 from flashvl.errors import ConfigError
-from tests.batch.pictures import picture, rows_of
+from tests.support.jobs import picture, rows_of
 
 NUM_ROWS = 80
 ROWS_PER_FILE = 10

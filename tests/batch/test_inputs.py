@@ -26,8 +26,8 @@ from flashvl.data.images import decode_image
 from flashvl.data.storage import locate
 from flashvl.engine import Engine, Request
 from flashvl.errors import ConfigError, FlashVLError
-from tests.batch.pictures import NUM_ROWS, PICTURES, captions_of, make_job, rows_of
 from tests.batch.test_tables import KEPT
+from tests.support.jobs import NUM_ROWS, PICTURES, captions_of, make_job, rows_of
 
 
 @pytest.mark.ray

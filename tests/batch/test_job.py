@@ -34,7 +34,7 @@ from flashvl.data.schema import CAPTIONS, DEAD_LETTERS
 from flashvl.data.storage import locate
 from flashvl.engine import Engine, Request
 from flashvl.errors import CheckpointError, ConfigError
-from tests.batch.pictures import picture
+from tests.support.jobs import picture
 
 MAX_NEW_TOKENS = 6
 HF_IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])

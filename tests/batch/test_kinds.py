@@ -40,9 +40,18 @@ from flashvl.data import fetching, storage
 from flashvl.data.limits import ImageLimits
 from flashvl.data.storage import is_below, locate
 from flashvl.errors import ConfigError
-from tests.batch.hub import REPO, hub_of
-from tests.batch.pictures import NUM_ROWS, PICTURES, captions_of, make_job, picture, rows_of
-from tests.https import https_server
+from tests.support.https import https_server
+from tests.support.hub import REPO, hub_of
+from tests.support.images import base64_of, data_url
+from tests.support.jobs import (
+    NUM_ROWS,
+    PICTURES,
+    captions_of,
+    make_job,
+    picture,
+    rows_of,
+    write_tar,
+)
 
 PROMPT = "Describe the image."
 
@@ -136,14 +145,6 @@ def test_what_may_mean_two_things_is_refused(tmp_path: Path) -> None:
 
 
 # Tars
-
-
-def write_tar(path: Path, members: dict[str, bytes], mode: str = "w") -> None:
-    with tarfile.open(path, mode) as tar:  # type: ignore[call-overload]
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
 
 
 def sample(row: int) -> dict[str, bytes]:
@@ -312,7 +313,7 @@ def test_tars_and_lines_are_read_from_where_a_job_is(
             write_tar(path, members, "w:gz" if kind.endswith("gz") else "w")
         else:
             text = "".join(
-                json.dumps({"id": f"{row:03d}", "image": base64.b64encode(picture(row)).decode()})
+                json.dumps({"id": f"{row:03d}", "image": base64_of(picture(row))})
                 + data.draw(st.sampled_from(["\n", "\r\n", "\n \n\n"]))
                 for row in rows
             ).encode()
@@ -343,7 +344,7 @@ def test_lines_with_images_in_every_form(
     (tmp_path / "pictures").mkdir()
     for row, data in enumerate(PICTURES):
         (tmp_path / "pictures" / f"{row} é.png").write_bytes(data)
-    encoded = [base64.b64encode(data).decode() for data in PICTURES]
+    encoded = [base64_of(data) for data in PICTURES]
     file = tmp_path / "pictures" / "11 é.png"
     images: list[Any] = [
         "pictures/0 é.png",
@@ -468,7 +469,7 @@ def test_a_line_longer_than_any_image_is_a_dead_letter_and_not_held(tmp_path: Pa
 def test_of_broken_compressed_lines_what_is_whole_is_read(
     ray_cluster: None, tmp_path: Path
 ) -> None:
-    lines = [json.dumps({"image": base64.b64encode(data).decode()}) for data in PICTURES]
+    lines = [json.dumps({"image": base64_of(data)}) for data in PICTURES]
     whole = gzip.compress("\n".join(lines).encode())
     (tmp_path / "0.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "1.jsonl.gz").write_bytes(whole)
@@ -538,7 +539,7 @@ def test_urls_of_rows_are_fetched_from_allowed_hosts_only(
 
 
 def test_data_urls_in_a_column_of_paths_are_pictures(tiny_random: Path, tmp_path: Path) -> None:
-    urls = [f"data:image/png;base64,{base64.b64encode(data).decode()}" for data in PICTURES[:2]]
+    urls = [data_url(data) for data in PICTURES[:2]]
     pq.write_table(pa.table({"image": [*urls, "data:image/png;base64,*"]}), tmp_path / "a.parquet")
     source = find_source(str(tmp_path))
     assert isinstance(source, ParquetFiles)
@@ -555,9 +556,9 @@ def test_data_urls_in_a_column_of_paths_are_pictures(tiny_random: Path, tmp_path
 URL_JOB = """
 import json, os, subprocess, sys
 from pathlib import Path
-from tests.batch.pictures import NUM_ROWS
+from tests.support.jobs import NUM_ROWS
 from tests.batch.test_kinds import Pictures
-from tests.https import https_server
+from tests.support.https import https_server
 
 folder, model, address = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 with https_server(Pictures, folder, address) as (port, certificate):

@@ -16,7 +16,7 @@ import ray
 from ray._private.internal_api import memory_summary
 from ray.cluster_utils import Cluster
 
-from tests.batch.pictures import picture
+from tests.support.jobs import picture
 
 NUM_ROWS = 50_000
 STORE_BYTES = 300 * 2**20

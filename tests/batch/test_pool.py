@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from ray.cluster_utils import Cluster
 
-from tests.batch.pictures import picture, rows_of
-from tests.batch.test_chaos import workers
+from tests.support.cluster import workers
+from tests.support.jobs import picture, rows_of
 
 NUM_ROWS = 6000
 

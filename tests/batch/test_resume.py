@@ -31,7 +31,7 @@ from flashvl.batch.progress import Progress
 from flashvl.cli import app
 from flashvl.data.storage import locate
 from flashvl.errors import ConfigError, FlashVLError
-from tests.batch.pictures import picture, rows_of
+from tests.support.jobs import Interrupted, picture, rows_of
 
 NUM_ROWS = 60
 BAD = {7, 31, 32}
@@ -55,10 +55,6 @@ def job(tiny_random: Path, tmp_path: Path) -> CaptionJob:
         max_new_tokens=4,
         max_num_seqs=8,
     )
-
-
-class Interrupted(Exception):
-    pass
 
 
 @pytest.mark.ray

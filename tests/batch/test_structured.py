@@ -1,6 +1,5 @@
 """Captions with fields: `flashvl caption --json-schema FILE`."""
 
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ from flashvl.data import synthetic
 from flashvl.data.images import decode_image
 from flashvl.engine import Engine, Request, StructuredOutputs
 from flashvl.errors import ConfigError
-from tests.batch.pictures import make_job, rows_of
+from tests.support.images import encode
+from tests.support.jobs import make_job, rows_of
 
 SCHEMA = {
     "type": "object",
@@ -30,12 +30,7 @@ SCHEMA = {
 
 
 def scenes(count: int) -> list[bytes]:
-    encoded = []
-    for number in range(count):
-        file = io.BytesIO()
-        synthetic.sample("heldout", 0, number).image().save(file, "PNG")
-        encoded.append(file.getvalue())
-    return encoded
+    return [encode(synthetic.sample("heldout", 0, number).image()) for number in range(count)]
 
 
 @pytest.fixture

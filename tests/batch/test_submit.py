@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.batch.pictures import picture, rows_of
-from tests.serve.conftest import free_ports, wait_until
+from tests.support.cluster import free_ports, wait_until
+from tests.support.jobs import picture, rows_of
 
 ROOT = Path(__file__).parents[2]
 NUM_ROWS = 40

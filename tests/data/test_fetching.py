@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from flashvl.data import fetching
 from flashvl.data.fetching import Fetcher, fetch_all, is_public
 from flashvl.errors import DataError
-from tests.https import https_server
+from tests.support.https import https_server
 
 PICTURE = random.Random(0).randbytes(20_000)
 REMEDY = "allow it"

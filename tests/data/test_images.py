@@ -21,16 +21,11 @@ from flashvl.data.images import decode_image
 from flashvl.data.limits import ImageLimits
 from flashvl.errors import DataError
 from flashvl.model import FlashVLImageProcessor
-from tests.data import damage
+from tests.support.damage import png_chunk
+from tests.support.images import encode, noise
 
 RED, GREEN, BLUE, YELLOW = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
-
-
-def encode(picture: Image.Image | np.ndarray, file_format: str = "PNG", **options: Any) -> bytes:
-    if isinstance(picture, np.ndarray):
-        picture = Image.fromarray(picture)
-    return damage.encode(picture, file_format, **options)
 
 
 def flat(mode: str, color: Any, size: tuple[int, int] = (8, 6)) -> Image.Image:
@@ -42,15 +37,6 @@ def color_of(data: bytes) -> tuple[int, ...]:
     pixels = np.asarray(decode_image(data)).reshape(-1, 3)
     assert (pixels == pixels[0]).all()
     return tuple(int(value) for value in pixels[0])
-
-
-def noise(width: int, height: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-def png_chunk(name: bytes, content: bytes) -> bytes:
-    checksum = zlib.crc32(name + content)
-    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", checksum)
 
 
 def png(width: int, height: int, *chunks: bytes) -> bytes:
@@ -224,7 +210,7 @@ def test_result_is_a_plain_image_without_metadata() -> None:
     exif = Image.Exif()
     exif[0x010E] = "a description"
     options = {"exif": exif, "icc_profile": b"profile" * 99, "comment": b"c"}
-    decoded = decode_image(encode(noise(16, 12), "JPEG", **options))
+    decoded = decode_image(encode(noise(size=(16, 12)), "JPEG", **options))
     assert type(decoded) is Image.Image
     assert (decoded.mode, decoded.size, decoded.info) == ("RGB", (16, 12), {})
     assert not dict(decoded.getexif())
@@ -243,7 +229,7 @@ def test_result_is_a_plain_image_without_metadata() -> None:
     ],
 )
 def test_limits_come_before_pixels(file_format: str, limits: ImageLimits, rule: str) -> None:
-    whole = encode(noise(64, 48), file_format)
+    whole = encode(noise(size=(64, 48)), file_format)
     half = whole[: len(whole) // 2]
     # Half a file has no pixels to decode, and still it is the limit that is named.
     with pytest.raises(DataError, match=rule):
@@ -253,7 +239,7 @@ def test_limits_come_before_pixels(file_format: str, limits: ImageLimits, rule: 
 
 
 def test_limits_are_inclusive() -> None:
-    data = encode(noise(64, 48))
+    data = encode(noise(size=(64, 48)))
     limits = ImageLimits(
         max_image_bytes=len(data), max_image_pixels=64 * 48, max_image_side=64, min_image_side=48
     )
@@ -300,13 +286,13 @@ def test_limits_that_cannot_be_kept_are_refused() -> None:
 
 
 def test_heif_is_known_by_its_brands() -> None:
-    data = encode(noise(64, 48), "HEIF", quality=90)
+    data = encode(noise(size=(64, 48)), "HEIF", quality=90)
     assert data[4:12] == b"ftypheic"
     expected = decode_image(data).tobytes()
     for brand in (b"mif1", b"heix", b"msf1", b"miaf"):  # what a file begins with; others follow
         assert decode_image(data[:8] + brand + data[12:]).tobytes() == expected
     assert images.read_header(data) == images.ImageHeader("image/heif", (64, 48))
-    avif = encode(noise(64, 48), "AVIF")
+    avif = encode(noise(size=(64, 48)), "AVIF")
     assert images.read_header(avif[:8] + b"mif1" + avif[12:]).media_type == "image/avif"
 
 
@@ -318,17 +304,17 @@ def test_heif_with_more_bits_keeps_its_high_ones() -> None:
 def test_heif_is_refused_in_one_line_where_its_library_is_missing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    data = encode(noise(64, 48), "HEIF")
+    data = encode(noise(size=(64, 48)), "HEIF")
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     for use in (decode_image, images.read_header):
         with pytest.raises(DataError, match=r"HEIF.*pip install 'flashvl\[heif\]'$"):
             use(data)
-    decode_image(encode(noise(64, 48)))
+    decode_image(encode(noise(size=(64, 48))))
 
 
 def test_a_heif_whose_header_lies_about_its_size_is_refused() -> None:
     """What was checked against the limits, and counted in tiles, must be what is decoded."""
-    data = encode(noise(64, 48), "HEIF", quality=90)
+    data = encode(noise(size=(64, 48)), "HEIF", quality=90)
     size = data.index(b"ispe") + 8
     for width, height in ((32, 24), (640, 480), (65_535, 65_535)):
         lying = data[:size] + struct.pack(">II", width, height) + data[size + 8 :]
@@ -375,7 +361,7 @@ def test_running_out_of_memory_is_not_the_image_s_fault(monkeypatch: pytest.Monk
 
 # Any bytes
 
-PICTURE = Image.fromarray(noise(24, 18))
+PICTURE = noise(size=(24, 18))
 EXIF = Image.Exif()
 EXIF[0x0112] = 6
 VALID = [

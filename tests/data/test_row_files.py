@@ -17,6 +17,7 @@ from flashvl.data import row_files
 from flashvl.data.row_files import read_row_file
 from flashvl.data.storage import locate
 from flashvl.errors import DataError, FlashVLError
+from tests.support.stores import s3_bucket
 
 LOCAL = locate("/").store
 MAX_BYTES = 1000
@@ -154,19 +155,13 @@ def test_a_broken_disk_stops_the_job(
 
 @pytest.fixture
 def s3() -> Iterator[tuple[ThreadedMotoServer, str]]:
-    """A real S3 server with one object, and the URI of its bucket with a place for a key."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    port = server.get_host_and_port()[1]
-    query = f"endpoint_override=http://127.0.0.1:{port}&region=us-east-1"
-    uri = f"s3://key:secret@bucket/{{}}?{query}&allow_bucket_creation=true"
-    store, _ = pyarrow.fs.FileSystem.from_uri(uri.format("x"))
-    store.create_dir("bucket")
-    for name, data in (("deep/a.png", b"pixels"), ("large.png", bytes(MAX_BYTES + 1))):
-        with store.open_output_stream(f"bucket/{name}") as file:
-            file.write(data)
-    yield server, uri
-    server.stop()
+    """A real S3 server with two objects, and the URI of its bucket with a `{}` for the key."""
+    with s3_bucket() as (server, uri):
+        store, _ = pyarrow.fs.FileSystem.from_uri(uri.format("x"))
+        for name, data in (("deep/a.png", b"pixels"), ("large.png", bytes(MAX_BYTES + 1))):
+            with store.open_output_stream(f"bucket/{name}") as file:
+                file.write(data)
+        yield server, uri
 
 
 def test_objects_of_a_store(s3: tuple[ThreadedMotoServer, str]) -> None:

@@ -18,8 +18,9 @@ from flashvl.data.images import FORMATS, decode_image, decode_reduced, read_head
 from flashvl.data.limits import ImageLimits
 from flashvl.data.salvage import strip_metadata
 from flashvl.errors import DataError
-from tests.data import damage
-from tests.data.damage import PICTURE, encode, exif_of, png_chunk
+from tests.support import damage
+from tests.support.damage import PICTURE, exif_of, png_chunk
+from tests.support.images import encode
 
 DAMAGED = {
     "PNG": lambda: damage.png_damages() | damage.kept_beside_png_damages(),
@@ -163,7 +164,7 @@ import json, resource, sys, warnings
 from pathlib import Path
 from flashvl.data.images import decode_image, read_header
 from flashvl.errors import DataError
-from tests.data.damage import damaged_files
+from tests.support.damage import damaged_files
 
 warnings.simplefilter("ignore")
 number, progress = int(sys.argv[1]), Path(sys.argv[2])

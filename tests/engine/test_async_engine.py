@@ -4,14 +4,13 @@ import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from flashvl.data import synthetic
 from flashvl.engine import AsyncEngine, Engine, Request
 from flashvl.errors import DataError
 from flashvl.model.loading import load_model, load_processor
+from tests.support.images import noise
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +26,7 @@ def asynchronous(tiny_random: Path) -> Iterator[AsyncEngine]:
 
 
 def ask(seed: int, **options: object) -> Request:
-    rng = np.random.default_rng(seed)
-    image = Image.fromarray(rng.integers(0, 256, (96, 96, 3), dtype=np.uint8))
-    given = {"images": [image], "max_new_tokens": 9} | options
+    given = {"images": [noise(seed, (96, 96))], "max_new_tokens": 9} | options
     messages = [{"role": "user", "content": "<image>\nDescribe the image."}]
     return Request(messages=messages, **given)  # type: ignore[arg-type]
 

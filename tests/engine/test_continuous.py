@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 from flashvl.engine import Completion, Engine, Request
@@ -19,6 +18,8 @@ from flashvl.engine.sampling import Sampler
 from flashvl.errors import DataError
 from flashvl.model import FlashVLForConditionalGeneration, FlashVLProcessor
 from flashvl.model.loading import load_model, load_processor
+from tests.support.images import noise
+from tests.support.models import draw_weights
 
 MAX_LENGTH = 4096
 """Tokens that the engines of this file take; RoPE has no weights that would have to be learnt."""
@@ -32,12 +33,7 @@ class Subject:
         self.model: FlashVLForConditionalGeneration = load_model(folder)
         self.processor: FlashVLProcessor = load_processor(folder)
         self.folder = folder
-        torch.manual_seed(1)
-        with torch.no_grad():
-            for weight in self.model.parameters():
-                if weight.dim() > 1:
-                    weight.normal_(std=(3 / weight[0].numel()) ** 0.5)
-            self.model.get_input_embeddings().weight[self.model.config.image_token_id] = 0
+        draw_weights(self.model)
 
     def engine(self, **options: Any) -> Engine:
         model = load_model(self.folder)
@@ -79,18 +75,13 @@ def subject(request: pytest.FixtureRequest, random_folder: Callable[[str], Path]
     return Subject(random_folder(request.param))
 
 
-def picture(seed: int, width: int, height: int) -> Image.Image:
-    rng = np.random.default_rng(seed)
-    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
 def mixed_requests(count: int, seed: int = 0) -> list[Request]:
     """No image, one or two, of all numbers of tiles; prompts and answers of many lengths."""
     rng = random.Random(seed)
     made = []
     for index in range(count):
         sizes = rng.choice([(), (), (40,), (90,), (130,), (190,), (90, 190)])
-        images = [picture(index, size, size) for size in sizes]
+        images = [noise(index, (size, size)) for size in sizes]
         words = " ".join(rng.choices(WORDS, k=rng.choice([1, 3, 10, 60])))
         max_new_tokens = rng.choice([1, 2, 5, 12])
         made.append(

@@ -4,7 +4,6 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -15,6 +14,8 @@ from flashvl.data.features import Tiles, encode_prompt, make_tiles
 from flashvl.engine import Completion, Engine, Request, Timing
 from flashvl.errors import DataError
 from flashvl.model.loading import load_model, load_processor
+from tests.support.images import noise
+from tests.support.models import draw_weights
 
 MAX_NEW_TOKENS = 8
 
@@ -23,18 +24,12 @@ MAX_NEW_TOKENS = 8
 def engine(tiny_random: Path) -> Engine:
     """`tiny_random` with weights under which a short answer differs from image to image."""
     model = load_model(tiny_random)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.dim() > 1:
-                weight.normal_(std=(3 / weight[0].numel()) ** 0.5)
-        model.get_input_embeddings().weight[model.config.image_token_id] = 0  # never said
+    draw_weights(model)
     return Engine(model, load_processor(tiny_random))
 
 
 def picture(seed: int = 0) -> Image.Image:
-    rng = np.random.default_rng(seed)
-    return Image.fromarray(rng.integers(0, 256, (80 + seed, 100, 3), dtype=np.uint8))
+    return noise(seed, (100, 80 + seed))
 
 
 def ask(

@@ -41,6 +41,7 @@ from flashvl.model import (
 )
 from flashvl.model.modeling_flashvl import pixel_shuffle
 from flashvl.model.presets import build_config, count_parameters
+from tests.support.images import noise
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,7 @@ def fresh(subject: Subject) -> FlashVLForConditionalGeneration:
 
 
 def picture(seed: int = 0) -> Image.Image:
-    rng = np.random.default_rng(seed)
-    return Image.fromarray(rng.integers(0, 256, (80 + seed, 100, 3), dtype=np.uint8))
+    return noise(seed, (100, 80 + seed))
 
 
 def assert_near(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4) -> None:

@@ -23,8 +23,8 @@ from transformers import AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForC
 
 from flashvl.data.tokenizer import train_tokenizer
 from flashvl.errors import CheckpointError, ConfigError
-from flashvl.model import assembly, released
 from flashvl.model.loading import load_model, load_processor, resolve_checkpoint
+from flashvl.model.parts import assembly, released
 from flashvl.model.parts.released import fetch_folder, import_released
 
 Weights = dict[str, torch.Tensor]

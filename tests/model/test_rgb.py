@@ -2,7 +2,6 @@
 
 import io
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,18 +10,13 @@ from PIL import Image
 from flashvl.data.images import decode_image
 from flashvl.model import FlashVLImageProcessor
 from flashvl.model.rgb import orientation_of, to_rgb
+from tests.support.images import encode
 
 RNG = np.random.default_rng(0)
 RGBA = Image.fromarray(RNG.integers(0, 256, (31, 45, 4), np.uint8))
 RGB = RGBA.convert("RGB")
 GREY = RNG.integers(0, 65536, (31, 45)).astype(np.uint16)
 PROCESSOR = FlashVLImageProcessor(size={"height": 32, "width": 32}, resample=2)
-
-
-def encode(image: Image.Image, file_format: str = "PNG", **options: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, file_format, **options)
-    return file.getvalue()
 
 
 def turned(orientation: int) -> Image.Exif:

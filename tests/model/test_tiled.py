@@ -4,7 +4,6 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -14,6 +13,7 @@ from flashvl.data.features import encode_conversation, make_tiles, normalize_til
 from flashvl.engine import Engine, Request
 from flashvl.model import FlashVLForConditionalGeneration, FlashVLProcessor
 from flashvl.model.loading import load_model, load_processor
+from tests.support.images import noise
 
 TOKENS = 16
 """Of a tile of `tiny-iss`: 8 x 8 patches, of which the two outermost on each side are dropped."""
@@ -27,11 +27,6 @@ def model(tiny_iss_random: Path) -> FlashVLForConditionalGeneration:
 @pytest.fixture(scope="module")
 def processor(tiny_iss_random: Path) -> FlashVLProcessor:
     return load_processor(tiny_iss_random)
-
-
-def picture(width: int, height: int, seed: int = 0) -> Image.Image:
-    rng = np.random.default_rng(seed)
-    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 ONE, THREE, FIVE = (40, 48), (96, 45), (192, 192)
@@ -62,7 +57,7 @@ def test_all_who_count_image_tokens_agree(
     size: tuple[int, int],
     num_tiles: int,
 ) -> None:
-    image = picture(*size)
+    image = noise(size=size)
     inputs = prompt(processor, image, "What?")
     placeholders = int((inputs["input_ids"] == processor.image_token_id).sum())
     assert placeholders == TOKENS * num_tiles
@@ -94,7 +89,7 @@ def test_iss_is_the_tower_the_middle_and_the_adapter(
     model: FlashVLForConditionalGeneration, processor: FlashVLProcessor
 ) -> None:
     """By a loop over the patches that are kept, without pixel shuffle."""
-    pixel_values = prompt(processor, picture(*THREE), "What?")["pixel_values"]
+    pixel_values = prompt(processor, noise(size=THREE), "What?")["pixel_values"]
     patches = model.model.vision_tower(pixel_values=pixel_values).last_hidden_state
     by_hand = [
         [patches[tile, row * 8 + column] for row in range(2, 6) for column in range(2, 6)]
@@ -110,7 +105,7 @@ def test_images_anywhere_in_a_turn_and_in_order(
     model: FlashVLForConditionalGeneration, processor: FlashVLProcessor
 ) -> None:
     """The embeddings that the LLM sees, token by token, against a loop over the placeholders."""
-    images = [picture(*FIVE, 1), picture(*ONE, 2), picture(*THREE, 3)]
+    images = [noise(1, FIVE), noise(2, ONE), noise(3, THREE)]
     inputs = prompt(processor, "First", images[0], images[1], "and then", images[2], "which?")
     assert inputs["image_grid_thw"].prod(-1).tolist() == [5, 1, 3]
     features = model.get_image_features(inputs["pixel_values"]).pooler_output.flatten(0, 1)
@@ -135,7 +130,7 @@ def test_a_batch_of_different_numbers_of_tiles_is_its_rows(tiny_iss_random: Path
             images=images,
             max_new_tokens=6,
         )
-        for images in ([picture(*FIVE)], [], [picture(*ONE, 1), picture(*THREE, 2)])
+        for images in ([noise(size=FIVE)], [], [noise(1, ONE), noise(2, THREE)])
     ]
     assert engine.generate(requests) == [engine.generate([request])[0] for request in requests]
 
@@ -186,7 +181,7 @@ def test_vllm_finds_what_its_rules_ask_for(
     assert model._supports_attention_backend
     assert model.input_modalities == ("image", "text")
 
-    images = [picture(*FIVE), picture(*ONE)]
+    images = [noise(size=FIVE), noise(size=ONE)]
     text = "<|im_start|>user\n<|image_pad|>A<|image_pad|>B<|im_end|>\n"
     inputs = processor(
         images=images, text=[text], return_tensors="pt", return_text_replacement_offsets=True
@@ -222,7 +217,7 @@ def test_tile_wrappers_stand_around_every_tile(processor: FlashVLProcessor) -> N
 
 
 def test_an_accelerator_normalises_what_the_processor_would(processor: FlashVLProcessor) -> None:
-    images = [picture(*FIVE), picture(*ONE)]
+    images = [noise(size=FIVE), noise(size=ONE)]
     tiles = make_tiles(images, processor)
     assert tiles.counts == (5, 1)
     expected = processor.image_processor(images, return_tensors="pt")["pixel_values"]

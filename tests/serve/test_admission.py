@@ -16,7 +16,8 @@ from ray.cluster_utils import Cluster
 
 from flashvl.errors import ConfigError
 from flashvl.serve.admission import read_api_keys
-from tests.serve.conftest import Service, ask, data_url, encode, noise, serving
+from tests.support.images import data_url, encode, noise
+from tests.support.serving import Service, ask, serving
 
 PICTURE = encode(noise(0))
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashvl.data.storage import is_below
-from tests.serve.conftest import encode, noise
+from tests.support.images import encode, noise
 
 
 def write_table(path: Path, num_rows: int) -> Path:

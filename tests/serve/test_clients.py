@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from flashvl.data import synthetic
-from tests.serve.conftest import encode
+from tests.support.images import encode
 
 CLIENTS = Path(__file__).parent / "clients"
 PACKAGES = ("openai", "langchain-openai", "litellm", "pydantic-ai", "instructor", "requests")

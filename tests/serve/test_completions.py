@@ -11,11 +11,6 @@ from flashvl.engine import Completion, Engine, Request, token_bytes
 TEXT = "<|im_start|>user\nWhat is it?<|im_end|>\n<|im_start|>assistant\n"
 
 
-@pytest.fixture(scope="module")
-def engine() -> Engine:
-    return Engine.from_pretrained("tiny", "float32")
-
-
 def by_engine(engine: Engine, prompt: str | list[int], **options: Any) -> Completion:
     return engine.generate([Request(prompt=prompt, **({"max_new_tokens": 16} | options))])[0]
 

@@ -11,7 +11,8 @@ from flashvl.config import load_config, pool_of
 from flashvl.errors import ConfigError
 from flashvl.serve.app import build_app
 from flashvl.serve.config import ServiceConfig
-from tests.serve.conftest import deploying, encode, noise
+from tests.support.images import encode, noise
+from tests.support.serving import deploying
 
 CONFIGS = sorted((Path(__file__).parents[2] / "serve_configs").glob("*.yaml"))
 

@@ -11,7 +11,8 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from tests.serve.conftest import Service, ask, encode, noise
+from tests.support.images import encode, noise
+from tests.support.serving import Service, ask
 
 OPERATIONS = [
     ("POST", "/v1/chat/completions"),

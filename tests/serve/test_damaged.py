@@ -1,13 +1,12 @@
 """Damaged image files at the service: an answer or a refusal in one line, and it lives on."""
 
-import base64
-
 import pytest
 import requests
 
 from flashvl.data.images import decode_image
 from flashvl.errors import DataError
-from tests.data.damage import damaged_files, jpeg_damages, png_damages
+from tests.support.damage import damaged_files, jpeg_damages, png_damages
+from tests.support.images import data_url
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -36,7 +35,7 @@ def test_damaged_files_are_answered_or_refused(url: str) -> None:
 def test_good_pixels_behind_bad_metadata_are_answered(
     url: str, media_type: str, data: bytes
 ) -> None:
-    link = f"data:{media_type};base64,{base64.b64encode(data).decode()}"
+    link = data_url(data, media_type)
     content = [{"type": "image_url", "image_url": {"url": link}}, {"type": "text", "text": "What?"}]
     answer = requests.post(
         f"{url}/v1/chat/completions",

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from flashvl.data.fetching import decode_data_url, is_data_url
 from flashvl.errors import DataError
-from tests.serve.conftest import data_url, encode, noise
+from tests.support.images import base64_of, data_url, encode, noise
 
 PICTURE = encode(noise(0))
 HEADS = st.sampled_from(
@@ -44,7 +44,7 @@ HEADS = st.sampled_from(
 @st.composite
 def dressed(draw: st.DrawFn, data: bytes) -> str:
     """A data URL as some program or person writes it."""
-    text = base64.b64encode(data).decode()
+    text = base64_of(data)
     if draw(st.booleans()):
         text = text.translate(str.maketrans("+/", "-_"))
     if draw(st.booleans()):

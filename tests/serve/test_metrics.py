@@ -7,7 +7,8 @@ import requests
 from prometheus_client.parser import text_string_to_metric_families
 from ray.cluster_utils import Cluster
 
-from tests.serve.conftest import ask, encode, noise
+from tests.support.images import encode, noise
+from tests.support.serving import ask
 
 SECRET = "my secret question"
 

@@ -11,28 +11,14 @@ import requests
 import flashvl
 from flashvl.data import synthetic
 from flashvl.data.images import decode_image
-from flashvl.engine import Completion, Engine, Request
-from tests.serve.conftest import ask, encode, noise
-
-
-@pytest.fixture(scope="module")
-def engine() -> Engine:
-    return Engine.from_pretrained("tiny", "float32")
-
+from flashvl.engine import Engine, Request
+from tests.support.engines import by_engine
+from tests.support.images import encode, noise
+from tests.support.serving import ask
 
 PICTURES = [
     encode(synthetic.sample("heldout", 0, index, tasks=("caption",)).image()) for index in (3, 1, 0)
 ]
-
-
-def by_engine(engine: Engine, content: str, *images: bytes, **options: Any) -> Completion:
-    """Of one turn; `content` has an `<image>` for each image."""
-    request = Request(
-        messages=[{"role": "user", "content": content}],
-        images=[decode_image(image) for image in images],
-        **({"max_new_tokens": 256} | options),
-    )
-    return engine.generate([request])[0]
 
 
 def test_answers_as_the_engine_does(client: openai.OpenAI, engine: Engine) -> None:

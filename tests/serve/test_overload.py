@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import requests
 
-from tests.serve.conftest import Service, ask, encode, noise, serving, wait_until, wait_until_idle
+from tests.support.cluster import wait_until
+from tests.support.images import encode, noise
+from tests.support.serving import Service, ask, serving, wait_until_idle
 
 PICTURE = encode(noise(0))
 LONG = {"ignore_eos": True, "max_tokens": 900}

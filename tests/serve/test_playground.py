@@ -1,6 +1,5 @@
 """The playground in a real browser, driven as a person drives it."""
 
-import base64
 import json
 import os
 import re
@@ -30,7 +29,8 @@ from flashvl.data.images import decode_image
 from flashvl.engine import Engine, Request
 from flashvl.model.loading import resolve_checkpoint
 from flashvl.serve.playground import examples
-from tests.serve.conftest import Service, encode, noise, serving
+from tests.support.images import base64_of, encode, noise
+from tests.support.serving import Service, serving
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -122,8 +122,8 @@ def box(locator: Locator) -> FloatRect:
     return found
 
 
-def test_drop_ask_and_read_the_answer(page: Page, picture: bytes) -> None:
-    page.evaluate(DROP, [base64.b64encode(picture).decode(), "scene.png"])
+def test_drop_ask_and_read_the_answer(page: Page, picture: bytes, engine: Engine) -> None:
+    page.evaluate(DROP, [base64_of(picture), "scene.png"])
     expect(page.locator("#cut")).to_contain_text("1 tile (static)")
     expect(page.locator("#tiles rect.kept")).to_have_count(1)
     expect(page.locator("#legend-dropped")).to_be_hidden()
@@ -133,7 +133,7 @@ def test_drop_ask_and_read_the_answer(page: Page, picture: bytes) -> None:
         messages=[{"role": "user", "content": "<image>\nDescribe the image."}],
         images=[decode_image(picture)],
     )
-    (expected,) = Engine.from_pretrained("tiny", "float32").generate([request])
+    (expected,) = engine.generate([request])
     assert answer == expected.text
     assert f"{len(expected.token_ids)} tokens" in (page.locator("summary").text_content() or "")
     shares = re.findall(r"(\d+)%", page.locator(".bar").get_attribute("aria-label") or "")
@@ -159,7 +159,7 @@ def test_paste(page: Page, picture: bytes) -> None:
             clipboardData.items.add(new File([bytes], "x.png", {type: "image/png"}));
             document.dispatchEvent(new ClipboardEvent("paste", {clipboardData}));
         }""",
-        base64.b64encode(picture).decode(),
+        base64_of(picture),
     )
     expect(page.locator("#cut")).to_contain_text("tokens")
 

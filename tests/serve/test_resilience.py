@@ -15,15 +15,9 @@ from typing import Any
 import aiohttp
 import pytest
 
-from tests.serve.conftest import (
-    Deployment,
-    ask,
-    deploying,
-    encode,
-    noise,
-    wait_until,
-    wait_until_idle,
-)
+from tests.support.cluster import wait_until
+from tests.support.images import encode, noise
+from tests.support.serving import Deployment, ask, deploying, wait_until_idle
 
 PICTURES = [encode(noise(seed)) for seed in range(8)]
 

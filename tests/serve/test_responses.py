@@ -9,7 +9,8 @@ from openai.types.responses import Response, ResponseFunctionToolCall
 from pydantic import BaseModel
 
 from flashvl.data import synthetic
-from tests.serve.conftest import ask, data_url, encode
+from tests.support.images import data_url, encode
+from tests.support.serving import ask
 
 PICTURE = encode(synthetic.sample("heldout", 0, 3, tasks=("caption",)).image())
 INPUT: Any = [

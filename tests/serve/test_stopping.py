@@ -22,7 +22,9 @@ import requests
 
 from flashvl.errors import ConfigError
 from flashvl.serve.listening import reserved_port
-from tests.serve.conftest import Service, ask, encode, free_ports, noise, serving, wait_until
+from tests.support.cluster import free_ports, wait_until
+from tests.support.images import encode, noise
+from tests.support.serving import Service, ask, serving
 
 PICTURE = encode(noise(0))
 MARK = "FLASHVL_TEST_MARK"

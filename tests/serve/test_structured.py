@@ -10,7 +10,8 @@ import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
 from flashvl.data import synthetic
-from tests.serve.conftest import ask, encode
+from tests.support.images import encode
+from tests.support.serving import ask
 
 PICTURE = encode(synthetic.sample("heldout", 0, 3, tasks=("caption",)).image())
 MESSAGES: Any = ask("Describe the image.", PICTURE)

@@ -15,8 +15,9 @@ from ray.cluster_utils import Cluster
 from flashvl.data import synthetic
 from flashvl.data.images import decode_image
 from flashvl.engine import Engine, Request
-from tests.batch.pictures import rows_of
-from tests.serve.conftest import ask, encode, noise
+from tests.support.images import encode, noise
+from tests.support.jobs import rows_of
+from tests.support.serving import ask
 
 NUM_ROWS = 120
 
@@ -27,7 +28,9 @@ def caption(cluster: Cluster, *options: str) -> subprocess.Popen[str]:
     return subprocess.Popen(line, env=environment, stderr=subprocess.PIPE, text=True)
 
 
-def test_a_job_through_the_service(url: str, cluster: Cluster, tmp_path: Path) -> None:
+def test_a_job_through_the_service(
+    url: str, cluster: Cluster, engine: Engine, tmp_path: Path
+) -> None:
     scenes = [encode(synthetic.sample("heldout", 1, index).image()) for index in range(20)]
     images = [b"no image" if row == 7 else scenes[row % 20] for row in range(NUM_ROWS)]
     pq.write_table(pa.table({"image": images}), tmp_path / "in.parquet")
@@ -46,7 +49,6 @@ def test_a_job_through_the_service(url: str, cluster: Cluster, tmp_path: Path) -
         time.sleep(0.05)
     assert job.returncode == 0, job.communicate()[1]
 
-    engine = Engine.from_pretrained("tiny", "float32")
     rows = rows_of(tmp_path / "out")
     assert sorted(rows) == list(range(NUM_ROWS))
     expected = engine.generate(
@@ -70,7 +72,9 @@ def test_a_job_through_the_service(url: str, cluster: Cluster, tmp_path: Path) -
     assert statistics.median(waited) < 1e3 * slowest
 
 
-def test_a_service_that_will_not_do_is_refused(url: str, cluster: Cluster, tmp_path: Path) -> None:
+def test_a_service_that_will_not_do_is_refused(
+    url: str, cluster: Cluster, engine: Engine, tmp_path: Path
+) -> None:
     pq.write_table(pa.table({"image": [encode(noise(0))]}), tmp_path / "in.parquet")
     options = (str(tmp_path / "in.parquet"), "--output", str(tmp_path / "out"), "--via-serve")
     jobs = [

@@ -1,6 +1,5 @@
 """Real stages on Ray Train and DeepSpeed, against a loop in plain PyTorch and each other."""
 
-import io
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ from flashvl.model.loading import load_model, load_processor
 from flashvl.train.checkpoint import read_log
 from flashvl.train.launch import StageResult, run
 from flashvl.train.recipe import Recipe
+from tests.support.images import encode
 
 pytestmark = pytest.mark.ray
 
@@ -149,14 +149,13 @@ def conversations(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [
         synthetic.conversation(synthetic.sample("train", 9, index), index) for index in range(16)
     ]
-    buffer = io.BytesIO()
-    Image.new("RGB", (20, 20)).save(buffer, "PNG")
+    black = encode(Image.new("RGB", (20, 20)))
     question = {"role": "user", "content": "<image>\nWhat is this?"}
     answer = {"role": "assistant", "content": "5 shapes"}
     rows.insert(3, {"row": 16, "images": [b"no image"], "messages": [question, answer]})
-    rows.insert(7, {"row": 17, "images": [buffer.getvalue()], "messages": [question]})
+    rows.insert(7, {"row": 17, "images": [black], "messages": [question]})
     long = {"role": "assistant", "content": "5 shapes" * 500}
-    rows.append({"row": 18, "images": [buffer.getvalue()], "messages": [question, long]})
+    rows.append({"row": 18, "images": [black], "messages": [question, long]})
     folder = tmp_path_factory.mktemp("conversations")
     pq.write_table(pa.Table.from_pylist(rows, schema=CONVERSATIONS), folder / "part.parquet")
     return folder

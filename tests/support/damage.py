@@ -1,6 +1,5 @@
 """Image files whose metadata is damaged and whose pixels are whole; and files damaged anywhere."""
 
-import io
 import random
 import struct
 import zlib
@@ -10,6 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from pillow_heif import as_plugin
+
+from tests.support.images import encode
 
 Damaged = dict[str, tuple[bytes, bytes]]
 """What is damaged -> the file without it, and the file with it."""
@@ -25,13 +26,6 @@ GARBAGE = random.Random(1).randbytes(300)
 # Only for writing: reading HEIF must not take a plugin that someone has registered.
 Image.register_save("HEIF", as_plugin._save_heif)
 Image.register_save_all("HEIF", as_plugin._save_all_heif)
-
-
-def encode(picture: Image.Image, file_format: str, **options: Any) -> bytes:
-    file = io.BytesIO()
-    # A copy, as an image that was saved keeps its encoder's settings.
-    picture.copy().save(file, file_format, **options)
-    return file.getvalue()
 
 
 def exif_of(orientation: int) -> bytes:
