@@ -1,4 +1,4 @@
-"""What tests of several parts share: one local Ray, and a model that is made on the spot."""
+"""What tests of several parts share: one local Ray, the marker of tests that start Ray, and models."""
 
 import functools
 import hashlib
@@ -17,9 +17,36 @@ import pytest
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex()}
 
 
+NO_RAY = "/dev/null/only tests with the fixture starts_ray may start Ray"
+
+
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
-    """One local Ray for all tests marked `ray`: four logical CPUs, no GPU."""
+def starts_ray() -> None:
+    """Every fixture or test that starts Ray, in this process or by a command, requests this.
+
+    It marks the test `ray`; any other test that starts Ray fails.
+    """
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects by markers
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "starts_ray" in item.fixturenames:  # type: ignore[attr-defined]
+            item.add_marker("ray")
+    # Without Ray first: no processes of Ray slow these tests down, nor hide that one needs Ray.
+    items.sort(key=lambda item: item.get_closest_marker("ray") is not None)
+
+
+@pytest.fixture(autouse=True)
+def refuse_ray(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test without `starts_ray` cannot start Ray: its temporary folder cannot be made."""
+    if "starts_ray" not in request.fixturenames:
+        monkeypatch.setenv("RAY_TMPDIR", NO_RAY)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(starts_ray: None) -> Iterator[None]:
+    """One local Ray for all tests that request it: four logical CPUs, no GPU."""
     import ray
 
     from flashvl.entrypoint import start_ray

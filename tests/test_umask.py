@@ -20,8 +20,8 @@ def run(*arguments: str | Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.usefixtures("starts_ray")
 @pytest.mark.slow
-@pytest.mark.ray
 def test_every_command_obeys_the_umask(
     tmp_path: Path, assert_obeys_umask: Callable[[Path], None]
 ) -> None:

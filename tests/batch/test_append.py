@@ -59,7 +59,6 @@ def begin(job: CaptionJob) -> Plan:
     return plan
 
 
-@pytest.mark.ray
 @pytest.mark.parametrize("kind", [pytest.param("parquet", marks=pytest.mark.slow), "png"])
 def test_new_files_are_captioned_behind_the_old_ones(
     plain: dict[int, str],
@@ -233,6 +232,7 @@ def test_another_job_that_added_files_meanwhile_is_seen(tiny_random: Path, tmp_p
         claim(late.output, late.fingerprint, late.source.files, late.known)
 
 
+@pytest.mark.usefixtures("starts_ray")
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_appending_killed_again_and_again_ends_as_if_undisturbed(

@@ -59,7 +59,7 @@ def command(source: Path, output: Path, model: Path) -> list[str]:
 
 
 @pytest.fixture
-def cluster() -> Iterator[Cluster]:
+def cluster(starts_ray: None) -> Iterator[Cluster]:
     cluster = Cluster(initialize_head=True, head_node_args=NODE)
     for _ in range(3):
         cluster.add_node(**NODE)
@@ -131,7 +131,6 @@ def undisturbed(
     return run
 
 
-@pytest.mark.ray
 def test_a_cluster_that_loses_processes_loses_no_row(
     tiny_random: Path,
     tmp_path: Path,

@@ -76,7 +76,6 @@ def damaged(number: int) -> dict[str, bytes]:
     return files
 
 
-@pytest.mark.ray
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_folder_of_damaged_files(ray_cluster: None, tiny_random: Path, tmp_path: Path) -> None:
     files = damaged(90)
@@ -86,7 +85,6 @@ def test_a_folder_of_damaged_files(ray_cluster: None, tiny_random: Path, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.ray
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("write", [write_folder, write_table])
 def test_2000_damaged_files(

@@ -98,7 +98,6 @@ def num_written(folder: Path) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.ray
 def test_overwriting_on_resume_loses_what_was_done(
     ray_cluster: None, checkpointed: None, table: Path, job: CaptionJob, tmp_path: Path
 ) -> None:
@@ -112,7 +111,6 @@ def test_overwriting_on_resume_loses_what_was_done(
 
 
 @pytest.mark.slow
-@pytest.mark.ray
 def test_a_changed_function_mixes_old_and_new(
     ray_cluster: None, checkpointed: None, table: Path, job: CaptionJob, tmp_path: Path
 ) -> None:
@@ -126,7 +124,6 @@ def test_a_changed_function_mixes_old_and_new(
         run_caption_job(job.model_copy(update={"prompt": "What is it?"}))
 
 
-@pytest.mark.ray
 def test_one_bad_row_takes_good_ones_with_it(
     ray_cluster: None, table: Path, job: CaptionJob, tmp_path: Path
 ) -> None:
@@ -153,7 +150,6 @@ def test_one_bad_row_takes_good_ones_with_it(
     assert (summary.written, summary.dead) == (NUM_ROWS - 1, 1)
 
 
-@pytest.mark.ray
 def test_a_missing_file_becomes_none(
     ray_cluster: None, job: CaptionJob, table: Path, tmp_path: Path
 ) -> None:

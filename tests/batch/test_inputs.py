@@ -30,7 +30,6 @@ from tests.batch.test_tables import KEPT
 from tests.support.jobs import NUM_ROWS, PICTURES, captions_of, make_job, rows_of
 
 
-@pytest.mark.ray
 def test_images_that_lie_elsewhere(
     plain: dict[int, str], tiny_random: Path, tmp_path: Path
 ) -> None:
@@ -58,7 +57,6 @@ def test_images_that_lie_elsewhere(
     assert "pictures/lost.png" in dead[0]["reason"]
 
 
-@pytest.mark.ray
 def test_columns_that_are_kept_prompts_of_rows_and_partitions(
     plain: dict[int, str], tiny_random: Path, tmp_path: Path
 ) -> None:
@@ -103,7 +101,6 @@ def test_columns_that_are_kept_prompts_of_rows_and_partitions(
     assert rows[half]["id"] == "day=2/x.parquet:0:0" and rows[half]["caption"] == plain[half]
 
 
-@pytest.mark.ray
 def test_what_datasets_wrote_is_read_and_what_is_written_is_read_by_others(
     plain: dict[int, str], tiny_random: Path, tmp_path: Path
 ) -> None:
@@ -126,7 +123,6 @@ def test_what_datasets_wrote_is_read_and_what_is_written_is_read_by_others(
     assert pd.read_parquet(output / "captions").sort_values("row").caption.tolist() == wanted
 
 
-@pytest.mark.ray
 def test_several_images_a_row_and_what_is_kept_of_every_type(
     plain: dict[int, str], tiny_random: Path, tmp_path: Path
 ) -> None:
@@ -154,7 +150,6 @@ def test_several_images_a_row_and_what_is_kept_of_every_type(
         assert {name: rows[place][name] for name in columns} == row
 
 
-@pytest.mark.ray
 def test_damage_and_odd_paths_cost_their_rows_and_a_resume_doubles_none(
     plain: dict[int, str], tiny_random: Path, tmp_path: Path
 ) -> None:
@@ -192,7 +187,6 @@ def test_damage_and_odd_paths_cost_their_rows_and_a_resume_doubles_none(
         assert rows[place]["reason"].startswith(f"{file}: row group 1 is damaged")
 
 
-@pytest.mark.ray
 def test_reads_from_s3_and_writes_to_it(
     plain: dict[int, str], tiny_random: Path, s3: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,7 +219,6 @@ def test_reads_from_s3_and_writes_to_it(
     assert run_caption_job(job).written == NUM_ROWS
 
 
-@pytest.mark.ray
 def test_a_trial_goes_on_with_the_rest(
     plain: dict[int, str], tiny_random: Path, tmp_path: Path
 ) -> None:
@@ -244,7 +237,6 @@ def test_a_trial_goes_on_with_the_rest(
     assert captions_of(tmp_path / "out") == plain
 
 
-@pytest.mark.ray
 def test_a_job_gone_wrong_stops(
     ray_cluster: None, tiny_random: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -276,7 +268,6 @@ def test_refuses_a_prompt_that_no_row_could_be_asked(tiny_random: Path, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.ray
 def test_a_long_prompt_of_a_row_is_a_dead_letter(
     plain: dict[int, str], tiny_random: Path, tmp_path: Path
 ) -> None:
@@ -314,7 +305,6 @@ def test_the_plan_is_printed_and_nothing_started(tiny_random: Path, tmp_path: Pa
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.ray
 def test_a_full_disk_stops_the_job_and_loses_no_row(tiny_random: Path, tmp_path: Path) -> None:
     """The command itself on a disk of 60 KB, then on one with room."""
     pq.write_table(pa.table({"image": PICTURES * 40}), tmp_path / "in.parquet")

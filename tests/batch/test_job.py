@@ -97,7 +97,6 @@ def job(tiny_random: Path, source: Path | str, output: Path, **options: Any) -> 
 # Whole jobs
 
 
-@pytest.mark.ray
 def test_captions_what_it_can_of_two_files_and_accounts_for_the_rest(
     ray_cluster: None, tiny_random: Path, engine: Engine, tmp_path: Path
 ) -> None:
@@ -138,7 +137,6 @@ def test_captions_what_it_can_of_two_files_and_accounts_for_the_rest(
     assert done == sorted(done) and progress[-1] == (40, 40) and len(progress) > 2
 
 
-@pytest.mark.ray
 def test_captions_a_folder_of_images(
     ray_cluster: None, tiny_random: Path, engine: Engine, tmp_path: Path
 ) -> None:
@@ -174,7 +172,6 @@ def test_captions_a_folder_of_images(
     assert steps == {"letter.jpg": "decode", "large.bmp": "read"}
 
 
-@pytest.mark.ray
 def test_an_engine_that_dies_costs_no_row_and_doubles_none(
     ray_cluster: None, tiny_random: Path, tmp_path: Path
 ) -> None:
@@ -220,7 +217,6 @@ def descendants_named(title: str) -> list[int]:
     return [pid for pid, text in titles.items() if text.startswith(title) and is_ours(pid)]
 
 
-@pytest.mark.ray
 def test_an_empty_table_gives_empty_tables(
     ray_cluster: None, tiny_random: Path, tmp_path: Path
 ) -> None:
@@ -234,7 +230,6 @@ def test_an_empty_table_gives_empty_tables(
 IMAGE_TABLE = pa.schema([("id", pa.string()), ("image", pa.binary())])
 
 
-@pytest.mark.ray
 def test_a_broken_machine_stops_the_job_with_its_own_error(
     ray_cluster: None, tiny_random: Path, tmp_path: Path
 ) -> None:
@@ -249,7 +244,6 @@ def test_a_broken_machine_stops_the_job_with_its_own_error(
     assert not (tmp_path / "out" / "_summary.json").exists()
 
 
-@pytest.mark.ray
 def test_a_model_whose_weights_do_not_fit_is_one_error_of_the_user(
     ray_cluster: None, tiny_random: Path, tmp_path: Path
 ) -> None:
@@ -264,7 +258,6 @@ def test_a_model_whose_weights_do_not_fit_is_one_error_of_the_user(
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.ray
 def test_refuses_more_engines_than_the_cluster_can_feed(
     ray_cluster: None, tiny_random: Path, tmp_path: Path
 ) -> None:
@@ -288,7 +281,6 @@ def captioner(ray_cluster: None, tiny_random: Path) -> Captioner:
     )
 
 
-@pytest.mark.ray
 @settings(max_examples=15, deadline=None)
 @given(kinds=st.lists(ROW, max_size=12), batch_size=st.integers(1, 5))
 def test_every_row_comes_out_once_whatever_the_mixture(
@@ -432,7 +424,6 @@ def test_refuses_to_overwrite(tiny_random: Path, tmp_path: Path, one_row: Path) 
     refuse(tiny_random, one_row, output / "mine.txt", "mine.txt is a file", "name a folder")
 
 
-@pytest.mark.ray
 def test_refuses_an_output_that_cannot_be_written(
     ray_cluster: None, tiny_random: Path, tmp_path: Path, one_row: Path
 ) -> None:

@@ -160,7 +160,6 @@ def samples(*rows: int) -> dict[str, bytes]:
     return {name: data for row in rows for name, data in sample(row).items()}
 
 
-@pytest.mark.ray
 def test_tars_of_samples(plain: dict[int, str], tiny_random: Path, tmp_path: Path) -> None:
     shards = tmp_path / "shards"
     shards.mkdir()
@@ -218,7 +217,6 @@ def test_tars_of_samples(plain: dict[int, str], tiny_random: Path, tmp_path: Pat
     assert "link to 'gone.png'" in rows[13]["reason"]
 
 
-@pytest.mark.ray
 def test_tars_in_a_store_by_a_pattern(
     plain: dict[int, str], tiny_random: Path, s3: str, tmp_path: Path
 ) -> None:
@@ -264,7 +262,6 @@ WHOLE += bytes(-len(WHOLE) % tarfile.BLOCKSIZE + 2 * tarfile.BLOCKSIZE)
 COMPRESSORS: list[Callable[[bytes], bytes]] = [bytes, gzip.compress, bz2.compress, lzma.compress]
 
 
-@pytest.mark.ray
 @settings(deadline=None, max_examples=15)
 @given(data=st.data())
 def test_of_a_broken_tar_what_is_whole_is_read(
@@ -295,7 +292,6 @@ def test_of_a_broken_tar_what_is_whole_is_read(
     assert broken or source.num_rows == 6
 
 
-@pytest.mark.ray
 @settings(deadline=None, max_examples=10)
 @given(data=st.data())
 def test_tars_and_lines_are_read_from_where_a_job_is(
@@ -337,7 +333,6 @@ def test_tars_and_lines_are_read_from_where_a_job_is(
 # JSON Lines
 
 
-@pytest.mark.ray
 def test_lines_with_images_in_every_form(
     plain: dict[int, str], tiny_random: Path, tmp_path: Path
 ) -> None:
@@ -465,7 +460,6 @@ def test_a_line_longer_than_any_image_is_a_dead_letter_and_not_held(tmp_path: Pa
     assert found == [len(lines[0]) + 1, None, len(lines[2]) + 1, None]
 
 
-@pytest.mark.ray
 def test_of_broken_compressed_lines_what_is_whole_is_read(
     ray_cluster: None, tmp_path: Path
 ) -> None:
@@ -576,7 +570,6 @@ with https_server(Pictures, folder, address) as (port, certificate):
 
 
 @pytest.mark.slow
-@pytest.mark.ray
 def test_the_command_fetches_urls_from_a_public_address(
     plain: dict[int, str], tiny_random: Path, tmp_path: Path
 ) -> None:
@@ -656,7 +649,6 @@ def test_a_hub_that_does_not_answer_is_told_in_a_line(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.slow
-@pytest.mark.ray
 def test_the_command_captions_from_the_hub(
     plain: dict[int, str], tiny_random: Path, tmp_path: Path, hub: Path
 ) -> None:

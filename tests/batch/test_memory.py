@@ -26,7 +26,7 @@ GROWTH_MB = 100.0
 
 
 @pytest.fixture
-def cluster() -> Iterator[Cluster]:
+def cluster(starts_ray: None) -> Iterator[Cluster]:
     node = {"num_cpus": 4, "object_store_memory": STORE_BYTES}
     cluster = Cluster(initialize_head=True, head_node_args=node)
     yield cluster

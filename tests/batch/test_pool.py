@@ -17,6 +17,7 @@ from tests.support.jobs import picture, rows_of
 NUM_ROWS = 6000
 
 
+@pytest.mark.usefixtures("starts_ray")
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_engines_come_with_a_node(tiny_random: Path, tmp_path: Path) -> None:

@@ -57,7 +57,6 @@ def job(tiny_random: Path, tmp_path: Path) -> CaptionJob:
     )
 
 
-@pytest.mark.ray
 def test_an_interrupted_job_goes_on_with_the_rest(
     ray_cluster: None, job: CaptionJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,7 +102,6 @@ def test_an_interrupted_job_goes_on_with_the_rest(
     assert len(captioned) == NUM_ROWS and again.written == summary.written
 
 
-@pytest.mark.ray
 def test_sigterm_keeps_what_is_done(ray_cluster: None, job: CaptionJob) -> None:
     def terminate(now: Progress) -> None:
         if now.num_done:
@@ -118,7 +116,6 @@ def test_sigterm_keeps_what_is_done(ray_cluster: None, job: CaptionJob) -> None:
     assert len(rows_of(Path(job.output))) == NUM_ROWS
 
 
-@pytest.mark.ray
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -139,7 +136,6 @@ def test_another_job_is_refused_with_both_values(
     assert rows_of(Path(job.output)) == before
 
 
-@pytest.mark.ray
 def test_a_changed_input_or_model_is_refused(
     ray_cluster: None, job: CaptionJob, tmp_path: Path
 ) -> None:
@@ -151,7 +147,6 @@ def test_a_changed_input_or_model_is_refused(
     assert summary.input == 61 and set(rows_of(Path(job.output))) == set(range(61))
 
 
-@pytest.mark.ray
 def test_the_second_of_two_runs_is_refused(ray_cluster: None, job: CaptionJob) -> None:
     with (
         held(locate(job.output)),
@@ -161,7 +156,6 @@ def test_the_second_of_two_runs_is_refused(ray_cluster: None, job: CaptionJob) -
     assert run_caption_job(job).input == NUM_ROWS
 
 
-@pytest.mark.ray
 def test_rows_that_are_there_twice_are_never_a_success(ray_cluster: None, job: CaptionJob) -> None:
     run_caption_job(job)
     (Path(job.output) / "_summary.json").unlink()
@@ -178,7 +172,6 @@ def test_an_unreadable_manifest_is_refused(job: CaptionJob) -> None:
         run_caption_job(job)
 
 
-@pytest.mark.ray
 @settings(deadline=None, max_examples=12)
 @given(data=st.data())
 def test_a_source_reads_what_is_not_done_and_no_row_group_in_vain(
@@ -206,6 +199,7 @@ def test_a_source_reads_what_is_not_done_and_no_row_group_in_vain(
         assert row["id"] == f"id {place % 50}"
 
 
+@pytest.mark.usefixtures("starts_ray")
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_killed_again_and_again_it_ends_as_if_undisturbed(
@@ -242,7 +236,6 @@ def test_killed_again_and_again_it_ends_as_if_undisturbed(
     assert json.loads((output / "_summary.json").read_text())["input"] == 3000
 
 
-@pytest.mark.ray
 def test_the_command_goes_on_and_tells_that_all_is_done(ray_cluster: None, job: CaptionJob) -> None:
     run_caption_job(job)
     command = ["caption", job.input, "--output", job.output, "--model", job.model]

@@ -39,7 +39,6 @@ def table(tmp_path: Path) -> Path:
     return tmp_path / "in.parquet"
 
 
-@pytest.mark.ray
 def test_every_caption_is_valid_and_the_engines(
     ray_cluster: None, table: Path, tmp_path: Path
 ) -> None:

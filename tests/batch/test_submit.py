@@ -23,7 +23,7 @@ NUM_ROWS = 40
 
 
 @pytest.fixture(scope="module")
-def dashboard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def dashboard(starts_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Of a cluster that `ray start` has made; its address."""
     python = Path(sys.base_prefix) / "bin"
     environment = os.environ | {

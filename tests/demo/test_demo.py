@@ -141,7 +141,6 @@ def demo(ray_cluster: None, tiny_random: Path, tmp_path_factory: pytest.TempPath
     return run_demo(output, model=str(tiny_random))  # replaces what the first one left
 
 
-@pytest.mark.ray
 def test_a_demo_accounts_for_every_row_and_leaves_other_files_alone(demo: Demo) -> None:
     ids = pq.read_table(demo.table)["id"].to_pylist()
     summary = demo.summary
@@ -172,7 +171,6 @@ class Page(HTMLParser):
             assert names["alt"]
 
 
-@pytest.mark.ray
 def test_the_report_has_every_picture_and_loads_nothing(demo: Demo) -> None:
     html = demo.report.read_bytes().decode()  # a caption's carriage return stays one
     page = Page(html)
@@ -190,7 +188,6 @@ def test_the_report_has_every_picture_and_loads_nothing(demo: Demo) -> None:
     assert len(html) < 5_000_000
 
 
-@pytest.mark.ray
 def test_the_console_shows_captions_dead_letters_and_totals(demo: Demo) -> None:
     console = Console(width=200, record=True, file=open("/dev/null", "w"))
     console.print(render_demo(demo))

@@ -18,7 +18,7 @@ def batch_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[Cluster]:
+def cluster(starts_ray: None) -> Iterator[Cluster]:
     """One node, whose agent takes jobs."""
     cluster = Cluster(initialize_head=True, head_node_args=head_of_its_own(num_cpus=4))
     yield cluster

@@ -193,7 +193,7 @@ def test_it_listens_on_this_machine_only(service: Service) -> None:
 
 
 @pytest.fixture(scope="module")
-def closed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def closed(starts_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """With keys, of a file and of the environment, and with little patience."""
     keys = tmp_path_factory.mktemp("keys") / "keys"
     keys.write_text("first-key\n\nsecond-key\n")

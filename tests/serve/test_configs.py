@@ -55,6 +55,7 @@ def test_an_unknown_setting_is_refused_by_name(tmp_path: Path) -> None:
         load_config(ServiceConfig, tmp_path / "x.yaml")
 
 
+@pytest.mark.usefixtures("starts_ray")
 @pytest.mark.slow
 def test_tiny_is_deployed_by_serves_own_command() -> None:
     """On a cluster of its own, as a platform engineer does it."""

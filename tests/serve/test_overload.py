@@ -17,7 +17,7 @@ BUSY = {"ignore_eos": True, "max_tokens": 50}
 
 
 @pytest.fixture(scope="module")
-def small() -> Iterator[Service]:
+def small(starts_ray: None) -> Iterator[Service]:
     """With a slot, and a place to wait."""
     with serving("--max-num-seqs=1", "--max-waiting=1") as started:
         yield started

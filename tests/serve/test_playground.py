@@ -403,7 +403,7 @@ def test_the_page_is_closed_to_what_is_not_its_own(url: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def closed() -> Iterator[Service]:
+def closed(starts_ray: None) -> Iterator[Service]:
     with serving("--model=tiny-iss", FLASHVL_API_KEYS="right") as service:
         yield service
 

@@ -110,7 +110,7 @@ def test_clients_that_leave_leave_nothing(url: str, num_requests: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def deployment() -> Iterator[Deployment]:
+def deployment(starts_ray: None) -> Iterator[Deployment]:
     with deploying() as deployment:
         yield deployment
 

@@ -110,7 +110,6 @@ def test_a_reserved_port_is_kept_from_all_but_who_may_share_it() -> None:
         pass
 
 
-@pytest.mark.ray
 def test_a_port_that_is_taken_after_all(ray_cluster: None) -> None:
     """Between our look and Serve's proxy, or on another node."""
     from flashvl.serve.config import ServiceConfig
@@ -121,6 +120,7 @@ def test_a_port_that_is_taken_after_all(ray_cluster: None) -> None:
             pass
 
 
+@pytest.mark.usefixtures("starts_ray")
 @pytest.mark.slow
 def test_two_that_start_at_once_on_one_port(tmp_path: Path) -> None:
     (port,) = free_ports(1)
@@ -137,6 +137,7 @@ def test_two_that_start_at_once_on_one_port(tmp_path: Path) -> None:
     assert winner.wait(60) == 0
 
 
+@pytest.mark.usefixtures("starts_ray")
 def test_any_free_port() -> None:
     mark = uuid.uuid4().hex
     process = subprocess.Popen(
@@ -160,6 +161,7 @@ def assert_nothing_is_left(mark: str) -> None:
     wait_until(lambda: not processes_with(mark), 20)
 
 
+@pytest.mark.usefixtures("starts_ray")
 @pytest.mark.parametrize(
     "seconds",
     [4.0, *(pytest.param(each / 4, marks=pytest.mark.slow) for each in range(2, 64, 3))],
@@ -244,6 +246,7 @@ def is_refused(response: requests.Response) -> bool:
     return True
 
 
+@pytest.mark.usefixtures("starts_ray")
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
 )
@@ -284,6 +287,7 @@ def test_what_is_under_way_ends_and_nothing_new_begins(number: int) -> None:
     assert_nothing_is_left(mark)
 
 
+@pytest.mark.usefixtures("starts_ray")
 @pytest.mark.parametrize("is_impatient", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_what_does_not_end_in_time_is_told_so(is_impatient: bool) -> None:
     """Or when somebody asks a second time."""

@@ -23,8 +23,6 @@ from flashvl.train.launch import StageResult, run
 from flashvl.train.recipe import Recipe
 from tests.support.images import encode
 
-pytestmark = pytest.mark.ray
-
 STEPS, GLOBAL_BATCH = 5, 8
 PROJECTOR = "model.multi_modal_projector."
 
