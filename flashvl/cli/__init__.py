@@ -161,8 +161,10 @@ def caption(
         from flashvl.batch.config import CaptionJob
         from flashvl.batch.job import check_caption_job, run_plan
         from flashvl.config import validate
+        from flashvl.model.parts.prepare import prepare_model
 
         options |= {
+            "model": str(prepare_model(model)),
             "keep": tuple(keep or ()),
             "media_hosts": tuple(media_host or ()),
             "json_schema": json_schema and _read(json_schema),
@@ -218,9 +220,11 @@ def chat(
         from flashvl.data.images import read_image
         from flashvl.engine import Engine
         from flashvl.engine.chat import Chat
+        from flashvl.model.parts.prepare import prepare_model
 
         picture = read_image(image)
-        conversation = Chat(Engine.from_pretrained(model), [picture], max_new_tokens)
+        engine = Engine.from_pretrained(prepare_model(model))
+        conversation = Chat(engine, [picture], max_new_tokens)
         is_asked_by_hand = sys.stdin.isatty()
         while True:
             if is_asked_by_hand:
@@ -300,11 +304,13 @@ def serve(
 
         is_ray_ours = not os.environ.get("RAY_ADDRESS")
         with reserved_port(host, port, is_held=is_ray_ours) as port:
+            from flashvl.model.parts.prepare import prepare_model
             from flashvl.serve.admission import read_api_keys
             from flashvl.serve.run import serve_until_stopped
 
             if host not in ("127.0.0.1", "localhost", "::1") and not read_api_keys(api_keys_file):
                 print(f"Anyone who reaches {host}:{port} may use it: FLASHVL_API_KEYS is not set.")
+            config = config.model_copy(update={"model": str(prepare_model(model))})
             start_ray(include_dashboard=True)
             serve_until_stopped(config, host, port, signals, tell=print, is_ray_ours=is_ray_ours)
 
@@ -347,10 +353,11 @@ def scenes(
         from flashvl.data.synthetic import TASKS
         from flashvl.engine import Engine
         from flashvl.eval.scenes import average, evaluate_scenes
+        from flashvl.model.parts.prepare import prepare_model
 
         if json_file is not None:
             write_json(json_file, {})  # an hour's scores must not be lost to a bad path
-        engine = Engine.from_pretrained(model)
+        engine = Engine.from_pretrained(prepare_model(model))
         done = 0
 
         def count(answered: int) -> None:
@@ -405,7 +412,8 @@ def import_(
     """
     _allow_downloads()
     with report_errors():
-        from flashvl.model.parts.released import fetch_folder, import_released
+        from flashvl.model.parts.prepare import fetch_folder
+        from flashvl.model.parts.released import import_released
 
         import_released(fetch_folder(source), output)
         print(f"{output}: {source} as stored; use it with --model {output}")
@@ -433,7 +441,7 @@ def assemble(
     _allow_downloads()
     with report_errors():
         from flashvl.model.parts.assembly import assemble
-        from flashvl.model.parts.released import fetch_folder
+        from flashvl.model.parts.prepare import fetch_folder
 
         parts = fetch_folder(vision), fetch_folder(llm)
         assemble(*parts, output, tiling=tiling, seed=seed)

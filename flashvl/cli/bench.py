@@ -74,9 +74,10 @@ def latency(
         from flashvl.bench.contenders import build_flashvl
         from flashvl.bench.machine import measure_machine
         from flashvl.bench.models import load_twins
+        from flashvl.model.parts.prepare import prepare_model
 
         _check_writable(json_file, plot)
-        twins = load_twins(model, preset, random_weights)
+        twins = load_twins(str(prepare_model(model)), preset, random_weights)
         machine = measure_machine(twins.model.dtype, twins.model.device)
         contenders = build_flashvl(twins)
         latencies = _measure_latencies(contenders, machine, tokens, rounds)
@@ -198,9 +199,10 @@ def throughput(
         from flashvl.bench.machine import measure_machine
         from flashvl.bench.models import load_twins
         from flashvl.bench.throughput import measure_throughput, ragged_lengths
+        from flashvl.model.parts.prepare import prepare_model
 
         _check_writable(json_file)
-        twins = load_twins(model, preset, random_weights)
+        twins = load_twins(str(prepare_model(model)), preset, random_weights)
         machine = measure_machine(twins.model.dtype, twins.model.device)
         contenders = build_flashvl(twins)
         found = []
@@ -236,11 +238,12 @@ def caption(
     """
     with report_errors():
         from flashvl.bench.caption import measure_captioning
+        from flashvl.model.parts.prepare import prepare_model
 
         _check_writable(json_file)
         start_ray()
         with show_progress("measuring") as on_progress:
-            speed = measure_captioning(model, images, rounds, on_progress)
+            speed = measure_captioning(str(prepare_model(model)), images, rounds, on_progress)
         if json_file is not None:
             write_json(json_file, asdict(speed))
         print(f"images/s, median of {rounds} rounds, {speed.cores} cores")
@@ -283,6 +286,7 @@ def serve(
             measure_overload,
             served_model,
         )
+        from flashvl.model.parts.prepare import prepare_model
         from flashvl.serve.config import ServiceConfig
         from flashvl.serve.listening import reserved_port
         from flashvl.serve.run import deployed
@@ -291,7 +295,7 @@ def serve(
         check_preset(preset, random_weights)
         with (
             reserved_port("127.0.0.1", port, is_held=not os.environ.get("RAY_ADDRESS")) as port,
-            served_model(model, preset) as folder,
+            served_model(str(prepare_model(model)), preset) as folder,
         ):
             start_ray()
             config = ServiceConfig(model=folder, max_num_seqs=slots, max_waiting=slots // 2)

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoProcessor
@@ -13,7 +14,6 @@ from flashvl.model.checks import check_shapes, check_sizes, shorten
 from flashvl.model.configuration_flashvl import FlashVLConfig
 from flashvl.model.end_tokens import end_at, find_end_token
 from flashvl.model.modeling_flashvl import FlashVLForConditionalGeneration
-from flashvl.model.parts.released import OWNER, fetch_folder, import_once, is_released
 from flashvl.model.processing_flashvl import FlashVLProcessor
 
 SHIPPED = Path(__file__).parent.parent / "checkpoints"
@@ -21,19 +21,19 @@ SHIPPED = Path(__file__).parent.parent / "checkpoints"
 
 
 def resolve_checkpoint(model: str | Path) -> Path:
-    """The folder of `model`: a shipped checkpoint's name, a path, or a published FlashVL/* name.
+    """The folder of `model`, which is a shipped checkpoint's name or a path.
 
-    A published checkpoint, on disk or on the hub, is imported once; the folder is its import's.
+    Published checkpoints are refused: `parts.prepare.prepare_model` converts them at entry points.
 
     Raises:
-        CheckpointError: no such folder, or not one of a Flash-VL model.
-        ConfigError: the import cannot be written.
+        CheckpointError: there is no such folder, or it holds no Flash-VL model.
     """
     shipped = sorted(path.parent.name for path in SHIPPED.glob("*/config.json"))
     folder = SHIPPED / model if str(model) in shipped else Path(model)
-    if str(model).startswith(OWNER):
-        folder = fetch_folder(str(model))
-    remedy = f"name a Flash-VL folder or a shipped model ({', '.join(shipped)})"
+    remedy = (
+        "name a Flash-VL folder (`flashvl import` makes one of a published checkpoint) or a shipped"
+        f" model ({', '.join(shipped)})"
+    )
     if not folder.is_dir():
         raise CheckpointError(f"no model folder {str(model)!r}; {remedy}")
     try:
@@ -41,8 +41,11 @@ def resolve_checkpoint(model: str | Path) -> Path:
         model_type = values["model_type"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise CheckpointError(f"{folder} has no readable config.json; {remedy}") from None
-    if is_released(model_type):
-        return import_once(folder)
+    if is_published(model_type):
+        raise CheckpointError(
+            f"{folder} holds a published checkpoint; run `flashvl import {folder} --output DIR`,"
+            " then name the folder DIR"
+        )
     if model_type != FlashVLConfig.model_type:
         raise CheckpointError(
             f"{folder} holds a {shorten(model_type)} model, not {FlashVLConfig.model_type!r};"
@@ -50,6 +53,15 @@ def resolve_checkpoint(model: str | Path) -> Path:
         )
     check_sizes(folder, values)
     return folder
+
+
+def is_published(model_type: Any) -> bool:
+    """Whether a config.json of this `model_type` belongs to a published FlashVL/* checkpoint.
+
+    `FlashVLStaticConfig` and `FlashVLDynamicISSConfig` are known; the Dynamic model's name is not,
+    but theirs tell how it begins.
+    """
+    return isinstance(model_type, str) and model_type.startswith("FlashVL")
 
 
 def load_processor(model: str | Path) -> FlashVLProcessor:

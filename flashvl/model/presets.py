@@ -15,8 +15,25 @@ from transformers import (
 from flashvl.errors import ConfigError
 from flashvl.model.configuration_flashvl import FlashVLConfig
 from flashvl.model.modeling_flashvl import FlashVLModel
-from flashvl.model.parts.assembly import tiling_fields
 from flashvl.model.tiling import TilingMode
+
+
+def tiling_fields(mode: TilingMode, vision_config: PreTrainedConfig) -> dict[str, Any]:
+    """What `mode` sets of a `FlashVLConfig`: ISS, which drops patches, folds none together."""
+    return {
+        "tiling": _tiling(mode, vision_config),
+        "downsample_ratio": 1.0 if mode == "iss" else 0.5,
+    }
+
+
+def _tiling(mode: TilingMode, vision_config: PreTrainedConfig) -> dict[str, Any] | None:
+    """`FlashVLConfig.tiling` for `mode`; the margin is the paper's 12.5% of a tile, in patches."""
+    if mode == "static":
+        return None
+    if mode == "dynamic":
+        return {"mode": mode}
+    patch_size = vision_config.patch_size
+    return {"mode": mode, "margin": round(vision_config.image_size / 8 / patch_size) * patch_size}
 
 
 def siglip2_so400m_512() -> SiglipVisionConfig:

@@ -16,6 +16,7 @@ from ray.serve.handle import DeploymentHandle
 
 from flashvl.batch.service import DEPLOYMENT
 from flashvl.config import pool_of
+from flashvl.model.parts.prepare import prepare_model
 from flashvl.serve.api import make_api
 from flashvl.serve.config import ServiceConfig
 from flashvl.serve.dispatch import Engines
@@ -48,6 +49,7 @@ class Ingress:
 
 def build_app(config: ServiceConfig) -> serve.Application:
     """The application of one model, for `serve.run` and for files as in `serve_configs/`."""
+    config = config.model_copy(update={"model": str(prepare_model(config.model))})
     least, most = pool_of(config.replicas)
     num_nodes = sum(node["Alive"] for node in ray.nodes())
     scaling: dict[str, Any] = {"num_replicas": least}

@@ -15,6 +15,7 @@ from ray.util.queue import Queue
 
 from flashvl.errors import ConfigError
 from flashvl.model.loading import load_processor, resolve_checkpoint
+from flashvl.model.parts.prepare import prepare_model
 from flashvl.train.checkpoint import LOG, read_log
 from flashvl.train.recipe import Recipe
 from flashvl.train.rows import training_rows
@@ -55,7 +56,7 @@ def run(recipe: Recipe, on_progress: Progress | None = None) -> StageResult:
     Raises:
         ConfigError, CheckpointError: before anything is started.
     """
-    init_from = resolve_checkpoint(recipe.init_from).resolve()
+    init_from = resolve_checkpoint(prepare_model(recipe.init_from)).resolve()
     load_processor(init_from)
     num_rows = recipe.data.num_rows()
     num_steps = num_rows // recipe.global_batch_size

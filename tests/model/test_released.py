@@ -24,8 +24,10 @@ from transformers import AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForC
 from flashvl.data.tokenizer import train_tokenizer
 from flashvl.errors import CheckpointError, ConfigError
 from flashvl.model.loading import load_model, load_processor, resolve_checkpoint
-from flashvl.model.parts import assembly, released
-from flashvl.model.parts.released import fetch_folder, import_released
+from flashvl.model.parts import assembly, prepare
+from flashvl.model.parts.prepare import fetch_folder, prepare_model
+from flashvl.model.parts.released import import_released
+from flashvl.model.presets import tiling_fields
 
 Weights = dict[str, torch.Tensor]
 
@@ -317,8 +319,8 @@ def test_the_import_computes_what_was_published(
 
 
 def test_the_margin_of_the_real_tile_is_56() -> None:
-    vision_config = released.tower_config({"image_size": 448, "patch_size": 14}, is_aimv2=True)
-    assert assembly.tiling_options("iss", vision_config) == {"mode": "iss", "margin": 56}
+    vision_config = assembly.tower_config({"image_size": 448, "patch_size": 14}, is_aimv2=True)
+    assert tiling_fields("iss", vision_config)["tiling"] == {"mode": "iss", "margin": 56}
 
 
 def test_weights_stay_as_stored(static: Path, tmp_path: Path) -> None:
@@ -637,17 +639,32 @@ def test_an_existing_output_is_left_alone(static: Path) -> None:
 def test_a_model_that_is_published_is_imported_once(
     static: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(released, "IMPORTED", tmp_path / "cache")
-    folder = resolve_checkpoint(static)
-    assert folder.parent == tmp_path / "cache"
+    monkeypatch.setattr(prepare, "IMPORTED", tmp_path / "cache")
+    folder = prepare_model(static)
+    assert (folder.parent.parent, folder.name) == (tmp_path / "cache", static.name)
     written = (folder / "model.safetensors").stat().st_mtime_ns
-    assert resolve_checkpoint(str(static)) == folder
+    assert prepare_model(str(static)) == prepare_model(folder) == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == written
-    assert load_processor(static).image_seq_length == load_model(static).config.image_seq_length
+    assert load_processor(folder).image_seq_length == load_model(folder).config.image_seq_length
 
     edit(static, lambda weights: weights.pop("llm.lm_head.weight"))
-    assert resolve_checkpoint(static) != folder
+    assert prepare_model(static) != folder
     assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+@pytest.mark.parametrize("load", [resolve_checkpoint, load_model, load_processor])
+def test_loading_refuses_a_published_model_and_says_what_converts_it(
+    static: Path, load: Callable[[Path], object]
+) -> None:
+    with pytest.raises(CheckpointError) as error:
+        load(static)
+    assert f"flashvl import {static} --output DIR" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("model", ["tiny", "/no/such/folder"])
+def test_whatever_is_not_published_is_prepared_already(model: str) -> None:
+    assert prepare_model(model) == Path(model)
 
 
 def test_a_name_that_is_neither_folder_nor_repository() -> None:

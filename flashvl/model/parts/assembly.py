@@ -39,6 +39,7 @@ from flashvl.model.parts.weights import (
     rename_weights,
     save_model,
 )
+from flashvl.model.presets import tiling_fields
 from flashvl.model.processing_flashvl import FlashVLProcessor
 from flashvl.model.tiling import TilingMode
 
@@ -187,24 +188,6 @@ class _Pixels(StrictModel):
         if min(value) <= 0:
             raise ValueError("must be above zero, for pixels are divided by it")
         return value
-
-
-def tiling_fields(mode: TilingMode, vision_config: PreTrainedConfig) -> dict[str, Any]:
-    """What `mode` sets of a `FlashVLConfig`: ISS, which drops patches, folds none together."""
-    return {
-        "tiling": tiling_options(mode, vision_config),
-        "downsample_ratio": 1.0 if mode == "iss" else 0.5,
-    }
-
-
-def tiling_options(mode: TilingMode, vision_config: PreTrainedConfig) -> dict[str, Any] | None:
-    """`FlashVLConfig.tiling` for `mode`; the margin is the paper's 12.5% of a tile, in patches."""
-    if mode == "static":
-        return None
-    if mode == "dynamic":
-        return {"mode": mode}
-    patch_size = vision_config.patch_size
-    return {"mode": mode, "margin": round(vision_config.image_size / 8 / patch_size) * patch_size}
 
 
 def find_image_token(folder: Path, tokenizer: PreTrainedTokenizerBase, llm_type: str) -> int:

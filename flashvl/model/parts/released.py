@@ -7,25 +7,22 @@ over as they are stored. Their code and its `trust_remote_code` are not needed.
     flashvl import FlashVL/FlashVL-2B-Static --output static/
 """
 
-import hashlib
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import is_offline_mode, snapshot_download
 from transformers import Qwen2Tokenizer
 
-from flashvl.errors import CheckpointError, ConfigError, one_line
+from flashvl.errors import CheckpointError
 from flashvl.model.checks import check_shapes, check_sizes, read_json, shorten, usable
 from flashvl.model.configuration_flashvl import FlashVLConfig
 from flashvl.model.end_tokens import build_generation_config
+from flashvl.model.loading import is_published
 from flashvl.model.parts.assembly import (
     build_processor,
     find_image_token,
     load_tokenizer,
     read_pixels,
-    tiling_fields,
     tower_config,
 )
 from flashvl.model.parts.weights import (
@@ -36,14 +33,9 @@ from flashvl.model.parts.weights import (
     rename_weights,
     save_model,
 )
+from flashvl.model.presets import tiling_fields
 from flashvl.model.tiling import TilingMode
 
-OWNER = "FlashVL/"
-"""Of the published repositories on the hub."""
-IMPORTED = Path.home() / ".cache" / "flashvl" / "imported"
-"""Imports of folders and repositories that were named as models."""
-IMPORT_VERSION = 2
-"""Of what an import writes; raise it where an older import will no longer do."""
 ADAPTER_NAMES = {
     "layer_norm": "adp.p0.0",
     "linear_1": "adp.p0.1",
@@ -51,17 +43,6 @@ ADAPTER_NAMES = {
     "linear_3": "adp.proj",
 }
 LLM_TYPE = "qwen2"
-FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
-"""Of a repository: weights, settings and tokenizer, no code."""
-
-
-def is_released(model_type: Any) -> bool:
-    """Whether a config.json of this `model_type` is a published checkpoint's.
-
-    `FlashVLStaticConfig` and `FlashVLDynamicISSConfig` are known; the Dynamic one's name is not,
-    but theirs tell how it begins.
-    """
-    return isinstance(model_type, str) and model_type.startswith("FlashVL")
 
 
 def import_released(source: Path, output: Path) -> None:
@@ -77,10 +58,10 @@ def import_released(source: Path, output: Path) -> None:
     """
     refuse_existing(output)
     values = read_json(source / "config.json")
-    if not is_released(values.get("model_type")):
+    if not is_published(values.get("model_type")):
         raise CheckpointError(
             f"{source} holds a {shorten(values.get('model_type'))} model, no published one;"
-            f" name a folder of a {OWNER}* repository"
+            " name a folder of a FlashVL/* repository"
         )
     stored = read_weights(source)
     tokenizer = load_tokenizer(source, Qwen2Tokenizer)
@@ -111,49 +92,6 @@ def import_released(source: Path, output: Path) -> None:
     if config.tie_word_embeddings:
         del wanted["lm_head.weight"]
     save_model(model, rename_weights(source, stored, wanted, stored_name), processor, output)
-
-
-def import_once(source: Path) -> Path:
-    """The import of the published checkpoint in `source`, made unless it is in `IMPORTED` already.
-
-    Raises:
-        ConfigError, CheckpointError: as `import_released`.
-    """
-    source = source.resolve()
-    digest = hashlib.sha256(f"{IMPORT_VERSION} {source}".encode())
-    for path in sorted(source.glob("*.json")) + sorted(source.glob("*.safetensors")):
-        stat = path.stat()
-        digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    output = IMPORTED / f"{source.name}-{digest.hexdigest()[:12]}"
-    if not output.is_dir():
-        try:
-            import_released(source, output)
-        except ConfigError:
-            if not output.is_dir():  # else another process was faster
-                raise
-    return output
-
-
-def fetch_folder(name: str) -> Path:
-    """The folder `name`, or that of the hub repository `name`, in the hub's own cache.
-
-    Raises:
-        CheckpointError: no such folder, and no such repository that can be reached.
-    """
-    if Path(name).is_dir():
-        return Path(name)
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
-        raise CheckpointError(
-            f"no folder {name!r}; name one, or a repository of huggingface.co as OWNER/NAME"
-        )
-    try:
-        return Path(snapshot_download(name, allow_patterns=FILES))
-    except Exception as error:  # of the hub's own kinds, of its HTTP library's, of the disk
-        reason = "HF_HUB_OFFLINE is set" if is_offline_mode() else one_line(error)
-        raise CheckpointError(
-            f"{name} is no folder here and cannot be downloaded ({reason}); on a machine with"
-            f" network run `hf download {name} --local-dir DIR`, then name the folder DIR"
-        ) from None
 
 
 def _config(
