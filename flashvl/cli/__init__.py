@@ -219,12 +219,12 @@ def chat(
     with report_errors():
         from flashvl.data.images import read_image
         from flashvl.engine import Engine
-        from flashvl.engine.chat import Chat
+        from flashvl.engine.chat import ChatSession
         from flashvl.model.parts.prepare import prepare_model
 
         picture = read_image(image)
         engine = Engine.from_pretrained(prepare_model(model))
-        conversation = Chat(engine, [picture], max_new_tokens)
+        conversation = ChatSession(engine, [picture], max_new_tokens)
         is_asked_by_hand = sys.stdin.isatty()
         while True:
             if is_asked_by_hand:

@@ -17,6 +17,7 @@ from flashvl.data.limits import DEFAULT_LIMITS, ImageLimits
 from flashvl.data.salvage import JPEG_SIGNATURE, BareFile, Info, end_jpeg, strip_metadata
 from flashvl.errors import ConfigError, DataError, one_line
 from flashvl.model.rgb import orientation_of, to_rgb
+from flashvl.model.tiling import Size
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "HEIF")
 """What is read. Each has a signature, runs no other program (EPS does), and gives its size before
@@ -24,10 +25,6 @@ it decodes a pixel (ICO and ICNS do not). HEIF takes the extra `heif`."""
 
 HEIF_BRANDS = frozenset((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"))
 AVIF_BRANDS = frozenset((b"avif", b"avis"))
-
-Size = tuple[int, int]
-"""(width, height)."""
-
 
 T = TypeVar("T")
 

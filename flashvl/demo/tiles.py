@@ -52,7 +52,7 @@ SHEET: Size = (900, 704)
 LEGEND_WIDTH = 560
 
 
-def write_tiles(image: Path, output: Path, rule: Tiling, tokens_per_tile: int) -> dict[str, Any]:
+def write_tiles(image: Path, output: Path, rule: Tiling, image_seq_length: int) -> dict[str, Any]:
     """Draw the tiles of an image file into the PNG file `output`; returns their numbers.
 
     Raises:
@@ -61,31 +61,31 @@ def write_tiles(image: Path, output: Path, rule: Tiling, tokens_per_tile: int) -
     """
     decoded = read_image(image)
     try:
-        draw_tiles(decoded, rule, tokens_per_tile).save(output, "PNG")
+        draw_tiles(decoded, rule, image_seq_length).save(output, "PNG")
     except OSError as error:
         raise ConfigError(
             f"output {output} cannot be written ({error.strerror}); name another file"
         ) from None
-    return describe_tiles(decoded.size, rule, tokens_per_tile)
+    return describe_tiles(decoded.size, rule, image_seq_length)
 
 
-def draw_tiles(image: Image.Image, rule: Tiling, tokens_per_tile: int) -> Image.Image:
+def draw_tiles(image: Image.Image, rule: Tiling, image_seq_length: int) -> Image.Image:
     """The framed image with its tiles, a legend, and every tile with the patches that are kept.
 
     Of an image of one tile there is that tile, large, and the legend.
 
     Args:
         image: RGB.
-        tokens_per_tile: what the LLM gets of one; the configuration's `image_seq_length`.
+        image_seq_length: tokens that the LLM gets of each tile.
 
     Returns:
         An RGB picture, at most 1,640 pixels wide where the grid has no more than four tiles.
     """
-    sheet = _draw_sheet(image, rule, tokens_per_tile)
-    legend = _draw_legend(image, rule, tokens_per_tile, sheet.height)
+    sheet = _draw_sheet(image, rule, image_seq_length)
+    legend = _draw_legend(image, rule, image_seq_length, sheet.height)
     top_width = sheet.width + 2 * GAP + legend.width
     top_height = max(sheet.height, legend.height)
-    strip = _draw_strip(_draw_tiles(image, rule, tokens_per_tile))
+    strip = _draw_strip(_draw_tiles(image, rule, image_seq_length))
     size = max(top_width, strip.width), top_height + strip.height
     page = Image.new("RGB", (size[0] + 2 * MARGIN, size[1] + 2 * MARGIN), PAPER)
     page.paste(sheet, (MARGIN, MARGIN))
@@ -94,12 +94,12 @@ def draw_tiles(image: Image.Image, rule: Tiling, tokens_per_tile: int) -> Image.
     return page
 
 
-def draw_tile(tile: Image.Image, rule: Tiling, tokens_per_tile: int) -> Image.Image:
+def draw_tile(tile: Image.Image, rule: Tiling, image_seq_length: int) -> Image.Image:
     """A tile with its kept patches in their colours, in tokens, and the dropped ones greyed.
 
     Args:
         tile: RGB, so large that a patch has whole pixels.
-        tokens_per_tile: what the LLM gets of it.
+        image_seq_length: tokens that the LLM gets of it.
     """
     cell = tile.width * rule.patch_size // rule.tile_size
     drawn = _veil(tile)
@@ -108,14 +108,14 @@ def draw_tile(tile: Image.Image, rule: Tiling, tokens_per_tile: int) -> Image.Im
     kept = (first, first, last, last)
     drawn.paste(tile.crop(kept), kept)
     _draw_lines(drawn, kept, cell, WHITE, 0.25)
-    _draw_lines(drawn, kept, cell * _patches_a_token(rule, tokens_per_tile), KEPT, 0.6)
+    _draw_lines(drawn, kept, cell * _patches_a_token(rule, image_seq_length), KEPT, 0.6)
     _draw_outline(drawn, kept, KEPT, 2)
     return drawn
 
 
-def _patches_a_token(rule: Tiling, tokens_per_tile: int) -> int:
+def _patches_a_token(rule: Tiling, image_seq_length: int) -> int:
     """On each side: a token is a square of patches."""
-    return rule.kept_patches // math.isqrt(tokens_per_tile)
+    return rule.kept_patches // math.isqrt(image_seq_length)
 
 
 def _grid_views(size: Size, rule: Tiling) -> tuple[View, ...]:
@@ -125,7 +125,7 @@ def _grid_views(size: Size, rule: Tiling) -> tuple[View, ...]:
     return views[1:] if rule.num_tiles(size) > cols * rows else views
 
 
-def _draw_sheet(image: Image.Image, rule: Tiling, tokens_per_tile: int) -> Image.Image:
+def _draw_sheet(image: Image.Image, rule: Tiling, image_seq_length: int) -> Image.Image:
     """The image resized and framed, its patches, and the outlines of the grid's tiles."""
     cols, rows = rule.grid(image.size)
     views = _grid_views(image.size, rule)
@@ -136,7 +136,7 @@ def _draw_sheet(image: Image.Image, rule: Tiling, tokens_per_tile: int) -> Image
     cell = max(min(SHEET[0] // width, SHEET[1] // height), 1)
     sheet, boxes = _framed(image, view, rule, cell)
     if cols * rows == 1:
-        return draw_tile(sheet, rule, tokens_per_tile)
+        return draw_tile(sheet, rule, image_seq_length)
     if rule.mode == "overlap":
         _hatch(sheet, _overlaps(boxes))
     _draw_lines(sheet, (0, 0, *sheet.size), cell, WHITE, 0.2)
@@ -186,7 +186,7 @@ def _draw_strip(tiles: list[Image.Image]) -> Image.Image:
     return strip
 
 
-def _draw_tiles(image: Image.Image, rule: Tiling, tokens_per_tile: int) -> list[Image.Image]:
+def _draw_tiles(image: Image.Image, rule: Tiling, image_seq_length: int) -> list[Image.Image]:
     """Each tile by itself, in the LLM's order: its patches, and under it its tokens."""
     cell = max(TILE_SIDE * rule.patch_size // rule.tile_size, 1)
     cols, rows = rule.grid(image.size)
@@ -200,12 +200,12 @@ def _draw_tiles(image: Image.Image, rule: Tiling, tokens_per_tile: int) -> list[
             name = "overview" if index < 0 else f"tile {index + 1}"
             color = OVERVIEW if index < 0 else _color(index)
             tile = ImageOps.expand(
-                draw_tile(framed.crop(box), rule, tokens_per_tile), border=OUTLINE, fill=color
+                draw_tile(framed.crop(box), rule, image_seq_length), border=OUTLINE, fill=color
             )
             picture = ImageOps.expand(tile, border=(0, 0, 0, 36), fill=PAPER)
             middle = tile.height + 22
             _write(picture, (0, middle), name, 20, color, bold=True, anchor="lm")
-            tokens = f"{tokens_per_tile:,} tokens"
+            tokens = f"{image_seq_length:,} tokens"
             _write(picture, (tile.width, middle), tokens, 20, anchor="rm")
             pictures.append(picture)
             index += 1
@@ -213,7 +213,7 @@ def _draw_tiles(image: Image.Image, rule: Tiling, tokens_per_tile: int) -> list[
 
 
 def _draw_legend(
-    image: Image.Image, rule: Tiling, tokens_per_tile: int, height: int
+    image: Image.Image, rule: Tiling, image_seq_length: int, height: int
 ) -> Image.Image:
     """Title, number of tokens, sizes, what the marks mean, and the image as it came.
 
@@ -222,14 +222,14 @@ def _draw_legend(
     """
     num_tiles, (cols, rows) = rule.num_tiles(image.size), rule.grid(image.size)
     view = rule.views(image.size)[-1]
-    num_patches, group = rule.tile_size // rule.patch_size, _patches_a_token(rule, tokens_per_tile)
-    tokens = f"{num_tiles * tokens_per_tile:,}"
+    num_patches, group = rule.tile_size // rule.patch_size, _patches_a_token(rule, image_seq_length)
+    tokens = f"{num_tiles * image_seq_length:,}"
 
     overview = "an overview and " if num_tiles > cols * rows else ""
     grid = f"{cols} x {rows} tiles" if cols * rows > 1 else "one tile"
     width, resized_height = view.resized if rule.tile_fit == "resize" else (0, 0)
     facts = [
-        f"{overview}{grid}, {num_tiles} x {tokens_per_tile:,} tokens",
+        f"{overview}{grid}, {num_tiles} x {image_seq_length:,} tokens",
         f"image of {image.width:,} x {image.height:,} px"
         + (f", resized to {width:,} x {resized_height:,} px" if width else ""),
         f"tiles of {rule.tile_size} px ({num_patches} x {num_patches} patches)"

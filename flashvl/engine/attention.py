@@ -20,7 +20,7 @@ CACHED = "rows_of_kv_cache"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Place:
+class AttentionMetadata:
     """Where in the cache the tokens of a forward pass go, and what they see."""
 
     cache: KVCache
@@ -43,10 +43,10 @@ def cached_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
-    place: Place | None = None,
+    metadata: AttentionMetadata | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Store `key` and `value` where `place` says and attend to what the rows hold.
+    """Store `key` and `value` where `metadata` says and attend to what the rows hold.
 
     Args:
         query: (rows, heads, tokens, head_dim).
@@ -55,28 +55,28 @@ def cached_attention(
     Returns:
         (rows, tokens, heads, head_dim), and no weights.
     """
-    if place is None:
+    if metadata is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
     layer: int = module.layer_idx  # type: ignore[assignment]
-    keys = place.cache.keys[layer, place.rows]
-    values = place.cache.values[layer, place.rows]
-    if place.cells is not None:
-        rows, positions = place.cells
+    keys = metadata.cache.keys[layer, metadata.rows]
+    values = metadata.cache.values[layer, metadata.rows]
+    if metadata.cells is not None:
+        rows, positions = metadata.cells
         keys[rows, :, positions] = key[:, :, 0]
         values[rows, :, positions] = value[:, :, 0]
-        return _attend_one(query, keys, values, place, scaling), None
-    end = place.start + query.shape[2]
-    keys[:, :, place.start : end] = key
-    values[:, :, place.start : end] = value
+        return _attend_one(query, keys, values, metadata, scaling), None
+    end = metadata.start + query.shape[2]
+    keys[:, :, metadata.start : end] = key
+    values[:, :, metadata.start : end] = value
     groups = query.shape[1] // key.shape[1]
     attended = F.scaled_dot_product_attention(
         query,
         keys[:, :, :end].repeat_interleave(groups, 1),
         values[:, :, :end].repeat_interleave(groups, 1),
-        attn_mask=place.mask,
-        is_causal=place.mask is None,
+        attn_mask=metadata.mask,
+        is_causal=metadata.mask is None,
         scale=scaling,
     )
     return attended.transpose(1, 2), None
@@ -86,7 +86,7 @@ def _attend_one(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    place: Place,
+    metadata: AttentionMetadata,
     scaling: float | None,
 ) -> torch.Tensor:
     """One token a row, to what the rows hold."""
@@ -95,9 +95,9 @@ def _attend_one(
     grouped = query.view(num_rows, keys.shape[1], heads // keys.shape[1], head_dim)
     attended = F.scaled_dot_product_attention(
         grouped,
-        keys[:, :, : place.length],
-        values[:, :, : place.length],
-        attn_mask=place.mask,
+        keys[:, :, : metadata.length],
+        values[:, :, : metadata.length],
+        attn_mask=metadata.mask,
         scale=scaling,
     )
     return attended.reshape(num_rows, 1, heads, head_dim)

@@ -10,7 +10,7 @@ from flashvl.engine.engine import Engine
 from flashvl.engine.request import Request
 
 
-class Chat:
+class ChatSession:
     """Asks an engine about `images`, which stand before the first question."""
 
     def __init__(self, engine: Engine, images: Sequence[Image.Image], max_new_tokens: int = 256):

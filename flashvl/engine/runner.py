@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from flashvl.data.features import normalize_tiles
-from flashvl.engine.attention import CACHED, Place
+from flashvl.engine.attention import CACHED, AttentionMetadata
 from flashvl.engine.cache import KVCache
 from flashvl.engine.graphs import DecodingGraphs
 from flashvl.engine.packed import can_pack, pack_linear_layers
@@ -75,8 +75,8 @@ class Runner:
             everything = torch.arange(start + num_tokens, device=embeddings.device)
             mask = (everything <= positions[:, None])[None, None]
         rows = slice(first_row, first_row + num_rows)
-        place = Place(cache=self.cache, rows=rows, start=start, mask=mask)
-        return self._forward(embeddings, positions.expand(num_rows, -1), place)
+        metadata = AttentionMetadata(cache=self.cache, rows=rows, start=start, mask=mask)
+        return self._forward(embeddings, positions.expand(num_rows, -1), metadata)
 
     @torch.inference_mode()
     def decode(self, token_ids: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
@@ -97,7 +97,7 @@ class Runner:
     def _decode(self, ids: torch.Tensor, positions: torch.Tensor, length: int) -> torch.Tensor:
         """(rows,) tokens and (rows,) places for them -> (rows, vocabulary); see `graphs.Step`."""
         mask = torch.arange(length, device=positions.device) <= positions[:, None]
-        place = Place(
+        metadata = AttentionMetadata(
             cache=self.cache,
             rows=slice(0, len(ids)),
             start=0,
@@ -106,10 +106,10 @@ class Runner:
             mask=mask[:, None, None],
         )
         embeddings = self.model.get_input_embeddings()(ids[:, None])
-        return self._forward(embeddings, positions[:, None], place)
+        return self._forward(embeddings, positions[:, None], metadata)
 
     def _forward(
-        self, embeddings: torch.Tensor, position_ids: torch.Tensor, place: Place
+        self, embeddings: torch.Tensor, position_ids: torch.Tensor, metadata: AttentionMetadata
     ) -> torch.Tensor:
         outputs = self.language_model(
             inputs_embeds=embeddings,
@@ -117,7 +117,7 @@ class Runner:
             # Of four dimensions, it is handed on as it is: no other mask is made.
             attention_mask=torch.empty((1, 1, 1, 1), device=embeddings.device),
             use_cache=False,
-            place=place,
+            metadata=metadata,
         )
         logits = self.model.lm_head(outputs.last_hidden_state[:, -1])
         # An image's placeholder stands for what only a user can show.

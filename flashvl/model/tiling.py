@@ -164,11 +164,11 @@ class Tiling:
         )
 
 
-def describe_tiles(size: Size, rule: Tiling, tokens_per_tile: int) -> dict[str, Any]:
+def describe_tiles(size: Size, rule: Tiling, image_seq_length: int) -> dict[str, Any]:
     """How an image of `size` is cut, in numbers; sizes and boxes as in `Tiling`, in pixels.
 
     Args:
-        tokens_per_tile: what the LLM gets of one; the configuration's `image_seq_length`.
+        image_seq_length: tokens that the LLM gets of each tile.
     """
     num_tiles = rule.num_tiles(size)
     return {
@@ -182,6 +182,6 @@ def describe_tiles(size: Size, rule: Tiling, tokens_per_tile: int) -> dict[str, 
         "grid": rule.grid(size),
         "views": [asdict(view) for view in rule.views(size)],
         "num_tiles": num_tiles,
-        "tokens_per_tile": tokens_per_tile,
-        "num_image_tokens": num_tiles * tokens_per_tile,
+        "image_seq_length": image_seq_length,
+        "num_image_tokens": num_tiles * image_seq_length,
     }

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,15 +16,13 @@ from ray.util.queue import Queue
 from flashvl.errors import ConfigError
 from flashvl.model.loading import load_processor, resolve_checkpoint
 from flashvl.model.parts.prepare import prepare_model
+from flashvl.progress import ShowProgress, ignore_progress
 from flashvl.train.checkpoint import LOG, read_log
 from flashvl.train.recipe import Recipe
 from flashvl.train.rows import training_rows
 from flashvl.train.supervised import train_worker
 
 PROGRESS_INTERVAL_S = 1.0
-
-Progress = Callable[[int, int, str], None]
-"""Called with the steps done, the steps in all, and the last loss."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,11 +45,11 @@ class StageResult:
         )
 
 
-def run(recipe: Recipe, on_progress: Progress | None = None) -> StageResult:
+def run(recipe: Recipe, on_progress: ShowProgress = ignore_progress) -> StageResult:
     """Train the stage on the Ray cluster that this process is connected to.
 
     Args:
-        on_progress: called with the steps done, the steps in all, and the last one's loss in words.
+        on_progress: shows the steps that are done, with the last one's loss as its note.
 
     Raises:
         ConfigError, CheckpointError: before anything is started.
@@ -110,14 +108,14 @@ def run(recipe: Recipe, on_progress: Progress | None = None) -> StageResult:
 
 
 @contextlib.contextmanager
-def _show(progress: Queue, num_steps: int, on_progress: Progress | None) -> Iterator[None]:
+def _show(progress: Queue, num_steps: int, on_progress: ShowProgress) -> Iterator[None]:
     """Hand what comes through `progress` to `on_progress` meanwhile, then end the queue."""
     ended = threading.Event()
 
     def watch() -> None:
         while not ended.wait(PROGRESS_INTERVAL_S):
             records = progress.get_nowait_batch(progress.qsize())
-            if records and on_progress is not None:
+            if records:
                 on_progress(int(records[-1]["step"]), num_steps, f"loss {records[-1]['loss']:.4f}")
 
     watcher = threading.Thread(target=watch, daemon=True)

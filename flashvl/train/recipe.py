@@ -8,7 +8,7 @@ from pydantic import Field, PositiveInt, model_validator
 from flashvl.config import StrictModel
 from flashvl.train.rows import TrainingData
 
-Part = Literal["vision_tower", "multi_modal_projector", "language_model"]
+ModelPart = Literal["vision_tower", "multi_modal_projector", "language_model"]
 
 
 class Recipe(StrictModel):
@@ -25,7 +25,7 @@ class Recipe(StrictModel):
     objective: Literal["answers", "cells"] = "answers"
     """`answers`: next-token loss on the assistant's turns. `cells`: what lies in each cell of a
     synthetic scene, a pre-training for a tower that starts from nothing."""
-    trainable: tuple[Part, ...] = ("vision_tower", "multi_modal_projector", "language_model")
+    trainable: tuple[ModelPart, ...] = ("vision_tower", "multi_modal_projector", "language_model")
     """Parts that learn (paper, Table 1); the others stay bit-identical."""
 
     global_batch_size: PositiveInt = 240

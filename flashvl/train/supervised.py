@@ -19,7 +19,7 @@ from transformers import get_cosine_with_min_lr_schedule_with_warmup
 from flashvl.model.loading import load_model, load_processor
 from flashvl.train.checkpoint import save_checkpoint
 from flashvl.train.objectives import OBJECTIVES, Objective, Tensors
-from flashvl.train.recipe import Part, Recipe
+from flashvl.train.recipe import ModelPart, Recipe
 
 Record = dict[str, float]
 """Of one step: step, loss, learning_rate, grad_norm, seconds since the first, samples_per_s."""
@@ -57,7 +57,7 @@ def train_worker(config: dict[str, Any]) -> None:
         save_checkpoint(model, processor, recipe, log)
 
 
-def freeze_all_but(model: nn.Module, trainable: Iterable[Part]) -> None:
+def freeze_all_but(model: nn.Module, trainable: Iterable[ModelPart]) -> None:
     """Only the named parts of the model learn. The head is the LLM's, and tied to it where tied."""
     model.requires_grad_(False)
     for part in trainable:

@@ -57,7 +57,7 @@ def test_numbers_of_iss() -> None:
         "dropped_patches": 4,
         "grid": [2, 2],
         "num_tiles": 5,
-        "tokens_per_tile": 576,
+        "image_seq_length": 576,
         "num_image_tokens": 2880,
     }
     assert [view["resized"] for view in views] == [[336, 336], [672, 672]]

@@ -9,7 +9,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from flashvl.model import FlashVLImageProcessor
-from flashvl.model.parts.assembly import PIXELS
+from flashvl.model.parts.assembly import PREPROCESSING
 from flashvl.model.tiling import Size
 
 SIGLIP2: dict[str, Any] = {
@@ -36,7 +36,7 @@ def aimv2(tiling: dict[str, Any] | None) -> FlashVLImageProcessor:
         size={"height": SIDE, "width": SIDE},
         patch_size=14,
         tiling=tiling,
-        **PIXELS["aimv2_vision_model"],
+        **PREPROCESSING["aimv2_vision_model"],
     )
 
 

@@ -43,7 +43,7 @@ from flashvl.model.presets import tiling_fields
 from flashvl.model.processing_flashvl import FlashVLProcessor
 from flashvl.model.tiling import TilingMode
 
-PIXELS: dict[str, dict[str, Any]] = {
+PREPROCESSING: dict[str, dict[str, Any]] = {
     "siglip_vision_model": {},
     "aimv2_vision_model": {
         "resample": PILImageResampling.BICUBIC,
@@ -107,7 +107,7 @@ def assemble(
         weights[f"model.multi_modal_projector.{name}"] = weight
     for name, weight in llm_weights.items():
         weights[name.replace("model.", "model.language_model.", 1)] = weight
-    processor = build_processor(config, tokenizer, read_pixels(vision, vision_config))
+    processor = build_processor(config, tokenizer, read_preprocessing(vision, vision_config))
     model.generation_config = build_generation_config(config, tokenizer, llm)
     save_model(model, weights, processor, output)
 
@@ -115,14 +115,14 @@ def assemble(
 def build_processor(
     config: FlashVLConfig,
     tokenizer: PreTrainedTokenizerBase,
-    pixels: Mapping[str, Any] | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
 ) -> FlashVLProcessor:
     """The processor of a model of `config`, with its LLM's tokenizer.
 
     The tokenizer's end token becomes the chat template's, so that a base model's ends its answers.
 
     Args:
-        pixels: `resample`, `image_mean` and `image_std`; None: those of `PIXELS`.
+        preprocessing: `resample`, `image_mean` and `image_std`; None: those of `PREPROCESSING`.
     """
     vision_config = config.vision_config
     chat = CHAT_FORMATS[config.text_config.model_type]
@@ -130,7 +130,7 @@ def build_processor(
         size={"height": vision_config.image_size, "width": vision_config.image_size},
         patch_size=vision_config.patch_size,
         tiling=config.tiling,
-        **(PIXELS[vision_config.model_type] if pixels is None else pixels),
+        **(PREPROCESSING[vision_config.model_type] if preprocessing is None else preprocessing),
     )
     tokenizer.eos_token = chat.end_token
     if tokenizer.pad_token is None:
@@ -145,16 +145,16 @@ def build_processor(
     )
 
 
-def read_pixels(folder: Path, vision_config: PreTrainedConfig) -> dict[str, Any]:
-    """The settings of `folder`'s preprocessor_config.json, else those of `PIXELS`.
+def read_preprocessing(folder: Path, vision_config: PreTrainedConfig) -> dict[str, Any]:
+    """The settings of `folder`'s preprocessor_config.json, else those of `PREPROCESSING`.
 
     Raises:
         CheckpointError: the file is unreadable, its size is not the tower's, or a value is
             impossible.
     """
-    pixels = dict(PIXELS[vision_config.model_type])
+    preprocessing = dict(PREPROCESSING[vision_config.model_type])
     if not (folder / "preprocessor_config.json").is_file():
-        return pixels
+        return preprocessing
     stored = read_json(folder / "preprocessor_config.json")
     size = stored.get("size", vision_config.image_size)
     if isinstance(size, dict):
@@ -164,18 +164,18 @@ def read_pixels(folder: Path, vision_config: PreTrainedConfig) -> dict[str, Any]
             f"{folder}: preprocessor_config.json has size {shorten(size)}, config.json image_size"
             f" {vision_config.image_size}; correct the one that is wrong"
         )
-    given = {key: stored[key] for key in _Pixels.model_fields if stored.get(key) is not None}
+    given = {key: stored[key] for key in _Preprocessing.model_fields if stored.get(key) is not None}
     try:
-        validated = validate(_Pixels, given, f"{folder}/preprocessor_config.json")
+        validated = validate(_Preprocessing, given, f"{folder}/preprocessor_config.json")
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
-    return pixels | validated.model_dump(exclude_unset=True)
+    return preprocessing | validated.model_dump(exclude_unset=True)
 
 
 Channels = Annotated[list[FiniteFloat], Field(min_length=3, max_length=3)]
 
 
-class _Pixels(StrictModel):
+class _Preprocessing(StrictModel):
     """What a preprocessor_config.json may say of how its tower was trained to see."""
 
     resample: PILImageResampling | None = None
@@ -186,7 +186,7 @@ class _Pixels(StrictModel):
     @classmethod
     def _divides(cls, value: list[float]) -> list[float]:
         if min(value) <= 0:
-            raise ValueError("must be above zero, for pixels are divided by it")
+            raise ValueError("must be above zero, because pixels are divided by it")
         return value
 
 

@@ -22,7 +22,7 @@ from flashvl.model.parts.assembly import (
     build_processor,
     find_image_token,
     load_tokenizer,
-    read_pixels,
+    read_preprocessing,
     tower_config,
 )
 from flashvl.model.parts.weights import (
@@ -67,9 +67,9 @@ def import_released(source: Path, output: Path) -> None:
     tokenizer = load_tokenizer(source, Qwen2Tokenizer)
     image_token_id = find_image_token(source, tokenizer, LLM_TYPE)
     config = _config(source, values, stored, image_token_id)
-    pixels = read_pixels(source, config.vision_config)
+    preprocessing = read_preprocessing(source, config.vision_config)
     with usable(str(source)):
-        processor = build_processor(config, tokenizer, pixels)
+        processor = build_processor(config, tokenizer, preprocessing)
         model = build_empty(config)
     model.generation_config = build_generation_config(config, tokenizer, source)
 
