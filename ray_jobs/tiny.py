@@ -76,18 +76,17 @@ def make_checkpoint(preset: str, runs: Path, output: Path) -> None:
 
 def run_stage(recipe_file: Path, init_from: Path, output_dir: Path) -> dict[str, Any]:
     """The stage's row of the card; from its record, if it was run before."""
-    from flashvl.config import load_config
     from flashvl.engine import Engine
     from flashvl.eval.scenes import average, evaluate_scenes
     from flashvl.train.launch import run
-    from flashvl.train.recipe import Recipe
+    from flashvl.train.recipe import load_recipe
 
     record = output_dir / "result.json"
     if record.exists():
         return json.loads(record.read_text())
     start = time.perf_counter()
     paths = [f"init_from={init_from}", f"output_dir={output_dir}"]
-    recipe = load_config(Recipe, recipe_file, paths)
+    recipe = load_recipe(recipe_file, paths)
     with show_progress(recipe.stage) as on_progress:
         result = run(recipe, on_progress)
     row: dict[str, Any] = {

@@ -327,10 +327,9 @@ def train(
     Example: flashvl train ray_jobs/configs/stage1.yaml num_workers=8 data.parquet=/data/stage1
     """
     with report_errors():
-        from flashvl.config import load_config
-        from flashvl.train.recipe import Recipe
+        from flashvl.train.recipe import load_recipe
 
-        loaded = load_config(Recipe, recipe, overrides or ())
+        loaded = load_recipe(recipe, overrides or ())
         start_ray(include_dashboard=True)
         from flashvl.train.launch import run
 

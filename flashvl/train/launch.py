@@ -18,7 +18,7 @@ from flashvl.model.loading import load_processor, resolve_checkpoint
 from flashvl.model.parts.prepare import prepare_model
 from flashvl.progress import ShowProgress, ignore_progress
 from flashvl.train.checkpoint import LOG, read_log
-from flashvl.train.recipe import Recipe
+from flashvl.train.recipe import AnyRecipe, Recipe
 from flashvl.train.rows import training_rows
 from flashvl.train.supervised import train_worker
 
@@ -45,7 +45,7 @@ class StageResult:
         )
 
 
-def run(recipe: Recipe, on_progress: ShowProgress = ignore_progress) -> StageResult:
+def run(recipe: AnyRecipe, on_progress: ShowProgress = ignore_progress) -> StageResult:
     """Train the stage on the Ray cluster that this process is connected to.
 
     Args:
@@ -74,7 +74,7 @@ def run(recipe: Recipe, on_progress: ShowProgress = ignore_progress) -> StageRes
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={
-            "recipe": recipe.model_dump_json(),
+            "recipe": recipe,
             "num_steps": num_steps,
             "progress": progress,
         },

@@ -110,7 +110,8 @@ class Cells:
         return summed / num_items
 
 
-OBJECTIVES: dict[str, type[Answers] | type[Cells]] = {"answers": Answers, "cells": Cells}
+OBJECTIVES: dict[str, type[Answers] | type[Cells]] = {"supervised": Answers, "cells": Cells}
+"""Objectives by the `kind` of the recipe."""
 
 
 def _tiles(column: npt.NDArray[Any], processor: FlashVLProcessor) -> torch.Tensor:

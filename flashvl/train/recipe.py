@@ -1,18 +1,22 @@
-"""A training recipe: one YAML file a stage, the paper's numbers as the defaults."""
+"""Training recipes: one YAML file for each stage, the paper's numbers as defaults.
 
+What all kinds of training share is in `Recipe`; `kind` says which of its subclasses a file is.
+"""
+
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import ConfigDict, Field, PositiveInt, field_validator, model_validator
 
-from flashvl.config import StrictModel
+from flashvl.config import StrictModel, load_config
 from flashvl.train.rows import TrainingData
 
 ModelPart = Literal["vision_tower", "multi_modal_projector", "language_model"]
 
 
 class Recipe(StrictModel):
-    """What one stage trains, on what, and how."""
+    """Settings of a stage that every kind of training has."""
 
     stage: str
     """Name of the stage, for the progress bar and the logs."""
@@ -20,11 +24,6 @@ class Recipe(StrictModel):
     """Folder (or shipped name) of the checkpoint that the stage starts from."""
     output_dir: Path
     """New folder for the Hugging Face checkpoint and its logs; on storage all nodes share."""
-    data: TrainingData
-    """Rows to train on; each is seen once."""
-    objective: Literal["answers", "cells"] = "answers"
-    """`answers`: next-token loss on the assistant's turns. `cells`: what lies in each cell of a
-    synthetic scene, a pre-training for a tower that starts from nothing."""
     trainable: tuple[ModelPart, ...] = ("vision_tower", "multi_modal_projector", "language_model")
     """Parts that learn (paper, Table 1); the others stay bit-identical."""
 
@@ -67,11 +66,65 @@ class Recipe(StrictModel):
                 f" per_device_train_batch_size x num_workers ({self.per_device_train_batch_size} x"
                 f" {self.num_workers} = {micro_batch}). Try global_batch_size={nearest}."
             )
-        if self.objective == "cells" and self.data.synthetic is None:
-            raise ValueError("objective 'cells' needs data.synthetic: only there are cells known")
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(
                 f"min_learning_rate ({self.min_learning_rate}) is above learning_rate"
                 f" ({self.learning_rate}); lower it"
             )
         return self
+
+
+class SupervisedRecipe(Recipe):
+    """A stage that learns the assistant's turns of conversations, token by token."""
+
+    kind: Literal["supervised"]
+    data: TrainingData
+    """Conversations to train on; each is seen once."""
+
+
+class CellsRecipe(Recipe):
+    """Pre-training of a random vision tower: what lies in each cell of a synthetic scene."""
+
+    kind: Literal["cells"]
+    data: TrainingData
+    """Synthetic scenes to train on; each is seen once."""
+
+    @model_validator(mode="after")
+    def _check_data(self) -> Self:
+        if self.data.synthetic is None:
+            raise ValueError("kind 'cells' needs data.synthetic: only its scenes have known cells")
+        return self
+
+
+AnyRecipe = SupervisedRecipe | CellsRecipe
+RECIPES: dict[str, type[AnyRecipe]] = {"supervised": SupervisedRecipe, "cells": CellsRecipe}
+"""Recipe classes by their `kind`."""
+
+
+class _Kind(StrictModel):
+    """The `kind` of a recipe file, whatever else the file holds."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    kind: str
+
+    @field_validator("kind")
+    @classmethod
+    def _is_known(cls, kind: str) -> str:
+        if kind not in RECIPES:
+            raise ValueError(f"must be one of {', '.join(RECIPES)}")
+        return kind
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
+    """The recipe in the YAML file `path`, of the class that its `kind` names.
+
+    Args:
+        overrides: `key=value` or `section.key=value`, as `load_config` takes them.
+
+    Raises:
+        ConfigError: there is no such file, `kind` is missing or unknown, a key is unknown, or a
+            value is wrong.
+    """
+    kind = load_config(_Kind, path, overrides).kind
+    return load_config(RECIPES[kind], path, overrides)

@@ -19,7 +19,7 @@ from transformers import get_cosine_with_min_lr_schedule_with_warmup
 from flashvl.model.loading import load_model, load_processor
 from flashvl.train.checkpoint import save_checkpoint
 from flashvl.train.objectives import OBJECTIVES, Objective, Tensors
-from flashvl.train.recipe import ModelPart, Recipe
+from flashvl.train.recipe import AnyRecipe, ModelPart, Recipe
 
 Record = dict[str, float]
 """Of one step: step, loss, learning_rate, grad_norm, seconds since the first, samples_per_s."""
@@ -29,9 +29,9 @@ def train_worker(config: dict[str, Any]) -> None:
     """One worker of a stage.
 
     Args:
-        config: `recipe` (as JSON), `num_steps`, and `progress`, a queue for the steps' records.
+        config: `recipe`, `num_steps`, and `progress`, a queue for the steps' records.
     """
-    recipe = Recipe.model_validate_json(config["recipe"])
+    recipe: AnyRecipe = config["recipe"]
     num_steps: int = config["num_steps"]
     torch.set_num_threads(recipe.threads_per_worker)
     torch.manual_seed(recipe.seed)
@@ -39,7 +39,7 @@ def train_worker(config: dict[str, Any]) -> None:
     processor = load_processor(recipe.init_from)
     model = load_model(recipe.init_from).train()
     freeze_all_but(model, recipe.trainable)
-    objective: Objective = OBJECTIVES[recipe.objective](model, processor)
+    objective: Objective = OBJECTIVES[recipe.kind](model, processor)
     engine = start_engine(objective.module, recipe, num_steps)
     shard = ray.train.get_dataset_shard("train")
     batches = shard.iter_torch_batches(

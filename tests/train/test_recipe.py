@@ -4,21 +4,20 @@ from pathlib import Path
 
 import pytest
 
-from flashvl.config import load_config
 from flashvl.errors import ConfigError
-from flashvl.train.recipe import Recipe
+from flashvl.train.recipe import AnyRecipe, load_recipe
 
 CONFIGS = Path(__file__).resolve().parents[2] / "ray_jobs" / "configs"
 ALL_PARTS = ("vision_tower", "multi_modal_projector", "language_model")
 
 
-def load(name: str, *overrides: str) -> Recipe:
-    return load_config(Recipe, CONFIGS / name, overrides)
+def load(name: str, *overrides: str) -> AnyRecipe:
+    return load_recipe(CONFIGS / name, overrides)
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_in_the_repository_loads(path: Path) -> None:
-    assert load_config(Recipe, path).stage == path.stem
+    assert load_recipe(path).stage == path.stem
 
 
 @pytest.mark.parametrize(
@@ -62,7 +61,9 @@ def test_tiny_never_sees_a_scene_series_twice() -> None:
         ("global_batch_size=250", "global_batch_size (250) must be divisible by"),
         ("learning_rate=-1", "learning_rate=-1"),
         ("min_learning_rate=1", "min_learning_rate (1.0) is above learning_rate"),
-        ("objective=cells", "objective 'cells' needs data.synthetic"),
+        ("kind=cells", "kind 'cells' needs data.synthetic"),
+        ("kind=dpo", "kind='dpo': must be one of supervised, cells"),
+        ("kind=", "kind=None"),
         ("data.synthetic={count: 4}", "exactly one of data.parquet and data.synthetic"),
         ("trainable=[tower]", "'tower'"),
     ],
@@ -78,3 +79,9 @@ def test_the_batch_error_proposes_a_size_that_works() -> None:
     with pytest.raises(ConfigError, match="Try global_batch_size=240"):
         load("stage1.yaml", "global_batch_size=250")
     assert load("stage1.yaml", "global_batch_size=480").gradient_accumulation_steps == 2
+
+
+def test_a_recipe_without_a_kind_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "stage.yaml").write_text("stage: stage1\n")
+    with pytest.raises(ConfigError, match="missing key 'kind'"):
+        load_recipe(tmp_path / "stage.yaml")

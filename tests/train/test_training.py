@@ -20,7 +20,7 @@ from flashvl.errors import CheckpointError, ConfigError
 from flashvl.model.loading import load_model, load_processor
 from flashvl.train.checkpoint import read_log
 from flashvl.train.launch import StageResult, run
-from flashvl.train.recipe import Recipe
+from flashvl.train.recipe import RECIPES
 from tests.support.images import encode
 
 STEPS, GLOBAL_BATCH = 5, 8
@@ -33,8 +33,9 @@ Stage = Callable[..., StageResult]
 def stage(ray_cluster: None, tiny_random: Path, tmp_path_factory: pytest.TempPathFactory) -> Stage:
     """Run a small stage 1; keyword arguments replace its recipe's keys."""
 
-    def run_stage(**changes: object) -> StageResult:
+    def run_stage(kind: str = "supervised", **changes: object) -> StageResult:
         recipe = {
+            "kind": kind,
             "stage": "test",
             "init_from": str(tiny_random),
             "output_dir": tmp_path_factory.mktemp("stage"),
@@ -49,7 +50,7 @@ def stage(ray_cluster: None, tiny_random: Path, tmp_path_factory: pytest.TempPat
             "min_learning_rate": 1e-4,
             "warmup_steps": 2,
         }
-        return run(Recipe.model_validate(recipe | changes))
+        return run(RECIPES[kind].model_validate(recipe | changes))
 
     return run_stage
 
@@ -225,7 +226,7 @@ def test_a_worker_that_sees_only_text_keeps_step_with_one_that_sees_images(
 
 def test_the_tower_learns_what_lies_in_the_cells(stage: Stage) -> None:
     result = stage(
-        objective="cells",
+        kind="cells",
         trainable=["vision_tower"],
         data={"synthetic": {"count": 30 * GLOBAL_BATCH, "seed": 6}},
         per_device_train_batch_size=8,
