@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pyarrow.types as types
 
-from flashvl.data.plain import is_valid_text, mend_text, plain_type, to_plain
+from flashvl.data.plain import is_valid_text, plain_type, repair_text, to_plain
 from flashvl.errors import ConfigError, one_line
 
 
@@ -16,7 +16,7 @@ def bundle(columns: pa.Table) -> pa.StructArray:
     parts = []
     for column in columns.columns:
         part = pa.concat_arrays(to_plain(column).chunks or [pa.array([], plain_type(column.type))])
-        parts.append(part if is_valid_text(part) else mend_text(part))
+        parts.append(part if is_valid_text(part) else repair_text(part))
     names = columns.column_names
     fields = [pa.field(name, part.type) for name, part in zip(names, parts, strict=True)]
     return pa.StructArray.from_arrays(parts, fields=fields)

@@ -1,6 +1,6 @@
-"""Whether an answer is right: the one judge of evaluation and of rewards."""
+"""Whether an answer is right: the one rule that evaluation and rewards share."""
 
 
 def is_exact(answer: str, reference: str) -> bool:
-    """Whether the answer is the reference, letter by letter."""
+    """Whether the answer equals the reference, character by character."""
     return answer == reference

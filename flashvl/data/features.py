@@ -1,4 +1,4 @@
-"""Messages and images -> what the model takes. Pure functions: no Ray, no files.
+"""Messages and images -> the model's inputs. Pure functions: no Ray, no files.
 
 Pixels stay uint8 between processes (a quarter of the bytes of fp32); `normalize_tiles` is the last
 step before the tower.
@@ -27,11 +27,11 @@ IGNORE_INDEX = -100
 Side = Literal["left", "right"]
 
 Message = Mapping[str, Any]
-"""`role` and `content`: a text in which `<image>` stands for an image, or, where a text must be
-taken as it is, a list of `{"type": "text", "text": ...}` and `{"type": "image"}`."""
+"""`role` and `content`. A content is a text in which `<image>` stands for an image, or, if the text
+may hold `<image>` literally, a list of `{"type": "text", "text": ...}` and `{"type": "image"}`."""
 
 BREAK = "\ufdd0"
-"""Cuts a control token that stands in a text; Unicode keeps this character for such inner use."""
+"""Character that splits a control token found in a text; Unicode reserves it for internal use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class Tiles:
 
 
 def make_tiles(images: Sequence[Image.Image], processor: FlashVLProcessor) -> Tiles:
-    """RGB images -> their tiles, cut as the model's configuration says."""
+    """RGB images -> their tiles, cut by the model's tiling rule."""
     return _join([processor.image_processor.cut_tiles(image) for image in images], processor)
 
 
@@ -63,7 +63,7 @@ def decode_tiles(
     """Encoded images -> their tiles, without decoding more of a JPEG than they need.
 
     Raises:
-        DataError: an image cannot be decoded; see `decode_image`.
+        DataError: an image cannot be decoded, as in `decode_image`.
     """
     image_processor = processor.image_processor
     decoded = [decode_reduced(data, image_processor.least_size, limits) for data in images]
@@ -71,13 +71,13 @@ def decode_tiles(
 
 
 def tiles_from_bytes(data: bytes, processor: FlashVLProcessor) -> npt.NDArray[np.uint8]:
-    """What `Tiles.pixels.tobytes()` gave -> the pixels again, read-only."""
+    """The bytes of `Tiles.pixels.tobytes()` -> the pixels again, read-only."""
     side = processor.image_processor.size["height"]
     return np.frombuffer(data, np.uint8).reshape(-1, 3, side, side)
 
 
 def normalize_tiles(tiles: torch.Tensor, processor: FlashVLProcessor) -> torch.Tensor:
-    """uint8 tiles -> fp32 `pixel_values`, scaled and normalised as the image processor does it."""
+    """uint8 tiles -> fp32 `pixel_values`, scaled and normalised like the image processor's."""
     image_processor = processor.image_processor
     mean = torch.tensor(image_processor.image_mean, device=tiles.device).view(3, 1, 1)
     std = torch.tensor(image_processor.image_std, device=tiles.device).view(3, 1, 1)
@@ -85,7 +85,7 @@ def normalize_tiles(tiles: torch.Tensor, processor: FlashVLProcessor) -> torch.T
 
 
 def ask_about_image(question: str, num_images: int = 1) -> list[Message]:
-    """A conversation that begins with one image, or several, and a question about them."""
+    """A conversation of one question about `num_images` images, which come first."""
     return [{"role": "user", "content": f"{IMAGE_MARKER}\n" * num_images + question}]
 
 
@@ -94,14 +94,14 @@ def encode_prompt(
 ) -> list[int]:
     """Token ids of a conversation that the assistant is to continue.
 
-    A control token that a message's text holds, such as `<|im_start|>`, is encoded as the text that
-    it is: whoever writes a message cannot end it, nor begin another.
+    A control token inside a message's text, such as `<|im_start|>`, is encoded as plain text, so
+    that the author of a message can neither end it nor begin another.
 
     Args:
         counts: tiles of each image, in the order of the images in the messages.
 
     Raises:
-        DataError: not one place for each image.
+        DataError: the messages do not have one place for each image.
     """
     tokenizer = processor.tokenizer
     control_tokens = re.compile("|".join(map(re.escape, tokenizer.added_tokens_encoder)))
@@ -126,18 +126,18 @@ def encode_conversation(
     processor: FlashVLProcessor,
     max_length: int,
 ) -> tuple[list[int], list[int]]:
-    """Token ids of a whole conversation, and its labels: the assistant's turns, else -100.
+    """Token ids of a whole conversation, and its labels: -100 outside the assistant's turns.
 
     Args:
         counts: tiles of each image, in the order of the `<image>`s.
 
     Raises:
-        DataError: not one `<image>` for each image; longer than `max_length` tokens (to cut it
-            could cut an image); or no answer.
+        DataError: the messages do not have one `<image>` for each image, are longer than
+            `max_length` tokens (cutting them could cut an image), or hold no answer.
     """
     if any(processor.image_token in message["content"] for message in messages):
         raise DataError(
-            f"a message holds {processor.image_token}, the model's own mark of an image;"
+            f"a message holds {processor.image_token}, the model's own placeholder of an image;"
             f" write {IMAGE_MARKER} where an image goes"
         )
     encoded: dict[str, Any] = processor.tokenizer.apply_chat_template(
@@ -150,7 +150,7 @@ def encode_conversation(
     if len(input_ids) > max_length:
         raise DataError(
             f"conversation has {len(input_ids)} tokens, more than max_length={max_length};"
-            " raise max_length or shorten it"
+            " raise max_length or shorten the conversation"
         )
     if not any(is_answer):
         raise DataError("conversation has no assistant turn; there is nothing to learn from it")
@@ -167,7 +167,7 @@ def _expand_images(
     processor: FlashVLProcessor,
     as_text: Callable[[str], str] = str,
 ) -> list[dict[str, str]]:
-    """The messages with all images' placeholders in them, their other text made by `as_text`."""
+    """The messages with every image's placeholders filled in; `as_text` makes the other text."""
     contents = [_pieces(message["content"]) for message in messages]
     num_places = sum(piece is None for content in contents for piece in content)
     if num_places != len(counts):
@@ -194,13 +194,13 @@ def _pieces(content: str | list[dict[str, str]]) -> list[str | None]:
         return list(itertools.chain.from_iterable((None, text) for text in texts))[1:]
     pieces: list[str | None] = []
     for part in content:
-        # A line of its own for an image, as in the chat template and in training.
+        # An image has a line of its own, as in the chat template and in training.
         pieces += [None, "\n"] if part["type"] == "image" else [part["text"]]
     return pieces
 
 
 def pad(rows: Iterable[npt.ArrayLike], value: int, side: Side = "right") -> torch.Tensor:
-    """Ragged rows -> (rows, longest), filled up with `value` on the right or the left."""
+    """Ragged rows -> (rows, longest), padded with `value` on the right or the left."""
     arrays = [np.asarray(row, np.int64) for row in rows]
     length = max(map(len, arrays))
     padded = np.full((len(arrays), length), value, np.int64)

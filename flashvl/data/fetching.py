@@ -1,4 +1,4 @@
-"""Image URLs -> encoded images, without being led anywhere that nobody allowed."""
+"""Image URLs -> encoded images, fetched from allowed hosts at public addresses only."""
 
 import asyncio
 import base64
@@ -21,15 +21,15 @@ DATA_URL_HEAD = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 MAX_HEAD = 2000
-"""Characters of a data URL before its data."""
+"""Characters that a data URL may have before its data."""
 URL_SAFE = str.maketrans("-_", "+/")
 MAX_REDIRECTS = 3
 FETCH_TIMEOUT_S = 10.0
-"""For one image, redirects and all."""
+"""Seconds in which one image must arrive, redirects included."""
 MAX_AT_ONCE = 16
-"""Images that `fetch_all` fetches at once: a host's answer is mostly waited for."""
+"""Images that `fetch_all` fetches at once, since most of the time is spent waiting."""
 PAUSES_S = (1.0, 4.0)
-"""Before an image is asked for again, where that may help; jittered."""
+"""Seconds between attempts to fetch an image whose host may answer later; jittered."""
 
 
 def is_data_url(url: str) -> bool:
@@ -39,18 +39,18 @@ def is_data_url(url: str) -> bool:
 def decode_data_url(url: str, max_bytes: int) -> bytes:
     """The bytes in a data URL, however it is spelt.
 
-    Taken are upper case, parameters and escapes before the data; and in it line breaks and spaces,
-    escapes, the alphabet for URLs, and an end without padding. What type it names does not count:
-    the bytes tell what they are.
+    The head may have upper case, parameters and escapes; the data may have line breaks, spaces,
+    escapes, the URL-safe alphabet, and no padding. The media type is ignored: the bytes tell what
+    they are.
 
     Raises:
-        DataError: it is none of base64, or too long.
+        DataError: the URL is not a data URL in base64, or its data is too long.
     """
     url = url.lstrip()
     head = DATA_URL_HEAD.match(url, 0, MAX_HEAD)
     if head is None:
         raise DataError(
-            f"URL {url[:40]!r} is no data URL of base64; write data:image/jpeg;base64,..."
+            f"URL {url[:40]!r} is not a data URL in base64; write data:image/jpeg;base64,..."
         )
     try:
         text = url[head.end() :]
@@ -66,14 +66,14 @@ def decode_data_url(url: str, max_bytes: int) -> bytes:
 
 
 class UnavailableError(DataError):
-    """The host does not answer now, and may later: a timeout, a lost connection, a 429, a 5xx."""
+    """The host does not answer now but may later: a timeout, a lost connection, a 429, a 5xx."""
 
 
 class Fetcher:
-    """Fetches images by https from some hosts only, and from public addresses only.
+    """Fetches images by https from allowed hosts only, and from public addresses only.
 
-    The address is checked where a socket is made for it, so that neither a redirect nor a name that
-    resolves otherwise the second time leads elsewhere.
+    The address is checked when its socket is made, so that neither a redirect nor a host name that
+    resolves to another address the second time leads elsewhere.
     """
 
     def __init__(
@@ -81,16 +81,18 @@ class Fetcher:
     ):
         """
         Args:
-            remedy: what is to be done about a host that is not allowed.
+            hosts: host names, or `name:port`, that images may be fetched from.
+            remedy: end of the error about a host that is not allowed: what the user can do.
         """
         self.hosts = frozenset(host.lower() for host in hosts)
         self.ssl_context = ssl_context or ssl.create_default_context()
         self.remedy = remedy
 
     async def fetch(self, url: str, max_bytes: int) -> bytes:
-        """
+        """The bytes that `url` leads to.
+
         Raises:
-            DataError: the URL is not allowed, does not answer in time, or is too long.
+            DataError: the URL is not allowed, does not answer in time, or gives too many bytes.
         """
         connector = aiohttp.TCPConnector(ssl=self.ssl_context, socket_factory=_public_socket)
         try:
@@ -116,41 +118,41 @@ class Fetcher:
             never = isinstance(error, ValueError) or isinstance(
                 getattr(error, "os_error", None), PermissionError
             )
-            # Nothing of what was found there: it would tell what listens where.
+            # The message says nothing of what was found there, which would reveal what listens.
             raise (DataError if never else UnavailableError)(
                 f"image URL {_shown(url)} cannot be fetched: its host must answer by https, and at"
                 " a public address"
             ) from None
 
     def check(self, url: str) -> None:
-        """
+        """Refuse a URL that may not be fetched.
+
         Raises:
-            DataError: not https, or not of an allowed host.
+            DataError: the URL does not use https, or its host is not allowed.
         """
         if not self.hosts:
             raise DataError(f"image URLs are not fetched here; {self.remedy}")
         try:
             parts = urlsplit(url)
         except ValueError:
-            raise DataError(f"image URL {_shown(url)} is no URL") from None
+            raise DataError(f"image URL {_shown(url)} is not a valid URL; correct it") from None
         if parts.scheme != "https":
             raise DataError(f"image URL {_shown(url)} must begin with https:// or data:")
         if parts.netloc.lower().removesuffix(":443") not in self.hosts:
             raise DataError(
-                f"image URL's host {parts.netloc[:100]!r} is not one that is fetched from here;"
-                f" {self.remedy}"
+                f"image URL's host {parts.netloc[:100]!r} is not allowed here; {self.remedy}"
             )
 
 
 def is_web_url(text: str) -> bool:
-    """It is to be fetched over HTTP, if at all."""
+    """Whether `text` is a URL of http or https."""
     return re.match(r"https?://", text, re.IGNORECASE) is not None
 
 
 def fetch_all(
     urls: Iterable[str], fetcher: Fetcher, max_bytes: int
 ) -> dict[str, bytes | DataError]:
-    """The image of each URL, or why there is none; some at once, and again where that may help."""
+    """The image of each URL, or the error that prevented it; `MAX_AT_ONCE` at a time."""
     return asyncio.run(_fetch_all(list(dict.fromkeys(urls)), fetcher, max_bytes))
 
 
@@ -179,7 +181,7 @@ async def _fetch_patiently(url: str, fetcher: Fetcher, max_bytes: int) -> bytes:
 
 
 def is_public(address: str) -> bool:
-    """Reachable by anyone, and so nothing that this machine alone should be asked for."""
+    """Whether an IP address is reachable from everywhere, not only from this machine or network."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
         inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
@@ -191,7 +193,7 @@ def is_public(address: str) -> bool:
 
 
 def _public_socket(info: tuple[Any, ...]) -> socket.socket:
-    """aiohttp's factory: called for the very address that is connected to."""
+    """A socket factory for aiohttp, which calls it with the very address that it connects to."""
     family, kind, protocol, _, address = info
     if not is_public(address[0]):
         raise PermissionError(f"{address[0]} is a private address")
@@ -215,5 +217,5 @@ async def _read(response: aiohttp.ClientResponse, url: str, max_bytes: int) -> b
 
 
 def _shown(url: str) -> str:
-    """Without the query, which may hold a secret."""
+    """A URL for an error's line, without its query, which may hold a secret."""
     return repr(url.split("?", 1)[0][:100])

@@ -20,8 +20,8 @@ from flashvl.model.rgb import orientation_of, to_rgb
 from flashvl.model.tiling import Size
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "HEIF")
-"""What is read. Each has a signature, runs no other program (EPS does), and gives its size before
-it decodes a pixel (ICO and ICNS do not). HEIF takes the extra `heif`."""
+"""Formats that are read. Each has a signature, runs no other program (EPS does), and gives its size
+before a pixel is decoded (ICO and ICNS do not). HEIF needs the extra `heif`."""
 
 HEIF_BRANDS = frozenset((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"))
 AVIF_BRANDS = frozenset((b"avif", b"avis"))
@@ -40,7 +40,7 @@ def decode_image(data: bytes | None, limits: ImageLimits = DEFAULT_LIMITS) -> Im
         A loaded RGB image without metadata.
 
     Raises:
-        DataError: the bytes are missing, no such image, damaged, or outside `limits`.
+        DataError: the bytes are missing, damaged, not an image of `FORMATS`, or outside `limits`.
     """
     return decode_reduced(data, lambda whole: whole, limits)[0]
 
@@ -50,22 +50,22 @@ def decode_reduced(
     least_size: Callable[[Size], Size],
     limits: ImageLimits = DEFAULT_LIMITS,
 ) -> tuple[Image.Image, Size]:
-    """As `decode_image`, but a JPEG at a half, a quarter or an eighth of its size if that will do.
+    """Like `decode_image`, but a JPEG may be decoded at a half, a quarter or an eighth of its size.
 
-    A decoder that leaves out the finest frequencies is several times faster.
+    Leaving out the finest frequencies makes decoding several times faster.
 
     Args:
-        least_size: given the image's size, the least that it may be decoded at.
+        least_size: upright size of the whole image -> the least size that suffices.
 
     Returns:
-        The image, and the size that it has in full.
+        The image, and its whole size.
     """
 
     def decode(image: Image.Image) -> tuple[Image.Image, Size]:
         size = _reduce_jpeg(image, least_size) if image.format == "JPEG" else None
         declared = image.size
         image.load()
-        if image.size != declared:  # a HEIF's pixels need not be as many as its header says
+        if image.size != declared:  # a HEIF may have other pixels than its header says
             raise DataError(
                 f"image has {image.width}x{image.height} pixels where its header says"
                 f" {declared[0]}x{declared[1]}; replace the damaged file"
@@ -78,25 +78,25 @@ def decode_reduced(
 
 @dataclass(frozen=True, slots=True)
 class ImageHeader:
-    """What an encoded image says of itself."""
+    """What an encoded image says about itself."""
 
     media_type: str
-    """As `image/jpeg`."""
+    """Media type, such as `image/jpeg`."""
     size: Size
-    """Upright."""
+    """Size in pixels, turned upright."""
 
 
 def read_header(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> ImageHeader:
     """What can be known of an image before its pixels are decoded.
 
     Raises:
-        DataError: as `decode_image`; but what is behind the header may be damaged all the same.
+        DataError: as in `decode_image`, except for damage that only decoding would find.
     """
 
     def read(image: Image.Image) -> ImageHeader:
         media_type = Image.MIME.get(image.format or "", "image/heif")
         if image.format == "PNG":
-            # Its own `getexif` decodes all pixels, for what may come after them.
+            # Pillow's `getexif` of a PNG decodes all pixels, as EXIF may come after them.
             told, bare = Image.new("L", (1, 1)), strip_metadata(data)
             told.info = image.info | (bare.info if bare else {})
             return ImageHeader(media_type, _turned(image.size, orientation_of(told)))
@@ -106,14 +106,14 @@ def read_header(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> ImageHeade
 
 
 def _with_image(data: bytes | None, limits: ImageLimits, use: Callable[[Image.Image], T]) -> T:
-    """What `use` makes of an image that is within limits, and not decoded yet.
+    """What `use` returns for the opened image, which is within `limits` and not decoded yet.
 
-    If that fails, it is tried without the file's metadata: Pillow refuses a file for what no pixel
-    depends on. Its limits, and whether it takes what is damaged, are settings of the process, which
-    is not ours to change.
+    If `use` fails, it is called again without the file's metadata: Pillow refuses files for damage
+    that no pixel depends on. Pillow's own limits and its tolerance of damage are settings of the
+    whole process, so they are left alone.
 
     Raises:
-        DataError: whatever goes wrong with the image.
+        DataError: anything goes wrong with the image.
     """
     if not data:
         what = "null" if data is None else "empty"
@@ -129,18 +129,18 @@ def _with_image(data: bytes | None, limits: ImageLimits, use: Callable[[Image.Im
         raise
     except Exception as error:  # bad bytes make Pillow raise nearly anything
         try:
-            if isinstance(data, bytes) and (mended := _mend(data, limits)):
-                return _use_image(mended.data, mended.info, limits, use)
+            if isinstance(data, bytes) and (repaired := _repair(data, limits)):
+                return _use_image(repaired.data, repaired.info, limits, use)
         except (DataError, MemoryError):
             raise
-        except Exception:  # so it was not only the metadata
+        except Exception:  # not only the metadata is damaged
             pass
         raise _explain(error, data) from error
 
 
-def _mend(data: bytes, limits: ImageLimits) -> BareFile | None:
-    """A file that Pillow does not take, without its metadata and, if a JPEG's pixels are all there,
-    with its end mark; None where there is nothing to be done."""
+def _repair(data: bytes, limits: ImageLimits) -> BareFile | None:
+    """The file without its metadata and, if it is a JPEG whose pixels are complete, with its end
+    mark; None if neither changes it."""
     bare = strip_metadata(data)
     ends = end_jpeg(bare.data if bare else data)
     if not ends:
@@ -173,10 +173,10 @@ def _explain(error: Exception, data: bytes) -> DataError:
 
 
 def _open(data: bytes) -> Image.Image:
-    """An image of which no pixel is decoded."""
+    """The opened image, none of its pixels decoded."""
     file = io.BytesIO(data)
     if data.startswith(JPEG_SIGNATURE):
-        # Pillow's own opener reads an index of further pictures, and warns where it is damaged.
+        # `Image.open` would read an index of further pictures, and warn if that is damaged.
         return JpegImageFile(file)
     if _is_heif(data):
         return _open_heif(file)
@@ -184,7 +184,7 @@ def _open(data: bytes) -> Image.Image:
 
 
 def _is_heif(data: bytes) -> bool:
-    """Whether the brands that an ISO media file begins with say HEIF, and not AVIF."""
+    """Whether the brands at the beginning of an ISO media file say HEIF, and not AVIF."""
     if data[4:8] != b"ftyp":
         return False
     end = min(int.from_bytes(data[:4], "big"), 256)
@@ -197,9 +197,9 @@ def _open_heif(file: io.BytesIO) -> Image.Image:
         from pillow_heif import HeifImageFile
     except ImportError:
         raise DataError(
-            "image is HEIF (HEIC), which takes pillow-heif; install it: pip install 'flashvl[heif]'"
+            "image is HEIF (HEIC), which needs pillow-heif; pip install 'flashvl[heif]'"
         ) from None
-    # Not registered with Pillow: what `Image.open` reads in this process is not ours to say.
+    # Not registered with Pillow, which would change `Image.open` for the whole process.
     return HeifImageFile(file)
 
 
@@ -208,7 +208,7 @@ def read_image(path: Path) -> Image.Image:
 
     Raises:
         ConfigError: the file cannot be read.
-        DataError: it holds no image; see `decode_image`.
+        DataError: it holds no usable image, as in `decode_image`.
     """
     try:
         data = path.read_bytes()
@@ -229,7 +229,7 @@ def make_thumbnail(image: Image.Image, side: int) -> str:
 
 
 def _reduce_jpeg(image: Image.Image, least_size: Callable[[Size], Size]) -> Size:
-    """Have `image` decoded at a fraction of its size, if any; returns its whole, upright size."""
+    """Make `image` decode at a fraction of its size if possible; returns its whole upright size."""
     size = _upright_size(image)
     least = least_size(size)
     image.draft(None, least if size == image.size else least[::-1])

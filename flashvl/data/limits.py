@@ -1,4 +1,4 @@
-"""How large and how small an image may be."""
+"""How large and how small an image may be, encoded and decoded."""
 
 from typing import Annotated
 
@@ -7,20 +7,20 @@ from pydantic import Field, PositiveInt
 from flashvl.config import StrictModel
 
 PILLOW_MAX_PIXELS = 178_956_970
-"""Pillow's own limit, twice `Image.MAX_IMAGE_PIXELS`, which is the whole process's to change."""
+"""Pillow's own limit, twice `Image.MAX_IMAGE_PIXELS`; changing it affects the whole process."""
 
 
 class ImageLimits(StrictModel):
-    """What an image may be at most and at least; checked before its pixels are decoded."""
+    """Bounds of an image's size, checked before its pixels are decoded."""
 
     max_image_bytes: PositiveInt = 32 * 2**20
-    """Encoded size in bytes."""
+    """Largest encoded size, in bytes."""
     max_image_pixels: Annotated[int, Field(gt=0, le=PILLOW_MAX_PIXELS)] = 50_000_000
-    """Width x height; bounds the memory of a decode, at 3 or 4 bytes a pixel for each copy."""
+    """Largest width x height; a decode takes 3 or 4 bytes of memory a pixel for each copy."""
     max_image_side: PositiveInt = 16_384
-    """The longer side in pixels."""
+    """Longest side, in pixels."""
     min_image_side: PositiveInt = 2
-    """The shorter side in pixels; 2 refuses the 1x1 images that web pages track readers with."""
+    """Shortest side, in pixels; 2 refuses the 1x1 images by which web pages track readers."""
 
 
 DEFAULT_LIMITS = ImageLimits()

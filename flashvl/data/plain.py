@@ -1,7 +1,7 @@
-"""Arrow columns of whatever layout -> plain ones, which all of Arrow's functions and Ray Data take.
+"""Arrow columns of any layout -> plain ones, which all of Arrow's functions and Ray Data take.
 
 A dictionary, a view or an extension is another layout of the same values: Arrow 26 can neither
-filter a view nor take rows of one. It does not know what the columns mean.
+filter a view nor take rows of one. What the columns mean does not matter here.
 """
 
 import pyarrow as pa
@@ -40,11 +40,12 @@ def _plain_field(field: pa.Field) -> pa.Field:
 
 
 def to_plain(column: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+    """The same values in their plain layout."""
     return column.cast(plain_type(column.type))
 
 
 def is_list(column_type: pa.DataType) -> bool:
-    """Of whatever layout."""
+    """Whether the type is a list, in any of Arrow's layouts."""
     return any(
         test(column_type)
         for test in (
@@ -58,7 +59,7 @@ def is_list(column_type: pa.DataType) -> bool:
 
 
 def is_valid_text(column: pa.Array | pa.ChunkedArray) -> bool:
-    """All texts in it, however deep, are UTF-8: those who write Parquet need not see to it."""
+    """Whether all texts in the column, nested ones too, are UTF-8; Parquet does not ensure it."""
     try:
         column.validate(full=True)
     except pa.ArrowInvalid:
@@ -66,37 +67,37 @@ def is_valid_text(column: pa.Array | pa.ChunkedArray) -> bool:
     return True
 
 
-def mend_text(array: pa.Array) -> pa.Array:
-    """The same with U+FFFD for what is no UTF-8 in its texts, however deep they are."""
+def repair_text(array: pa.Array) -> pa.Array:
+    """The same values, with U+FFFD for whatever is not UTF-8 in their texts, nested ones too."""
     array_type = array.type
     if isinstance(array_type, pa.BaseExtensionType):
-        return pa.ExtensionArray.from_storage(array_type, mend_text(array.storage))
+        return pa.ExtensionArray.from_storage(array_type, repair_text(array.storage))
     if types.is_dictionary(array_type):
-        values = mend_text(array.dictionary)
+        values = repair_text(array.dictionary)
         return pa.DictionaryArray.from_arrays(array.indices, values, ordered=array_type.ordered)
     if types.is_string(array_type) or types.is_large_string(array_type):
         texts = array.cast(pa.large_binary()).to_pylist()
         return pa.array([text and text.decode(errors="replace") for text in texts], array_type)
     if types.is_string_view(array_type):
-        return mend_text(array.cast(pa.large_string())).cast(array_type)
+        return repair_text(array.cast(pa.large_string())).cast(array_type)
     if types.is_struct(array_type):
-        fields = [mend_text(array.field(n)) for n in range(array_type.num_fields)]
+        fields = [repair_text(array.field(n)) for n in range(array_type.num_fields)]
         return pa.StructArray.from_arrays(
             fields, fields=list(array_type.fields), mask=array.is_null()
         )
     if types.is_map(array_type):
         pairs = pa.StructArray.from_arrays(
-            [mend_text(array.keys), mend_text(array.items)],
+            [repair_text(array.keys), repair_text(array.items)],
             fields=[array_type.key_field, array_type.item_field],
         )
         return _with_child(array, pairs)
     if is_list(array_type):
-        return _with_child(array, mend_text(array.values))
+        return _with_child(array, repair_text(array.values))
     return array
 
 
 def _with_child(array: pa.Array, child: pa.Array) -> pa.Array:
-    """The same lists of other values."""
+    """The lists of `array`, their values taken from `child`."""
     num_own = array.type.num_buffers
     return pa.Array.from_buffers(
         array.type, len(array), array.buffers()[:num_own], offset=array.offset, children=[child]

@@ -1,7 +1,7 @@
-"""The files that a table's rows name, whatever the rows say.
+"""Reads the files that a table's rows name, although the rows may say anything.
 
-A path or a URI in a row is somebody's text: what comes of it is a `DataError`, that row's alone.
-Only a store that fails whatever one asks of it stops a job.
+A path or URI in a row is untrusted text: any failure that it causes is a `DataError` of that row.
+Only a store that fails for every path stops a job.
 """
 
 import errno
@@ -25,41 +25,42 @@ STORE_ERRNOS = frozenset(
         " EHOSTUNREACH ENETDOWN ENETUNREACH ENETRESET ECONNREFUSED ECONNRESET ECONNABORTED EPIPE"
     ).split()
 )
-"""Said by a disk, a network or a machine that fails; all others are about one path."""
+"""Errors of a failing disk, network or machine; all other numbers are about one path."""
 REFUSED = re.compile(
     r"ACCESS_DENIED|PERMISSION_DENIED|NO_SUCH|NOT_FOUND|INVALID|HTTP status 4(?!29)\d\d"
     r"|Not a regular file|[Nn]ot a directory|[Ii]s a directory|does not exist"
 )
-"""In what a store says that answers, but does not give this object."""
+"""Words in the error of a store that answers but does not give this object."""
 KERNEL = ("/proc/", "/sys/")
-"""What lies there looks like files, tells no size, and may be read for ever or never."""
+"""Folders of the kernel: their files have no size, and reading one may never end."""
 PAUSE_S = 60.0
-"""A store that never answered is not asked again for so long, as each time takes seconds."""
+"""Seconds until a store that has never answered is asked again; each attempt takes seconds."""
 SHOWN = 120
-"""Characters of a path in an error: it may be a whole file in base64."""
+"""Characters of a path that an error shows: a path may be a whole file in base64."""
 
 _last_read: dict[str, Location] = {}
-"""By the beginning of the URI, which names the store: proof that it answers."""
+"""Store, by the beginning of its URIs -> a file that it gave, which proves that it answers."""
 _silent: dict[str, tuple[float, str]] = {}
-"""By the same: since when a store does not answer that never did, and why."""
+"""Store, by the beginning of its URIs -> when it last failed to answer, never having done so, and
+why."""
 
 
 def read_row_file(path: str, store: AbstractFileSystem, max_bytes: int) -> bytes:
     """The content of the file that a row names.
 
     Args:
-        path: in `store`, or a URI.
-        max_bytes: nothing is read of a larger file.
+        path: a path in `store`, or a URI.
+        max_bytes: larger files are refused unread.
 
     Raises:
-        DataError: nothing comes of the path, whatever the reason.
-        FlashVLError: a store that answered before does not any more, or its disk is broken.
+        DataError: the path cannot be read, whatever the reason.
+        FlashVLError: a store that has answered before fails now, or its disk is broken.
     """
     shown = path if len(path) <= SHOWN else f"{path[:SHOWN]}..."
     root = _store_of(path)
     since_s, reason = _silent.get(root, (-PAUSE_S, ""))
     if time.monotonic() - since_s < PAUSE_S:
-        raise DataError(f"file {shown!r} cannot be read ({reason}); see to its store")
+        raise DataError(f"file {shown!r} cannot be read ({reason}); repair its store")
     is_known = not root or root in _last_read
     try:
         location = locate(path) if is_uri(path) else Location(store, path)
@@ -71,13 +72,13 @@ def read_row_file(path: str, store: AbstractFileSystem, max_bytes: int) -> bytes
         if _is_of_store(error):
             if is_known:
                 raise FlashVLError(
-                    f"the store of {shown!r} cannot be read any more ({reason}); see to it, and"
+                    f"the store of {shown!r} cannot be read any more ({reason}); repair it, and"
                     " run the same command again for the rest"
                 ) from error
             _silent[root] = time.monotonic(), reason
         elif "DENIED" in reason and root in _last_read and not _is_given(_last_read[root]):
             raise FlashVLError(
-                f"the store of {shown!r} gives nothing any more ({reason}); renew the credentials,"
+                f"the store of {shown!r} refuses every file now ({reason}); renew the credentials,"
                 " and run the same command again for the rest"
             ) from error
         raise DataError(
@@ -93,7 +94,7 @@ def _store_of(path: str) -> str:
     """The part of a URI that names its store; empty for a path.
 
     Raises:
-        DataError: a URI that names no file; some stores would be searched for it for minutes.
+        DataError: the URI names no file; some stores would search for it for minutes.
     """
     scheme, separator, rest = path.partition("://")
     if not separator:
@@ -106,19 +107,19 @@ def _store_of(path: str) -> str:
 
 
 def _read_regular(location: Location, max_bytes: int) -> bytes:
-    """A file of a disk; pipes and devices are left alone, as to open one can be to wait or worse.
+    """The content of a regular file; opening a pipe or a device could wait for ever, or do harm.
 
     Raises:
-        DataError: it is no such file, or too large.
-        OSError, ValueError: it cannot be read.
+        DataError: the file is not a regular one, or too large.
+        OSError, ValueError: the file cannot be read.
     """
     path = os.path.realpath(location.path)
     kind = os.stat(path).st_mode
     if stat.S_ISDIR(kind):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     if not stat.S_ISREG(kind) or path.startswith(KERNEL):
-        raise DataError(f"file {path[:SHOWN]!r} is no regular file; name an image file")
-    # Whatever has become of it meanwhile, this does not wait.
+        raise DataError(f"file {path[:SHOWN]!r} is not a regular file; name an image file")
+    # Does not wait, even if the file has become a pipe meanwhile.
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         _check_size(size, max_bytes)
@@ -126,13 +127,14 @@ def _read_regular(location: Location, max_bytes: int) -> bytes:
 
 
 def _read_object(location: Location, max_bytes: int) -> bytes:
-    """
+    """The content of an object in a store.
+
     Raises:
-        DataError: it is too large.
-        OSError, ValueError, ArrowException: it cannot be read.
+        DataError: the object is too large.
+        OSError, ValueError, ArrowException: the object cannot be read.
     """
     path = location.path
-    if "\0" in path:  # where the name would end for C
+    if "\0" in path:  # where C would end the name
         raise ValueError("embedded null byte")
     if ".." in path.split("/"):
         path = posixpath.normpath(path)
@@ -150,7 +152,7 @@ def _check_size(size: int, max_bytes: int) -> None:
 
 
 def _is_of_store(error: Exception) -> bool:
-    """The error is not about one path: a disk that is broken, a server that is away or in need."""
+    """Whether an error is about the store, not one path: a broken disk, a server that fails."""
     number = getattr(error, "errno", None)
     if number is not None:
         return number in STORE_ERRNOS
@@ -160,7 +162,7 @@ def _is_of_store(error: Exception) -> bool:
 
 
 def _is_same(store: AbstractFileSystem, other: AbstractFileSystem) -> bool:
-    """Both are the same server, with the same credentials."""
+    """Whether both are the same server, with the same credentials."""
     mine, others = getattr(store, "fs", None), getattr(other, "fs", None)
     if isinstance(mine, pa.fs.FileSystem) and isinstance(others, pa.fs.FileSystem):
         return mine.equals(others)
@@ -168,7 +170,7 @@ def _is_same(store: AbstractFileSystem, other: AbstractFileSystem) -> bool:
 
 
 def _is_given(location: Location) -> bool:
-    """What could be read before, still can."""
+    """Whether a file that could be read before can still be opened."""
     try:
         with location.open():
             return True

@@ -1,10 +1,10 @@
-"""An image file's bytes without its metadata, for a file whose metadata cannot be read.
+"""An image file's bytes without its metadata, for files whose metadata cannot be read.
 
-Viewers show such a file, as its pixels are whole: image generators write megabytes of text into a
-PNG, editors leave broken profiles, and disks and transfers damage whatever lies there. What decides
-about pixels stays: sizes, palettes, transparency and, where it can be read, the orientation.
+Viewers show such files, since their pixels are whole: image generators write megabytes of text into
+a PNG, editors leave broken profiles, and disks and transfers damage any bytes. Whatever affects the
+pixels is kept: sizes, palettes, transparency and, if it can be read, the orientation.
 
-It does not decode, and judges no pixels: what is damaged beyond metadata, the decoder refuses.
+Nothing is decoded and no pixel judged here: the decoder refuses files with further damage.
 """
 
 import io
@@ -22,9 +22,9 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 Info = dict[str | tuple[int, int], Any]
-"""`PIL.Image.Image.info`."""
+"""Metadata by Pillow's keys, as in `PIL.Image.Image.info`."""
 ORIENTATION_INFO = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
-"""Of that, what Pillow looks for the orientation in."""
+"""Keys of `Info` in which Pillow looks for the orientation."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,20 +33,20 @@ class BareFile:
 
     data: bytes
     info: Info = field(default_factory=dict)
-    """What was left out and may say the orientation."""
+    """Metadata that was left out and may hold the orientation."""
 
 
 def strip_metadata(data: bytes) -> BareFile | None:
-    """The same picture without metadata; None where there is nothing to leave out.
+    """The same picture without metadata; None if there is nothing to leave out.
 
-    That is also said of a file in no known format, or whose parts cannot be told apart.
+    None is also returned for an unknown format, and for a file whose parts cannot be told apart.
     """
     for signature, strip in STRIPPERS:
         if re.match(signature, data, re.DOTALL):
             try:
                 bare = strip(data)
             except (struct.error, ArithmeticError, LookupError, OSError, SyntaxError, ValueError):
-                return None  # it ends within a header, or that makes no sense
+                return None  # the file ends within a header, or the header is senseless
             return None if bare.data == data else bare
     return None
 
@@ -60,13 +60,13 @@ PNG_ORIENTATIONS = (
     b"tEXtRaw profile type exif\0",
     b"zTXtRaw profile type exif\0",
 )
-"""What the chunks begin with, behind their length, that may say the orientation."""
+"""Beginnings, after the length, of the chunks that may hold the orientation."""
 
 
 def _strip_png(data: bytes) -> BareFile:
     reader = PngStream(io.BytesIO(data))
     kept = [PNG_SIGNATURE]
-    unread = set(PNG_ORIENTATIONS)  # the first of each is read, so that many cost no more
+    unread = set(PNG_ORIENTATIONS)  # only the first of each is read, so that many cost no more
     num_colors = 256
     for name, start, end in _png_chunks(data):
         whole = data[start : end + 4]
@@ -92,7 +92,7 @@ def _strip_png(data: bytes) -> BareFile:
 
 
 def _read_png_chunk(reader: PngStream, name: bytes, start: int, end: int) -> bool:
-    """Have a chunk read into `reader.im_info`; whether Pillow can."""
+    """Read a chunk into `reader.im_info`; returns whether Pillow can."""
     assert reader.fp is not None
     reader.fp.seek(start + 8)
     try:
@@ -103,7 +103,7 @@ def _read_png_chunk(reader: PngStream, name: bytes, start: int, end: int) -> boo
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Name, start, and end without checksum of each chunk up to IEND, or to one that is cut off."""
+    """Name, start, and end without checksum of each chunk up to IEND or a chunk that is cut off."""
     start = len(PNG_SIGNATURE)
     while len(head := data[start : start + 8]) == 8:
         length, name = struct.unpack(">I4s", head)
@@ -131,10 +131,10 @@ def _strip_jpeg(data: bytes) -> BareFile:
         if marker in (0xDA, 0xD9):  # the scan: pixels to the end
             kept.append(data[at:])
             break
-        if marker < 0xC0 or 0xD0 <= marker <= 0xD8:  # junk, or what has no content
+        if marker < 0xC0 or 0xD0 <= marker <= 0xD8:  # junk, or a marker without content
             at += 2
             continue
-        # As libjpeg, which takes a length that is too short for none.
+        # Like libjpeg, a length that is too short counts as no content.
         end = at + 2 + max(2, struct.unpack_from(">H", data, at + 2)[0])
         content = data[at + 4 : end]
         if not (0xE0 <= marker <= 0xEF or marker == 0xFE):
@@ -150,11 +150,11 @@ def _strip_jpeg(data: bytes) -> BareFile:
 
 
 def end_jpeg(data: bytes) -> tuple[bytes, bytes] | None:
-    """A JPEG that ends without its end mark, with one; each time after other noise.
+    """Two copies of a JPEG that lacks its end mark, each with different noise and then the mark.
 
-    Webcams and cut streams leave the mark out. Whether pixels are missing as well shows in the
-    pixels: then the noise, of which no bit is the same, is taken for them. None where it need not
-    show, as there are several scans or restarts, and where a mark is there.
+    Webcams and cut streams leave the mark out. If pixels are missing as well, the noise is decoded
+    in their place, and the copies differ, as their noise has no bit in common. None if the file has
+    a mark, or several scans or restarts, with which missing pixels need not show.
     """
     scans = [at.start() for at in re.finditer(rb"\xff\xda", data)]
     is_plain = re.search(rb"\xff[\xc0\xc1]", data) and not re.search(rb"\xff\xdd", data)
@@ -167,7 +167,7 @@ def end_jpeg(data: bytes) -> tuple[bytes, bytes] | None:
 
 
 def _says_colors(marker: int, content: bytes) -> bool:
-    """Whether libjpeg infers from a segment how the pixels' colours are coded."""
+    """Whether libjpeg infers the coding of the pixels' colours from this segment."""
     if marker == 0xE0:
         return content.startswith(b"JFIF\0") and len(content) >= 14
     return marker == 0xEE and content.startswith(b"Adobe") and len(content) >= 12
@@ -204,7 +204,7 @@ def _strip_webp(data: bytes) -> BareFile:
 
 
 def _strip_gif(data: bytes) -> BareFile:
-    """The first image only, as no more is decoded."""
+    """Keeps the first image only, since no other is decoded."""
     at = 13 + _gif_palette(data[10])
     kept = [data[:at]]
     while at < len(data) and data[at] != ord(";"):
@@ -233,7 +233,7 @@ def _end_of_gif_blocks(data: bytes, at: int) -> int:
     return at + 1
 
 
-# TIFF 6.0, and BigTIFF: a directory of tags, whose values may lie anywhere
+# TIFF 6.0 and BigTIFF: a directory of tags, whose values may be anywhere in the file
 
 TIFF_PIXELS = frozenset(
     (
@@ -242,13 +242,13 @@ TIFF_PIXELS = frozenset(
         *(512, 513, 514, 515, 517, 518, 519, 520, 521, 529, 530, 531, 532),  # JPEG, YCbCr
     )
 )
-"""Tags without which pixels cannot be decoded, and the orientation (274)."""
+"""Tags that decoding the pixels needs, and the orientation (274)."""
 TIFF_SIZES = dict(enumerate((1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 0, 0, 8, 8, 8), 1))
-"""Bytes of a value of each type."""
+"""Bytes of one value, by the number of its type."""
 
 
 def _strip_tiff(data: bytes) -> BareFile:
-    """The first picture's directory is written anew, behind the rest, which stays where it is."""
+    """Appends a new directory of the first picture; everything else stays where it is."""
     order = "<" if data.startswith(b"II") else ">"
     is_big = struct.unpack_from(order + "H", data, 2)[0] == 43
     offset, count_format, entry_format = ("Q", "Q", "HHQ8s") if is_big else ("L", "H", "HHL4s")
@@ -271,14 +271,14 @@ def _strip_tiff(data: bytes) -> BareFile:
     return BareFile(data=header + whole[len(header) :] + directory)
 
 
-# BMP: a palette's length, which some leave undefined
+# BMP: a palette's length, which some programs leave undefined
 
 
 def _strip_bmp(data: bytes) -> BareFile:
     header_size, bits = struct.unpack_from("<I", data, 14)[0], struct.unpack_from("<H", data, 28)[0]
     colors = struct.unpack_from("<I", data, 46)[0] if header_size >= 40 else 0
     if bits <= 8 and colors > 1 << bits:
-        data = data[:46] + bytes(4) + data[50:]  # 0 means all that the depth has
+        data = data[:46] + bytes(4) + data[50:]  # 0: as many colours as the depth allows
     return BareFile(data=data)
 
 
@@ -305,7 +305,7 @@ def _strip_jp2(data: bytes) -> BareFile:
 
 
 def _boxes(data: bytes, start: int, stop: int) -> Iterator[tuple[bytes, int, int, int]]:
-    """Name, start, start of the content, and end of each box, up to one that makes no sense."""
+    """Name, start, start of the content, and end of each box, up to one of a senseless length."""
     while start + 8 <= stop:
         length, name = struct.unpack_from(">I4s", data, start)
         content = start + 8
@@ -326,7 +326,7 @@ ICC_PROFILES = (b"prof", b"rICC")
 
 
 def _strip_items(data: bytes) -> BareFile:
-    """Metadata gets a type that no reader knows; nothing moves, as all is found by its place."""
+    """Gives metadata a type that no reader knows; nothing moves, as offsets are absolute."""
     bare = bytearray(data)
     for start, name, content in _walk_items(data):
         if name == b"infe":
@@ -340,11 +340,11 @@ def _strip_items(data: bytes) -> BareFile:
 
 
 ITEM_HEADS = {b"meta": 4, b"iinf": 6, b"iprp": 0, b"ipco": 0}
-"""Boxes of boxes, and what their content begins with, in bytes."""
+"""Boxes that hold boxes -> bytes of their content before the first one."""
 
 
 def _walk_items(data: bytes) -> Iterator[tuple[int, bytes, int]]:
-    """Start, name, and start of the content of each box down to an item's own."""
+    """Start, name, and start of the content of each box, down to those of single items."""
     todo = [(0, len(data))]
     while todo:
         for name, start, content, end in _boxes(data, *todo.pop()):
@@ -366,4 +366,4 @@ STRIPPERS: tuple[tuple[bytes, Callable[[bytes], BareFile]], ...] = (
     (rb"\0\0\0\x0cjP  ", _strip_jp2),
     (rb"....ftyp", _strip_items),
 )
-"""What a file begins with, and how its metadata is left out."""
+"""Beginning of a file (a pattern) -> the function that leaves out its metadata."""

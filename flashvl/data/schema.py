@@ -1,4 +1,4 @@
-"""The Arrow schemas: the only contract for rows between the parts of flashvl.
+"""The Arrow schemas of the tables that one part of flashvl writes and another reads.
 
 It knows column names and types, not what is in the rows, nor where a table is kept.
 """
@@ -12,7 +12,7 @@ from flashvl.data.plain import is_list, plain_type
 from flashvl.errors import ConfigError
 
 IMAGE_MARKER = "<image>"
-"""Stands in a message's content where an image goes, as in LLaVA's data."""
+"""Text that marks the place of an image in a message's content, as in LLaVA's data."""
 
 CONVERSATIONS = pa.schema(
     [
@@ -21,8 +21,8 @@ CONVERSATIONS = pa.schema(
         ("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
     ]
 )
-"""Input of training. `row` is the row's place in the data, from 0; `images`, encoded and perhaps
-none, are in the order of the `IMAGE_MARKER`s in the messages."""
+"""Input of training. `row` numbers the rows from 0; `images` holds encoded images, or none, in the
+order of the `IMAGE_MARKER`s in the messages."""
 
 CAPTIONS = pa.schema(
     [
@@ -34,8 +34,8 @@ CAPTIONS = pa.schema(
         ("row", pa.int64()),
     ]
 )
-"""Output of captioning: one row for each image that has a caption. `row` is its place in the input,
-from 0, which is one of a kind where an id need not be."""
+"""Output of captioning: a row for each input row that has a caption. `row` is the number of the
+input row, from 0: it is unique, while an id need not be."""
 
 DEAD_LETTERS = pa.schema(
     [
@@ -46,27 +46,27 @@ DEAD_LETTERS = pa.schema(
         ("row", pa.int64()),
     ]
 )
-"""Output of captioning: one row for each input row that could not be captioned: at which `step`
-(read, decode, caption), the class of the `error`, and in words why."""
+"""Output of captioning: a row for each input row without a caption: the `step` that failed (read,
+decode, caption), the class of the `error`, and the reason in words."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageColumns:
-    """Which columns of an image table are what."""
+    """The roles of an image table's columns, by name."""
 
     image: str
     id: str | None
-    """None: the table has none."""
+    """Column of ids; None: the table has none."""
     prompt: str | None = None
-    """None: all rows are asked the same."""
+    """Column of prompts; None: all rows get the same prompt."""
     kept: tuple[str, ...] = ()
-    """Go through to the output as they are."""
+    """Columns that are copied to the output."""
     follows_paths: bool = True
-    """Where a row names its image's file, that is read."""
+    """Whether the image files that rows name are read."""
 
     @property
     def names(self) -> list[str]:
-        """All that are to be read, each once."""
+        """The columns to read, each once."""
         names = [self.image, self.id, self.prompt, *self.kept]
         return list(dict.fromkeys(name for name in names if name is not None))
 
@@ -81,19 +81,20 @@ def find_image_columns(
     kept: Sequence[str] = (),
     partition: Collection[str] = (),
 ) -> ImageColumns:
-    """The columns of a table that is to be captioned: those named, else those found.
+    """Find the columns that captioning a table needs.
 
-    The image's is `image`, else the only one that holds images; it may hold encoded bytes, the
-    `struct<bytes, path>` that Hugging Face datasets write, paths, or lists of any of these. The
-    id's is `id`, if there is one. Order and further columns do not matter.
+    The image column is the one called `image`, else the only one that holds images: encoded bytes,
+    the `struct<bytes, path>` of Hugging Face datasets, paths, or lists of any of these. The id
+    column is the one called `id`, if there is one. Order and further columns do not matter.
 
     Args:
         source: the table's path, which begins the error's line.
-        partition: columns that folders' names tell; none of them holds images unless it is named.
+        image, id, prompt, kept: columns that the user has named.
+        partition: columns made of folder names; none is the image column unless the user names it.
 
     Raises:
-        ConfigError: a column is missing, is there twice, has another type, or has a name that the
-            output needs.
+        ConfigError: a column is missing, ambiguous or of a wrong type, or one to keep has a name
+            that the output needs.
     """
     names = schema.names
     if id is None and "id" in names:
@@ -153,24 +154,25 @@ def _check_column(
 
 
 def is_paths(column_type: pa.DataType) -> bool:
-    """It holds no image, only says where each lies."""
+    """Whether a column of this type holds the paths of images, and not the images."""
     if is_list(column_type):
         return is_paths(column_type.value_type)
     return is_text(column_type) or (is_pair(column_type) and not _has_bytes(column_type))
 
 
 def is_id(column_type: pa.DataType) -> bool:
+    """Whether a column of this type may hold ids."""
     return is_text(column_type) or is_binary(column_type) or _has_plain_text(column_type)
 
 
 def is_text(column_type: pa.DataType) -> bool:
-    """It holds text, of whatever layout."""
+    """Whether the type is text, in any of Arrow's layouts."""
     plain = plain_type(column_type)
     return pa.types.is_string(plain) or pa.types.is_large_string(plain)
 
 
 def is_binary(column_type: pa.DataType) -> bool:
-    """It holds bytes, of whatever layout."""
+    """Whether the type is bytes, in any of Arrow's layouts."""
     plain = plain_type(column_type)
     return (
         pa.types.is_binary(plain)
@@ -180,13 +182,13 @@ def is_binary(column_type: pa.DataType) -> bool:
 
 
 def is_pair(column_type: pa.DataType) -> bool:
-    """As Hugging Face's `Image` feature is stored: `bytes`, `path`, or both."""
+    """Whether the type is that of Hugging Face's `Image` feature: `bytes`, `path`, or both."""
     plain = plain_type(column_type)
     if not pa.types.is_struct(plain):
         return False
     types = {field.name: field.type for field in plain.fields}
     has_path = is_text(types.get("path", pa.null()))
-    if pa.types.is_null(types.get("bytes", pa.null())):  # as of a table whose images all lie apart
+    if pa.types.is_null(types.get("bytes", pa.null())):  # all images are files of their own
         return has_path
     return is_binary(types["bytes"])
 
@@ -203,7 +205,7 @@ def _is_image(column_type: pa.DataType) -> bool:
 
 
 def _is_surely_image(column_type: pa.DataType) -> bool:
-    """Text may be anything, and bytes that are all of one length are a hash or a UUID."""
+    """Whether the type alone tells images; text may be anything, bytes of one length a hash."""
     if is_list(column_type):
         column_type = column_type.value_type
     if is_binary(column_type):
@@ -212,7 +214,7 @@ def _is_surely_image(column_type: pa.DataType) -> bool:
 
 
 def _has_plain_text(column_type: pa.DataType) -> bool:
-    """What it holds is told in text in one way."""
+    """Whether values of the type have exactly one form as text."""
     return any(
         test(column_type)
         for test in (

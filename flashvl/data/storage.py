@@ -1,8 +1,7 @@
-"""Where a job's files lie: on local disks, in whatever store Arrow knows (S3, GCS, Azure, HDFS), or
-on the Hugging Face hub.
+"""Files and folders: on local disks, in Arrow's stores (S3, GCS, Azure, HDFS), or on the hub.
 
-fsspec is the face of all; Arrow's and the hub's own clients are behind it, so that nothing more is
-installed.
+fsspec is the interface to all of them; it calls the clients of Arrow and of huggingface_hub, so
+that no further library is needed.
 """
 
 import functools
@@ -26,11 +25,11 @@ from flashvl.errors import ConfigError, one_line
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """A file or a folder, there or not yet."""
+    """A file or a folder, which need not exist."""
 
     store: AbstractFileSystem
     path: str
-    """Absolute in its store, without a scheme."""
+    """Absolute path within the store, without a scheme."""
 
     def __truediv__(self, name: str) -> "Location":
         return Location(self.store, posixpath.join(self.path, name))
@@ -58,21 +57,21 @@ class Location:
         return self.store.cat_file(self.path)
 
     def open(self) -> pa.NativeFile:
-        """The file for reading, by Arrow's own means."""
+        """The file, opened for reading by Arrow."""
         if self.is_local:
-            return pa.OSFile(os.fsencode(self.path), "rb")  # a name may be no text
+            return pa.OSFile(os.fsencode(self.path), "rb")  # a name need not be UTF-8
         if self.is_on_hub:
             return pa.PythonFile(self.store.open(self.path, "rb"), mode="r")
         return self.store.fs.open_input_file(self.path)
 
     def write(self, data: bytes) -> None:
-        """Have the file hold `data`: whoever reads it sees all of it or what was there before.
+        """Make `data` the content of the file; readers see all of it or the content before.
 
         Raises:
-            OSError: it cannot be written; nothing is left of it.
+            OSError: the file cannot be written; nothing of `data` is left.
         """
         if not self.is_local:
-            self.store.pipe_file(self.path, data)  # an object is there when it is whole
+            self.store.pipe_file(self.path, data)  # an object appears when it is complete
             return
         folder, name = os.path.split(self.path)
         unfinished = os.path.join(folder, f"{UNFINISHED}{uuid.uuid4().hex[:8]}-{name}")
@@ -95,13 +94,13 @@ class Location:
         self.store.makedirs(self.path, exist_ok=True)
 
     def names(self) -> list[str]:
-        """Of the files and folders in this folder, in their order; none where there is none."""
+        """Sorted names of the files and folders in this folder; empty if it does not exist."""
         if not self.is_folder():
             return []
         return sorted(posixpath.basename(path) for path in self.store.ls(self.path, detail=False))
 
     def remove_unfinished(self) -> None:
-        """Remove what a write left that was killed; nobody else may write here meanwhile."""
+        """Remove what killed writes have left; nothing else may write to the folder meanwhile."""
         for name in self.names():
             if name.startswith(UNFINISHED):
                 (self / name).remove()
@@ -112,13 +111,13 @@ GCS_RETRY_S = 30
 
 
 def locate(text: str | os.PathLike[str]) -> Location:
-    """The location that a path or a URI names; a store's path is taken as it is, without escapes.
+    """The location that a path or a URI names; escapes in a store's path are not decoded.
 
-    A path may begin with `~`. A local file's URI is taken as it is written where such a file is,
-    else without its escapes: programs write both.
+    A path may begin with `~`. The URI of a local file is read literally if that file exists, else
+    with its escapes decoded: programs write both.
 
     Raises:
-        ConfigError: it is another machine's file; nobody knows such a store, or it does not answer.
+        ConfigError: the file is another machine's, the store is unknown, or it does not answer.
     """
     text = os.fspath(text)
     if paths := _local_paths(text):
@@ -127,13 +126,13 @@ def locate(text: str | os.PathLike[str]) -> Location:
     try:
         parts = urlsplit(text, allow_fragments=False)  # a key may hold any character
     except ValueError as error:
-        raise ConfigError(f"{text[:200]!r} is no URI ({error}); correct it") from None
+        raise ConfigError(f"{text[:200]!r} is not a valid URI ({error}); correct it") from None
     store, root = _open_store(parts._replace(path="").geturl())
     return Location(store, posixpath.join(root, parts.path.lstrip("/")).rstrip("/"))
 
 
 def is_uri(text: str) -> bool:
-    """It names its store, and so is no path in another."""
+    """Whether `text` names its own store, and so is not a path in another one."""
     return "://" in text or _LOCAL_URI.match(text) is not None
 
 
@@ -141,17 +140,17 @@ _LOCAL_URI = re.compile(r"file:(?://(?P<host>[^/]*))?(?P<path>/.*)", re.IGNORECA
 
 
 def _local_paths(text: str) -> list[str]:
-    """What a local path, or a local file's URI, may mean; nothing where it is a store's URI.
+    """Paths that a local path or a local file's URI may mean; empty for the URI of a store.
 
     Raises:
-        ConfigError: it is another machine's file.
+        ConfigError: the URI names another machine's file.
     """
     uri = _LOCAL_URI.match(text)
     if uri is None:
         return [] if "://" in text else [os.path.abspath(os.path.expanduser(text))]
     if (uri["host"] or "localhost").lower() != "localhost":
         raise ConfigError(
-            f"{text} is a file of the machine {uri['host']!r}; write file:///PATH for one of this"
+            f"{text} is a file of the machine {uri['host']!r}; write file:///PATH for a local one"
         )
     return list(
         dict.fromkeys(os.path.abspath(path) for path in (uri["path"], unquote(uri["path"])))
@@ -159,9 +158,9 @@ def _local_paths(text: str) -> list[str]:
 
 
 def is_below(text: str, roots: Sequence[str]) -> bool:
-    """The path or URI, however it is read, lies in one of `roots`; neither links nor `..` help.
+    """Whether a path or URI lies in one of `roots`, once its links and `..` are resolved.
 
-    A brace pattern does not: `{x,.}.` is `..` as well.
+    A brace pattern never does, since `{x,.}.` may become `..`.
     """
     if "{" in text:
         return False
@@ -174,7 +173,7 @@ def is_below(text: str, roots: Sequence[str]) -> bool:
 
 
 def _steps(text: str) -> list[tuple[str, ...]]:
-    """From the store down; a URI's query belongs to the store, for it may name another server."""
+    """The path's parts, from the store down; a URI's query is one, as it may name a server."""
     if paths := _local_paths(text):
         return [("file", "", "", *os.path.realpath(path).rstrip("/").split("/")) for path in paths]
     parts = urlsplit(text, allow_fragments=False)
@@ -182,15 +181,15 @@ def _steps(text: str) -> list[tuple[str, ...]]:
     return [(parts.scheme, parts.netloc, parts.query, *path.rstrip("/").split("/"))]
 
 
-@functools.lru_cache(maxsize=64)  # where a bucket lies is asked for over the network
+@functools.lru_cache(maxsize=64)  # finding a bucket's region takes a request
 def _open_store(uri: str) -> tuple[AbstractFileSystem, str]:
     if uri.startswith("hf://"):
-        # Not by Arrow, which keeps to itself how the hub tells a file's versions apart.
+        # Not by Arrow, which does not pass on by what the hub tells a file's versions apart.
         from huggingface_hub import HfFileSystem
 
         return HfFileSystem(), uri.removeprefix("hf://")
     if uri.startswith(("gs://", "gcs://")) and "retry_limit_seconds=" not in uri:
-        # Else it is tried for a quarter of an hour whether there is a network.
+        # Otherwise Arrow retries for a quarter of an hour where there is no network.
         uri += f"{'&' if '?' in uri else '?'}retry_limit_seconds={GCS_RETRY_S}"
     try:
         filesystem, root = pa.fs.FileSystem.from_uri(uri)
@@ -204,10 +203,10 @@ def _open_store(uri: str) -> tuple[AbstractFileSystem, str]:
 
 
 def check_reachable(location: Location) -> None:
-    """See that the hub answers; fsspec takes whatever goes wrong there for a file that is missing.
+    """Check that the hub answers; fsspec takes any error there for a missing file.
 
     Raises:
-        ConfigError: it does not answer.
+        ConfigError: the hub does not answer.
     """
     if not location.is_on_hub:
         return
@@ -221,19 +220,19 @@ def check_reachable(location: Location) -> None:
         reason = one_line(error)
         reason = "HF_HUB_OFFLINE is set" if is_offline_mode() else reason
         raise ConfigError(
-            f"{location} cannot be reached ({reason}); write hf://datasets/OWNER/NAME/PATH, and"
-            " download it elsewhere where there is no network: hf download"
+            f"{location} cannot be reached ({reason}); write hf://datasets/OWNER/NAME/PATH, or"
+            " without a network download it elsewhere: hf download"
         ) from None
 
 
 def walk(folder: Location, hidden: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The files below `folder` and what the store says of them, in a stable order.
+    """Paths of the files below `folder`, sorted, each with what the store tells about it.
 
-    Files and folders whose names begin with one of `hidden` are left out, as everywhere.
+    Files and folders whose names begin with one of `hidden` are left out.
     """
     found: dict[str, dict[str, Any]] = folder.store.find(folder.path, detail=True)
     for path in sorted(found):
         parts = posixpath.relpath(path, folder.path).split("/")
-        is_file = found[path]["type"] == "file" or folder.store.isfile(path)  # of a link: its end
+        is_file = found[path]["type"] == "file" or folder.store.isfile(path)  # follows a link
         if is_file and not any(part.startswith(hidden) for part in parts):
             yield path, found[path]

@@ -1,11 +1,11 @@
 """The procedural world: drawn scenes with questions whose exact answers are known.
 
-Four kinds of scene lie on a 4 x 4 grid of cells (coloured shapes, a sign with a word, a board with
-a sum, a bar chart); the fifth, a photograph-like texture, is what the world is not, and the right
-answer says so. Everything follows from a seed. A scene belongs to the `train` or to the `heldout`
-split by a hash of its content, so the two never share a scene, whatever the seeds.
+Scenes of four kinds are drawn on a 4 x 4 grid of cells: coloured shapes, a sign with a word, a
+board with a sum, a bar chart. The fifth kind is a texture like a photograph's, and the right answer
+says that it is not a drawing. Everything follows from a seed. A hash of its content puts a scene in
+the `train` or the `heldout` split, so the two never share a scene, whatever the seeds.
 
-The embedded data set of flashvl: `tiny` is trained on it, the tests and demos ask about it.
+This is flashvl's built-in data set: `tiny` is trained on it, and tests and demos use it.
 """
 
 import io
@@ -27,9 +27,9 @@ Task = Literal["caption", "count", "read", "chart", "arithmetic"]
 TASKS: tuple[Task, ...] = ("caption", "count", "read", "chart", "arithmetic")
 
 GRID = 4
-"""Cells a side; a cell is what one visual token of `tiny` covers."""
+"""Cells on each side of a picture; one visual token of `tiny` covers one cell."""
 HELDOUT_SHARE = 10
-"""One scene in so many is held out."""
+"""One scene in this number is held out."""
 
 COLORS = {
     "red": (208, 36, 40),
@@ -42,11 +42,12 @@ COLORS = {
 }
 SHAPES = ("circle", "square", "triangle", "diamond", "cross")
 PLURALS = {shape: "crosses" if shape == "cross" else f"{shape}s" for shape in SHAPES}
-SIZES = {"small": 0.058, "large": 0.105}  # radius, as a share of the image
+SIZES = {"small": 0.058, "large": 0.105}
+"""Radius of a shape, as a share of the image's side."""
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 MAX_SHAPES = 6
 MAX_LISTED = 3
-"""A caption lists so many shapes; of more it gives the number."""
+"""Shapes that a caption lists; it counts them if there are more."""
 MAX_BAR = 7
 UNKNOWN = "not a drawing that I know"
 
@@ -90,7 +91,7 @@ class ShapesScene:
 
     def turns(self, rng: random.Random) -> list[Turn]:
         color, shape = rng.choice(list(COLORS)), rng.choice(SHAPES)
-        if rng.random() < 0.7:  # more often than not ask for something that is there
+        if rng.random() < 0.7:  # mostly ask about something that is there
             present = rng.choice(self.shapes)[1]
             color, shape = present.color, present.shape
         of_color = sum(s.color == color for _, s in self.shapes)
@@ -194,7 +195,7 @@ class ChartScene:
         labels = {}
         for offset, (color, value) in enumerate(self.bars):
             for row in range(GRID):
-                # A cell is two units high; "none" above the bar, "1" half full, "2" full.
+                # A cell is two units high: empty, half full or full.
                 full = min(max(value - 2 * (GRID - 1 - row), 0), 2)
                 if full:
                     labels[row, self.first_column + offset] = (
@@ -207,7 +208,7 @@ class ChartScene:
 
 @dataclass(frozen=True, slots=True)
 class PhotoScene:
-    """A texture as no drawing has it: the world's picture of everything else."""
+    """A texture that no drawing has; it stands for all pictures outside this world."""
 
     texture_seed: int
 
@@ -229,7 +230,7 @@ Scene = ShapesScene | TextScene | ChartScene | PhotoScene
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A scene, what may be asked about it, and how it is drawn."""
+    """A scene with its questions and answers, and how it is drawn."""
 
     scene: Scene
     turns: tuple[Turn, ...]
@@ -237,7 +238,7 @@ class Sample:
     size: int
 
     def image(self) -> Image.Image:
-        """The RGB picture, `size` pixels a side."""
+        """The RGB picture, with sides of `size` pixels."""
         pen = Pen(size=self.size, rng=random.Random(self.style_seed))
         if isinstance(self.scene, PhotoScene):
             return _texture(self.scene.texture_seed, self.size)
@@ -247,10 +248,10 @@ class Sample:
 
 
 def sample(split: Split, seed: int, index: int, tasks: tuple[Task, ...] = TASKS) -> Sample:
-    """Sample number `index` of the endless series `seed` of `split`.
+    """Sample `index` of the endless series that `seed` gives for `split`.
 
     Args:
-        tasks: the tasks that its turns may come from; the scene's kind fits one of them.
+        tasks: the tasks that the sample's turns are about; the scene fits one of them.
     """
     rng = random.Random(f"{split}/{seed}/{index}")
     while True:
@@ -265,7 +266,7 @@ def sample(split: Split, seed: int, index: int, tasks: tuple[Task, ...] = TASKS)
 def samples(
     split: Split, seed: int, count: int, tasks: tuple[Task, ...] = TASKS
 ) -> Iterator[Sample]:
-    """The first `count` samples of the series."""
+    """The first `count` samples of the series, as `sample` makes them."""
     return (sample(split, seed, index, tasks) for index in range(count))
 
 
@@ -273,8 +274,8 @@ def conversation(drawn: Sample, row: int, words_share: float = 0.0) -> dict[str,
     """The sample as a row of `schema.CONVERSATIONS`: all its turns, in random order.
 
     Args:
-        words_share: probability that the scene's description stands in for its picture, which
-            otherwise is attached as a JPEG.
+        words_share: probability that the row holds the scene's description instead of its picture,
+            a JPEG.
     """
     rng = random.Random(drawn.style_seed)
     turns = rng.sample(drawn.turns, len(drawn.turns))
@@ -301,11 +302,11 @@ CELL_CLASSES = (
     ("none", *COLORS),
     ("none", *SIZES, "sign", "board", "half", "full"),
 )
-"""What lies in a cell, its colour, and its size or ground: the three labels of `cell_labels`."""
+"""Values of the three labels of a cell: what lies in it, its colour, and its size or ground."""
 
 
 def cell_labels(scene: Scene) -> npt.NDArray[np.int64]:
-    """(GRID * GRID, 3): for each cell in reading order its index into each of `CELL_CLASSES`."""
+    """(GRID * GRID, 3): the cells in reading order, each as indices into `CELL_CLASSES`."""
     labels = np.zeros((GRID, GRID, len(CELL_CLASSES)), np.int64)
     for cell, names in scene.cells().items():
         labels[cell] = [classes.index(n) for classes, n in zip(CELL_CLASSES, names, strict=True)]
@@ -346,7 +347,7 @@ def _scene_for(task: Task, rng: random.Random) -> Scene:
 
 def _shapes_scene(count: int, rng: random.Random) -> ShapesScene:
     places = sorted(rng.sample([(row, col) for row in range(GRID) for col in range(GRID)], count))
-    # Few colours and shapes a scene, so that there is something to count.
+    # A scene has few colours and shapes, so that there is something to count.
     colors = rng.sample(list(COLORS), min(count, 3))
     shapes = rng.sample(SHAPES, min(count, 3))
     drawn = [Shape(rng.choice(list(SIZES)), rng.choice(colors), rng.choice(shapes)) for _ in places]
@@ -359,7 +360,7 @@ def _start(length: int, rng: random.Random) -> Cell:
 
 @dataclass(slots=True)
 class Pen:
-    """How a scene is drawn: paper, tints, and where in its cell a thing lies."""
+    """The random style of a drawing: its paper, its tints, and the place of a thing in its cell."""
 
     size: int
     rng: random.Random
@@ -402,7 +403,7 @@ def _draw_shape(
 
 
 def _texture(seed: int, size: int) -> Image.Image:
-    """Smooth noise over a colour gradient: sky, grass, wall, blur."""
+    """Smooth noise over a colour gradient, like sky, grass, a wall or blur."""
     rng = np.random.default_rng(seed)
     grains = int(rng.integers(3, 24))
     noise = Image.fromarray(rng.integers(0, 256, (grains, grains, 3), dtype=np.uint8), "RGB")

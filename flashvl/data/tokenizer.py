@@ -1,6 +1,6 @@
-"""A small Qwen2-style tokenizer for models that are trained from nothing (`tiny`).
+"""A small Qwen2-style tokenizer for models that are trained from random weights (`tiny`).
 
-Models assembled from published parts bring Qwen2.5's own tokenizer instead.
+Models assembled from published parts have Qwen2.5's own tokenizer instead.
 """
 
 from collections.abc import Iterable
@@ -9,13 +9,13 @@ from tokenizers.trainers import BpeTrainer
 from transformers import Qwen2Tokenizer
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>")
-"""Qwen2.5's own names; their ids here are 0, 1, 2, 3."""
+"""Names of Qwen2.5's control tokens; their ids here are 0, 1, 2, 3."""
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
     """Byte-level BPE with Qwen2's pre-tokenization, merges learnt from `texts`.
 
-    What `texts` never holds (capital letters, say) stays one token a byte.
+    Bytes that `texts` never holds (those of capital letters, say) stay tokens of their own.
     """
     blank = Qwen2Tokenizer()
     backend = blank.backend_tokenizer

@@ -1,4 +1,4 @@
-"""Generation with a Flash-VL model."""
+"""Generation with a Flash-VL model: one engine answers many requests at once."""
 
 from flashvl.engine.async_engine import AsyncEngine
 from flashvl.engine.engine import Engine

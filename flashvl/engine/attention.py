@@ -1,6 +1,6 @@
 """The LLM's attention over a `KVCache`, as one of transformers' attention implementations.
 
-A model that is set to `CACHED` works as ever where no cache is handed to it.
+A model set to `CACHED` works as before where it is called without `metadata`.
 """
 
 from dataclasses import dataclass
@@ -16,23 +16,24 @@ from transformers.masking_utils import sdpa_mask
 from flashvl.engine.cache import KVCache
 
 CACHED = "rows_of_kv_cache"
-"""The implementation's name; one with `flash` in it would be looked up on the hub."""
+"""Name of the implementation; transformers would look for one with `flash` in it on the hub."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionMetadata:
-    """Where in the cache the tokens of a forward pass go, and what they see."""
+    """Where the tokens of a forward pass are stored in the cache, and what they attend to."""
 
     cache: KVCache
     rows: slice
+    """Rows of the cache that the pass works on."""
     start: int
-    """Prefill: the first token's position, the same in every row."""
+    """Prefill: position of the first token, the same in every row."""
     cells: tuple[torch.Tensor, torch.Tensor] | None = None
-    """Decoding: (rows,) the rows' numbers and (rows,) the position of each one's token."""
+    """Decoding: (rows,) row numbers and (rows,) positions of the new tokens. None: prefill."""
     length: int = 0
-    """Decoding: at least the longest row's, its new token included."""
+    """Decoding: positions to attend to, at least those of the longest row with its new token."""
     mask: torch.Tensor | None = None
-    """Decoding: (rows, 1, 1, length), True where a row has a token. Prefill behind `start`:
+    """Decoding: (rows, 1, 1, length), True where a row has a token. Prefill from a `start` above 0:
     (1, 1, tokens, start + tokens), True up to each token's own position. None: causal."""
 
 
@@ -46,14 +47,14 @@ def cached_attention(
     metadata: AttentionMetadata | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Store `key` and `value` where `metadata` says and attend to what the rows hold.
+    """Store `key` and `value` in the cache, as `metadata` says, and attend to what the rows hold.
 
     Args:
         query: (rows, heads, tokens, head_dim).
         key, value: (rows, key-value heads, tokens, head_dim).
 
     Returns:
-        (rows, tokens, heads, head_dim), and no weights.
+        (rows, tokens, heads, head_dim), and None for the attention weights.
     """
     if metadata is None:
         return sdpa_attention_forward(
@@ -89,8 +90,8 @@ def _attend_one(
     metadata: AttentionMetadata,
     scaling: float | None,
 ) -> torch.Tensor:
-    """One token a row, to what the rows hold."""
-    # The heads that share a key are the rows of one small matrix, so no key is copied for them.
+    """Attention of one token in each row to all that the row holds."""
+    # The heads that share a key become the rows of one small matrix, so that no key is copied.
     num_rows, heads, _, head_dim = query.shape
     grouped = query.view(num_rows, keys.shape[1], heads // keys.shape[1], head_dim)
     attended = F.scaled_dot_product_attention(

@@ -1,6 +1,6 @@
 """Keys and values of the conversations that are being answered: a row for each.
 
-It knows rows and lengths, not whose they are; the scheduler says.
+It knows rows and lengths; which request has which row is the scheduler's to know.
 """
 
 from collections.abc import Sequence
@@ -9,14 +9,14 @@ import torch
 from transformers import PreTrainedConfig
 
 ROW_STEP = 64
-"""Rows are so many tokens long, or a multiple."""
+"""Tokens by which row lengths grow: each is a multiple of this."""
 
 
 class KVCache:
-    """Room for `num_tokens`, allocated once and cut into rows of equal length.
+    """Memory for `num_tokens` tokens, allocated once and cut into rows of equal length.
 
-    How long the rows are, and so how many, follows those who need them: see `resize_rows`. The rows
-    in use are the first ones, so that a batch is a slice, never a copy.
+    The scheduler chooses the length of the rows, and so their number, by `resize_rows`. The rows in
+    use are the first ones, so that a batch is a slice, never a copy.
     """
 
     keys: torch.Tensor
@@ -32,11 +32,16 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ):
-        """`config`: the LLM's. `num_tokens` is rounded up to whole steps of a row."""
+        """
+        Args:
+            config: the LLM's configuration.
+            num_tokens: tokens in all rows together, rounded up to a multiple of `ROW_STEP`.
+            max_rows: rows at most, however short they are.
+        """
         self.num_tokens, self.max_rows = _round_up(num_tokens), max_rows
         self._row_shape = (config.num_key_value_heads, head_dim(config))
         layer_size = self.num_tokens * config.num_key_value_heads * head_dim(config)
-        # Zeros, not whatever is there: masked scores of a NaN would still be NaN.
+        # Zeroed, since a NaN in uninitialised memory would pass through the mask.
         self._memory = torch.zeros(
             2, config.num_hidden_layers, layer_size, dtype=dtype, device=device
         )
@@ -51,18 +56,18 @@ class KVCache:
         return self.keys.shape[3]
 
     def rows_of(self, length: int) -> int:
-        """How many rows of at least `length` tokens there can be."""
+        """Rows of at least `length` tokens that there is room for."""
         return min(self.max_rows, self.num_tokens // _round_up(length))
 
     def resize_rows(self, length: int, used: Sequence[int]) -> None:
-        """Make the rows `length` tokens long, or a little more; there are `rows_of` it then.
+        """Cut the memory into `rows_of(length)` rows of `length` tokens, or a little more.
 
         Args:
-            used: tokens at the beginning of each of the first rows that are to stay.
+            used: tokens to keep at the beginning of each of the first rows.
         """
         before, old_length = (self.keys, self.values), self.row_length
         self._cut(_round_up(length))
-        # In an order in which no row is written over one that is still to be moved.
+        # Rows are moved in an order that overwrites none which is still to be moved.
         rows = range(len(used)) if self.row_length < old_length else reversed(range(len(used)))
         for row in rows:
             for old, new in zip(before, (self.keys, self.values), strict=True):
@@ -84,11 +89,11 @@ def _round_up(length: int) -> int:
 
 
 def bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
-    """What one token of one conversation takes (28,672 bytes with Qwen2.5-1.5B in bf16)."""
+    """Bytes of the cache that one token takes (28,672 with Qwen2.5-1.5B in bf16)."""
     per_layer = 2 * config.num_key_value_heads * head_dim(config) * dtype.itemsize
     return config.num_hidden_layers * per_layer
 
 
 def head_dim(config: PreTrainedConfig) -> int:
-    """Of the LLM's attention; Llama's configuration names it, Qwen2's does not."""
+    """Channels of an attention head; Llama's configuration has them, Qwen2's does not."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

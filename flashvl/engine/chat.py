@@ -11,20 +11,20 @@ from flashvl.engine.request import Request
 
 
 class ChatSession:
-    """Asks an engine about `images`, which stand before the first question."""
+    """Asks an engine about `images`, which come before the first question."""
 
     def __init__(self, engine: Engine, images: Sequence[Image.Image], max_new_tokens: int = 256):
         self.engine = engine
-        # Cut once; and as their content stays the same, encoded once.
+        # Cut once here, and encoded once by the engine, which knows them again by their content.
         self.tiles = make_tiles(images, engine.processor)
         self.max_new_tokens = max_new_tokens
         self.messages: list[dict[str, str]] = []
 
     def ask(self, question: str) -> Iterator[str]:
-        """The answer, piece by piece; the turn counts once all of it was taken.
+        """The answer, piece by piece; the turn joins the conversation when all pieces were taken.
 
         Raises:
-            DataError: the conversation has become too long, or `question` holds an image's mark.
+            DataError: the conversation has become too long, or `question` holds an `<image>`.
         """
         markers = "" if self.messages else f"{IMAGE_MARKER}\n" * len(self.tiles.counts)
         turn = {"role": "user", "content": markers + question}

@@ -1,7 +1,8 @@
 """Generation: requests in, completions out. Knows no Ray, no HTTP, no Parquet.
 
 Continuous batching: between two decoding steps new requests are admitted, and finished or cancelled
-ones leave. Steps take turns: a piece of a prefill, if one waits, and one token for all that decode.
+ones removed. Steps alternate: a piece of a prefill, if any waits, then one token for each sequence
+that decodes.
 """
 
 import itertools
@@ -33,16 +34,16 @@ from flashvl.model.loading import inference_dtype, load_model, load_processor
 MAX_LENGTH = 4096
 """Tokens of a conversation: an ISS image of 2,880, a long question and a long answer."""
 CACHE_SHARE = 0.25
-"""Of the free memory, for the cache."""
+"""Share of the free memory that the cache takes."""
 IMAGE_CACHE_BYTES = 256 * 2**20
-"""Of visual tokens: 300 images of the static preset."""
+"""Bytes of visual tokens that are kept: those of 300 images of the static preset."""
 
 
 class Engine:
-    """Answers requests with one model, on a GPU where there is one; for one thread.
+    """Answers requests with one model, on a GPU if there is one; to be used by one thread.
 
-    Requests get numbers from `add`; `step` prefills a piece, or moves those that decode on by a
-    token; `take` hands out what is new of one. `generate` and `stream` do this for you.
+    `add` gives a request its number; `step` prefills a piece of a prompt, or decodes one token of
+    each answer; `take` returns what is new of an answer. `generate` and `stream` call all three.
     """
 
     def __init__(
@@ -56,10 +57,12 @@ class Engine:
     ):
         """
         Args:
-            max_num_seqs: requests answered at once, at most; fewer where the cache, whose tokens
-                are bounded by the memory, has no room for as many of their lengths.
-            max_model_len: tokens of a prompt and its answer, at most; and the model's own limit.
-            max_prefill_tokens: in one step, so that long prompts do not keep others waiting.
+            max_num_seqs: requests answered at once, at most; fewer if memory has no room for as
+                many of their lengths in the cache.
+            max_model_len: tokens of a prompt and its answer, at most; the model's own limit holds
+                as well.
+            max_prefill_tokens: prompt tokens in one step, at most, so that long prompts do not keep
+                other requests waiting.
         """
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = model.to(self.device)
@@ -85,24 +88,25 @@ class Engine:
         self.scheduler = Scheduler(cache, max_prefill_tokens)
         self.image_features = ImageFeatures(self.runner.encode_tiles, IMAGE_CACHE_BYTES)
         self.num_steps = 0
-        """So far; a count that stands still while requests wait is that of an engine that hangs."""
+        """Steps so far; if the count stands still while requests wait, the engine hangs."""
         self.num_decode_steps = self.num_decoded_tokens = 0
-        """So far; their quotient is how many requests a step answered."""
+        """Counts so far; their quotient is the mean number of requests that a step served."""
         self._has_prefilled = False
-        """The last step did; then it is the others' turn."""
+        """Whether the last step was a prefill; the next one then decodes."""
         self._ids = itertools.count()
         self._sequences: dict[int, Sequence] = {}
         self._outbox: dict[int, list[Delta]] = {}
         self._errors: dict[int, DataError] = {}
-        """Of requests that could not be answered to their end."""
+        """Errors that ended requests, by the requests' numbers, until `take` raises them."""
 
     @classmethod
     def from_pretrained(
         cls, model: str | Path, dtype: Dtype = "auto", *, max_num_seqs: int = 64
     ) -> "Engine":
-        """The engine for a shipped model's name or a folder.
+        """The engine of a model, given as a shipped name or a folder.
 
-        In bfloat16 a likeliest token that is nearly a tie may depend on who shares the batch.
+        In bfloat16, which of two nearly equal tokens is likeliest may depend on the other requests
+        in the batch.
         """
         loaded = load_model(model, inference_dtype() if dtype == "auto" else getattr(torch, dtype))
         return cls(loaded, load_processor(model), max_num_seqs=max_num_seqs)
@@ -111,7 +115,7 @@ class Engine:
         """Answer all `requests`, in their order.
 
         Raises:
-            DataError: one of them cannot be answered; then none is.
+            DataError: one of them cannot be answered; all are cancelled.
         """
         ids: list[int] = []
         try:
@@ -130,10 +134,10 @@ class Engine:
                 self.cancel(number)
 
     def stream(self, request: Request) -> Iterator[Delta]:
-        """The answer as it comes; the last delta holds the completion. To close it is to cancel.
+        """The answer as it grows; the last delta holds the completion. `close` cancels the rest.
 
         Raises:
-            DataError: it cannot be answered.
+            DataError: the request cannot be answered.
         """
         number = self.add(request, is_streamed=True)
         try:
@@ -149,16 +153,16 @@ class Engine:
     def add(
         self, request: Request, is_streamed: bool = False, grammar: Grammar | None = None
     ) -> int:
-        """Let a request wait for its turn; returns its number.
+        """Put a request into the queue; returns its number.
 
         Args:
-            is_streamed: `take` is to hand out the text as it comes, not only the completion.
-            grammar: of its `structured_outputs`, fresh from `grammars.compile`; None: compiled
-                here, if it has some.
+            is_streamed: whether `take` returns the text as it grows, not only the completion.
+            grammar: what `grammars.compile` made of the request's `structured_outputs`, not used
+                before; None: they are compiled here, if there are any.
 
         Raises:
-            DataError: images and `<image>`s do not match, it can never fit the cache, names tokens
-                that are not there, or its `structured_outputs` cannot be compiled.
+            DataError: the numbers of images and `<image>`s differ, the request is too long, holds
+                unknown token ids, or its `structured_outputs` cannot be compiled.
         """
         self._check_tokens(request)
         images = request.images
@@ -180,7 +184,7 @@ class Engine:
         if sequence.max_length > self.max_model_len:
             raise DataError(
                 f"prompt of {len(prompt)} tokens and max_new_tokens={request.max_new_tokens} exceed"
-                f" max_model_len={self.max_model_len}; shorten the one or lower the other"
+                f" max_model_len={self.max_model_len}; shorten the prompt or lower max_new_tokens"
             )
         self._sequences[number] = sequence
         self._outbox[number] = []
@@ -188,9 +192,10 @@ class Engine:
         return number
 
     def _check_tokens(self, request: Request) -> None:
-        """
+        """Refuse token ids that the model does not have.
+
         Raises:
-            DataError: an id is not one of the model's tokens, or one that only an image is.
+            DataError: an id is outside the vocabulary.
         """
         for name, tokens in (
             ("prompt", () if isinstance(request.prompt, str | None) else request.prompt),
@@ -200,14 +205,15 @@ class Engine:
             for token in tokens:
                 if not 0 <= token < self.vocab_size:
                     raise DataError(
-                        f"{name} must hold ids of tokens, from 0 to {self.vocab_size - 1}, not"
-                        f" {token}"
+                        f"{name} must hold token ids from 0 to {self.vocab_size - 1}, not {token}"
                     )
 
     def _encode(self, request: Request, tiles: Tiles) -> list[int]:
-        """
+        """Token ids of the request's messages or prompt.
+
         Raises:
-            DataError: a prompt without a token, or with an image's, or images that do not match.
+            DataError: the prompt has no token, or an image's placeholder; or the numbers of images
+                and `<image>`s differ.
         """
         if request.prompt is None:
             return encode_prompt(request.messages, tiles.counts, self.processor)
@@ -221,10 +227,10 @@ class Engine:
         return list(tokens)
 
     def take(self, number: int) -> list[Delta]:
-        """What is new of a request since the last call; behind its completion, nothing ever.
+        """What is new of an answer since the last call; nothing after its completion or its error.
 
         Raises:
-            DataError: it cannot be answered to its end; behind that, nothing either.
+            DataError: the answer cannot be continued.
         """
         if error := self._errors.pop(number, None):
             del self._outbox[number]
@@ -237,7 +243,7 @@ class Engine:
         return deltas
 
     def cancel(self, number: int) -> None:
-        """Forget a request; nothing happens where it is finished or was never added."""
+        """Drop a request; one that is finished or was never added is ignored."""
         self._outbox.pop(number, None)
         self._errors.pop(number, None)
         sequence = self._sequences.pop(number, None)
@@ -246,7 +252,7 @@ class Engine:
 
     @property
     def is_idle(self) -> bool:
-        """No request waits or is being answered."""
+        """Whether no request waits or is being answered."""
         return self.scheduler.is_idle
 
     @property
@@ -260,9 +266,9 @@ class Engine:
         return len(self.scheduler.waiting)
 
     def step(self) -> None:
-        """Prefill a piece of what waits, or decode a token for the others: in turn, if both can be.
+        """Prefill a piece of the waiting prompts, or decode a token of each answer, alternately.
 
-        One thing a step, so that whoever has a new token gets it at once.
+        A step does only one of the two, so that new tokens are handed out at once.
         """
         self.num_steps += 1
         is_turn_to_decode = self._has_prefilled and bool(self.scheduler.decoding)
@@ -271,7 +277,7 @@ class Engine:
             self._decode(self.scheduler.decoding)
 
     def _prefill_next(self) -> bool:
-        """Admit a group if none is being prefilled, and prefill a piece; False where none waits."""
+        """Prefill a piece of a group, admitting one first if needed; False if none waits."""
         if admitted := self.scheduler.admit():
             self._embed(admitted)
         if self.scheduler.prefilling:
@@ -280,7 +286,7 @@ class Engine:
         return False
 
     def _embed(self, group: list[Sequence]) -> None:
-        """The embeddings of the prompts of `group`, all their images encoded together."""
+        """Make the embeddings of the prompts of `group`, encoding all their images together."""
         admitted_s = time.perf_counter()
         images = [image for sequence in group for image in _images(sequence.tiles)]
         features = iter(self.image_features(images) if images else [])
@@ -291,7 +297,7 @@ class Engine:
             sequence.embeddings = self.runner.embed(sequence.prompt, visual_tokens)
 
     def _prefill(self, group: list[Sequence]) -> None:
-        """The next piece of the prompts of `group`, which are of the same length."""
+        """Prefill the next piece of the prompts of `group`, which all have the same length."""
         start = group[0].num_cached
         end = start + max(self.scheduler.max_prefill_tokens // len(group), 1)
         pieces = torch.stack([sequence.embeddings[start:end] for sequence in group])
@@ -316,7 +322,7 @@ class Engine:
         self._append(list(sequences), logits)
 
     def _append(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
-        """Choose each one's next token; the finished ones leave."""
+        """Choose the next token of each sequence, and remove the finished ones."""
         choices = self._admit(sequences, logits)
         best, likeliest = choices.max(-1)
         tokens = zip(best.tolist(), likeliest.tolist(), strict=True)
@@ -324,13 +330,13 @@ class Engine:
             sequences, logits, choices, tokens, strict=True
         ):
             try:
-                self._go_on(sequence, row, choice, None if value == -math.inf else token)
+                self._choose_token(sequence, row, choice, None if value == -math.inf else token)
             except DataError as error:
                 self._errors[sequence.id] = error
                 self._remove(sequence)
 
     def _admit(self, sequences: list[Sequence], logits: torch.Tensor) -> torch.Tensor:
-        """(rows, vocabulary) logits, -inf where a sequence's grammar admits no such token."""
+        """(rows, vocabulary) logits, -inf for tokens that a sequence's grammar does not admit."""
         grammars = {
             place: sequence.grammar
             for place, sequence in enumerate(sequences)
@@ -341,24 +347,26 @@ class Engine:
         is_out = self.grammars.left_out(list(grammars.values()))
         for row, place in enumerate(grammars):
             if sequences[place].request.ignore_eos:
-                is_out[row, self.end_token_ids] = True  # behind one, nothing is admitted
-        choices = logits.clone()  # what they were is asked for by `logprobs`
+                is_out[row, self.end_token_ids] = True  # a grammar admits nothing after them
+        choices = logits.clone()  # `logprobs` reports the unmasked ones
         places = list(grammars)
         choices[places] = logits[places].masked_fill(
             torch.from_numpy(is_out).to(logits.device), -torch.inf
         )
         return choices
 
-    def _go_on(
+    def _choose_token(
         self, sequence: Sequence, logits: torch.Tensor, choice: torch.Tensor, token: int | None
     ) -> None:
-        """
+        """Choose the next token of one sequence, and hand out what it adds to the answer.
+
         Args:
-            choice: the (vocabulary,) logits, as its grammar leaves them.
-            token: the likeliest; None where there is none.
+            logits: (vocabulary,).
+            choice: `logits` with -inf for tokens that the grammar does not admit.
+            token: the likeliest token; None if none is admitted.
 
         Raises:
-            DataError: what its grammar admits has become too much to tell.
+            DataError: the grammar has become too complex.
         """
         if sequence.grammar is not None:
             sequence.grammar.check()
@@ -387,7 +395,7 @@ class Engine:
     def _take_token(
         self, sequence: Sequence, token: int | None, logits: torch.Tensor
     ) -> FinishReason | None:
-        """Add a token to the answer; returns why that ends it, if it does."""
+        """Add a token to the answer; returns the reason if the answer ends with it."""
         request = sequence.request
         if token is None or token in request.stop_token_ids:
             return "stop"
@@ -406,7 +414,7 @@ class Engine:
 
 
 def end_tokens(model: FlashVLForConditionalGeneration, processor: FlashVLProcessor) -> list[int]:
-    """Those that end an answer, by the model's `generation_config`, or else its tokenizer."""
+    """Tokens that end an answer: those of the model's `generation_config`, else its tokenizer's."""
     tokens = model.generation_config.eos_token_id
     if tokens is None:
         tokens = processor.tokenizer.eos_token_id
@@ -414,7 +422,7 @@ def end_tokens(model: FlashVLForConditionalGeneration, processor: FlashVLProcess
 
 
 def longest_conversation(config: FlashVLConfig, max_model_len: int = MAX_LENGTH) -> int:
-    """Tokens of a prompt and its answer, at most, that an engine takes."""
+    """Tokens that a prompt and its answer may have together in an engine."""
     return min(max_model_len, config.text_config.max_position_embeddings)
 
 

@@ -1,9 +1,9 @@
-"""Whether an answer's grammar can be compiled at all, tried in a process of its own.
+"""Checks in a process of its own that an answer's grammar can be compiled.
 
-llguidance bounds most of what a grammar may cost, but not all: some would be compiled for hours, or
-exhaust the stack, and take the service with them. This file is run as a program, so it knows
-nothing but llguidance, and starts in a moment: `{"kind": ..., "text": ...}` comes in, `{"grammar":
-..., "error": ...}` goes out.
+llguidance bounds most of what a grammar may cost, but not all: some would compile for hours, or
+exhaust the stack and end the service. This file is run as a program, so it imports nothing but
+llguidance and starts in a moment. It reads `{"kind": ..., "text": ...}` from its standard input and
+writes `{"grammar": ..., "error": ...}`.
 """
 
 import functools
@@ -19,13 +19,14 @@ from llguidance.gbnf_to_lark import any_to_lark
 
 MAX_CHARACTERS = 100_000
 MAX_CPU_S = 2
+"""CPU seconds that a grammar may take to compile."""
 MAX_BYTES = 2**29
-"""Of address space; whoever asks again with the same grammar is answered from memory."""
+"""Address space of the process that compiles a grammar."""
 MAX_WAIT_S = 120
-"""On a machine that is too busy to give `MAX_CPU_S` before."""
+"""Seconds after which the check is given up, on a machine too busy to give it `MAX_CPU_S`."""
 LIMITS = LLParserLimits(
-    max_lexer_states=20_000,  # of up to 2 kB
-    step_max_items=20_000,  # a millisecond
+    max_lexer_states=20_000,  # each takes up to 2 kB
+    step_max_items=20_000,  # these take a millisecond
     verbose_errors=False,
 )
 JSON_STYLE: Any = {
@@ -34,11 +35,11 @@ JSON_STYLE: Any = {
     "whitespace_flexible": False,
     "whitespace_pattern": None,
 }
-"""As `json.dumps` writes it. Where any white space is admitted, a weak model says nothing else."""
+"""White space as `json.dumps` writes it; if any were admitted, weak models would write only that."""
 
 
 class GrammarError(ValueError):
-    """It has an error, or is too much; one line."""
+    """The grammar has an error or costs too much; the message is one line."""
 
 
 _one_at_a_time = threading.Lock()
@@ -46,13 +47,13 @@ _one_at_a_time = threading.Lock()
 
 @functools.lru_cache(maxsize=256)
 def checked(kind: str, text: str) -> str:
-    """What `text` says in llguidance's own form.
+    """The grammar `text` in llguidance's own form; results are kept for the next caller.
 
     Args:
         kind: json, regex, choice (a JSON list) or grammar (Lark's or GBNF).
 
     Raises:
-        GrammarError: it cannot be compiled, or not within the limits.
+        GrammarError: the grammar cannot be compiled within the limits.
     """
     if len(text) > MAX_CHARACTERS:
         raise GrammarError(f"{len(text)} characters are more than {MAX_CHARACTERS}; shorten it")
@@ -80,7 +81,7 @@ def checked(kind: str, text: str) -> str:
 
 
 class _Bytes:
-    """A vocabulary of bytes: what a grammar costs to compile is the same with any other."""
+    """A vocabulary of single bytes; the cost of compiling does not depend on the vocabulary."""
 
     eos_token_id, bos_token_id = 256, None
     tokens = [*(bytes([byte]) for byte in range(256)), b""]
@@ -93,26 +94,26 @@ class _Bytes:
 def _check(kind: str, text: str) -> dict[str, str]:
     try:
         grammar = _as_llguidance(kind, text)
-    except Exception as error:  # GBNF's and JSON's parsers have many, RecursionError among them
+    except Exception as error:  # the parsers raise many kinds, RecursionError among them
         return {"grammar": "", "error": str(error)}
     matcher = LLMatcher(
         LLTokenizer(TokenizerWrapper(_Bytes())), grammar, log_level=0, limits=LIMITS
     )
     matcher.compute_bitmask()
-    return {"grammar": grammar, "error": _told(matcher.get_error())}
+    return {"grammar": grammar, "error": _explain(matcher.get_error())}
 
 
-def _told(error: str) -> str:
+def _explain(error: str) -> str:
     if error.startswith("NoExtension"):
         return "nothing satisfies it"
     if error.startswith("panic"):
-        return "it breaks the compiler; control tokens are none of an answer's text"
+        return "it breaks the compiler; name no control tokens, which are not text"
     return error
 
 
 def _as_llguidance(kind: str, text: str) -> str:
     if kind == "json":
-        # Parsed, as what is put into its own form unread could end it.
+        # Parsed here, as llguidance would put the text unread into its own grammar.
         schema = json.dumps(json.loads(text, parse_constant=_refuse_constant))
         return LLMatcher.grammar_from_json_schema(schema, overrides=JSON_STYLE)
     if kind == "regex":
@@ -124,7 +125,7 @@ def _as_llguidance(kind: str, text: str) -> str:
 
 
 def _literal(character: str) -> str:
-    """As a regex writes it; Lark's strings do not take every one."""
+    """A character as a regex writes it; strings of Lark cannot hold every one."""
     is_plain = character.isascii() and character.isalnum()
     return character if is_plain else f"\\x{{{ord(character):x}}}"
 

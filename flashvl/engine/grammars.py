@@ -1,4 +1,4 @@
-"""From what an answer must look like to the tokens that may come next, by llguidance."""
+"""Which tokens an answer's required form admits next, by llguidance."""
 
 import functools
 import json
@@ -18,24 +18,25 @@ from flashvl.errors import DataError
 
 
 class Grammar:
-    """What may follow in one answer; for one thread."""
+    """The state of one answer's grammar; to be used by one thread."""
 
     def __init__(self, matcher: LLMatcher):
         self.matcher = matcher
 
     @property
     def is_over(self) -> bool:
-        """Nothing but the end may follow."""
+        """Whether the answer is complete, so that only its end may follow."""
         return self.matcher.is_stopped()
 
     def add(self, token: int) -> None:
-        """Go on by a token that was admitted."""
+        """Advance by a token that was admitted."""
         self.matcher.consume_token(token)
 
     def check(self) -> None:
-        """
+        """Refuse a grammar whose next tokens could not be computed.
+
         Raises:
-            DataError: to tell what may follow has become too much.
+            DataError: the grammar is too complex.
         """
         if self.matcher.is_error():
             line = " ".join(self.matcher.get_error().split())
@@ -43,37 +44,37 @@ class Grammar:
 
 
 class Grammars:
-    """Compiles for the tokens of one model; any number of threads may ask at once."""
+    """Compiles grammars for the tokens of one model; safe to call from many threads."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, vocab_size: int, end_token_ids: list[int]
     ):
         """
         Args:
-            vocab_size: the model's, which may be greater than the tokenizer's.
+            vocab_size: the model's number of tokens, which may exceed the tokenizer's.
         """
         self.tokenizer, self.vocab_size, self.end_token_ids = tokenizer, vocab_size, end_token_ids
 
     @functools.cached_property
     def _control_tokens(self) -> list[int]:
-        """Those that no text may hold, save the end tokens."""
+        """Control tokens that no answer may hold: all except the end tokens."""
         return sorted(TokenTable(self.tokenizer).control_tokens - set(self.end_token_ids))
 
     @functools.cached_property
     def _tokens(self) -> LLTokenizer:
-        """The vocabulary in llguidance's form, made for the first answer that needs it.
+        """The vocabulary in llguidance's form, made when the first answer needs it.
 
-        Qwen's takes two seconds, which most engines never need to spend.
+        Making Qwen's takes two seconds, which most engines never need to spend.
         """
         return LLTokenizer(
             _without_names(self.tokenizer), n_vocab=self.vocab_size, eos_token=self.end_token_ids
         )
 
     def compile(self, outputs: StructuredOutputs) -> Grammar:
-        """For one answer, from its beginning on.
+        """The grammar of one answer, in its initial state.
 
         Raises:
-            DataError: it has an error, or is too much.
+            DataError: the grammar has an error or is too complex.
         """
         kind, text = _as_text(outputs)
         try:
@@ -86,10 +87,10 @@ class Grammars:
         return compiled
 
     def left_out(self, grammars: Sequence[Grammar]) -> npt.NDArray[np.bool_]:
-        """(grammars, vocabulary), True where a token may not be next.
+        """(grammars, vocabulary), True for tokens that may not come next.
 
-        Control tokens are none of an answer's text, though a grammar may name them. `check` tells
-        of whose it could not be told.
+        Control tokens are always left out, even if a grammar names them. `Grammar.check` raises for
+        a grammar whose tokens could not be computed.
         """
         bits = allocate_token_bitmask(len(grammars), self.vocab_size)
         for place, each in enumerate(grammars):
@@ -101,9 +102,10 @@ class Grammars:
 
 
 def _without_names(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A tokenizer's JSON, its control tokens without the names by which a text could call them.
+    """A tokenizer's JSON, with names for its control tokens that no text can hold.
 
-    Else where a form leaves only the text `<|im_end|>` to say, the token would be taken for it.
+    Otherwise llguidance would admit the control token `<|im_end|>` where a grammar asks for those
+    characters as text.
     """
     whole = json.loads(tokenizer.backend_tokenizer.to_str())
     whole |= {"padding": None, "truncation": None}
@@ -118,7 +120,7 @@ def _without_names(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _as_text(outputs: StructuredOutputs) -> tuple[str, str]:
-    """What `grammar_check.checked` takes."""
+    """The `kind` and `text` that `grammar_check.checked` takes."""
     if outputs.json_object:
         return "json", '{"type": "object"}'
     if outputs.choice is not None:

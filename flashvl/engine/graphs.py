@@ -1,7 +1,7 @@
 """Decoding steps on a GPU as CUDA graphs: recorded once, then one launch instead of a thousand.
 
-A graph has fixed shapes. So a batch is filled up to a power of two with idle rows, and attention
-reaches up to the next multiple of `LENGTH_STEP`; what that costs is less than what launching does.
+A graph has fixed shapes, so a batch is padded to a power of two with idle rows, and attention reads
+up to the next multiple of `LENGTH_STEP`. That costs less than the launches would.
 """
 
 from collections import OrderedDict
@@ -14,16 +14,17 @@ import torch
 from flashvl.engine.cache import KVCache
 
 LENGTH_STEP = 256
+"""Positions to which the length of attention is rounded up."""
 MAX_GRAPHS = 64
-"""Those that were not replayed for longest are forgotten."""
+"""Graphs that are kept; the least recently replayed ones are dropped."""
 
 Step = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
-"""(ids of the rows' new tokens, their positions, length to attend to) -> (rows, vocabulary)."""
+"""(ids of the rows' new tokens, their positions, positions to attend to) -> (rows, vocabulary)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """A step of fixed shape: fill the inputs, replay, read the logits before the next replay."""
+    """A recorded step: fill `ids` and `positions`, replay, read `logits` before the next replay."""
 
     ids: torch.Tensor
     positions: torch.Tensor
@@ -32,20 +33,23 @@ class Recorded:
 
 
 class DecodingGraphs:
-    """Every graph is recorded when its shape is first needed."""
+    """Decodes by graphs, each of which is recorded when its shape is first needed."""
 
     def __init__(self, step: Step, cache: KVCache):
-        """`step` must not wait for the GPU, nor look at the numbers in its tensors."""
+        """
+        Args:
+            step: must not wait for the GPU, nor read the values of its tensors.
+        """
         self.step, self.cache = step, cache
         self._recorded: OrderedDict[tuple[int, int, int], Recorded] = OrderedDict()
         self._pool: Any = None
-        """Memory that all recordings share, as only one is replayed at a time."""
+        """Memory that all graphs share, since only one is replayed at a time."""
         self._stream: torch.cuda.Stream | None = None
-        """Libraries keep a workspace for each; so it is one for all recordings."""
+        """Stream of all recordings; libraries keep a workspace for each stream."""
 
     @torch.inference_mode()
     def __call__(self, token_ids: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
-        """As `Runner.decode`."""
+        """Decode one token in each of the first rows, like `Runner.decode`."""
         count = len(token_ids)
         num_rows = min(1 << (count - 1).bit_length(), self.cache.num_rows)
         steps = -(-(max(lengths) + 1) // LENGTH_STEP)
@@ -65,25 +69,25 @@ class DecodingGraphs:
 
     @property
     def _idle_cell(self) -> int:
-        """Where idle rows write: the last cell, which no answer fills, for its last token is not
+        """Position that idle rows write to: the last, which no answer fills, as its last token is not
         stored. So a row that is being prefilled may serve as an idle one."""
         return self.cache.row_length - 1
 
     def _record(self, num_rows: int, length: int) -> Recorded:
         device = self.cache.keys.device
         ids = torch.zeros(num_rows, dtype=torch.long, device=device)
-        # While it is recorded every row is idle, so that none is overwritten.
+        # While a step is recorded every row is idle, so that none is overwritten.
         positions = torch.full_like(ids, self._idle_cell)
         replay, logits = self._capture(lambda: self.step(ids, positions, length))
         return Recorded(ids, positions, replay, logits)
 
     def _capture(self, run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
-        """`run` once more on each call of the first, its result in the second."""
+        """A function that repeats `run`, and the tensor that then holds its result."""
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         self._stream = self._stream or torch.cuda.Stream()
         stream = self._stream
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # libraries set themselves up outside of the recording
+        with torch.cuda.stream(stream):  # libraries initialise before the recording
             run()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()

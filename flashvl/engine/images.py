@@ -1,4 +1,4 @@
-"""Visual tokens of images, kept for when an image is seen again: a next turn, another question."""
+"""Visual tokens of images, kept for when an image comes again, as in a conversation's next turn."""
 
 import hashlib
 from collections import OrderedDict
@@ -12,18 +12,22 @@ Encode = Callable[[npt.NDArray[np.uint8]], torch.Tensor]
 
 
 class ImageFeatures:
-    """By the content of an image's tiles; the images that were not used for longest go first."""
+    """Encodes images, and keeps their tokens by content; the least recently used are dropped."""
 
     def __init__(self, encode: Encode, max_bytes: int):
-        """`encode`: (tiles, 3, height, width) -> (tokens, hidden), as many for each tile."""
+        """
+        Args:
+            encode: (tiles, 3, height, width) -> (tokens, hidden), equally many for each tile.
+            max_bytes: bytes of tokens to keep, at most.
+        """
         self.encode, self.max_bytes = encode, max_bytes
         self.num_bytes = 0
         self.num_hits = self.num_misses = 0
-        """Images so far that were kept, and that were encoded."""
+        """Images so far whose tokens were found, and images that were encoded."""
         self.kept: OrderedDict[bytes, torch.Tensor] = OrderedDict()
 
     def __call__(self, images: Sequence[npt.NDArray[np.uint8]]) -> list[torch.Tensor]:
-        """The tokens of each image; those not known yet are encoded together, once each."""
+        """The tokens of each image; unknown images are encoded together, once each."""
         keys = [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images]
         found = {key: self.kept[key] for key in keys if key in self.kept}
         new = {key: image for key, image in zip(keys, images, strict=True) if key not in found}
@@ -40,13 +44,13 @@ class ImageFeatures:
         return [found[key] for key in keys]
 
     def clear(self) -> None:
-        """Keep nothing of what was seen."""
+        """Drop all tokens that are kept."""
         self.kept.clear()
         self.num_bytes = 0
 
     def _keep(self, key: bytes, features: torch.Tensor, is_new: bool) -> None:
         if key not in self.kept:
-            # A copy: a part of the batch would hold the whole of it.
+            # A copy, as a view would keep the whole batch in memory.
             self.kept[key] = features.clone() if is_new else features
             self.num_bytes += features.nbytes
         self.kept.move_to_end(key)

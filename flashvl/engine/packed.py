@@ -1,7 +1,7 @@
-"""Linear layers in bf16 on a CPU, their weights laid out in memory as oneDNN's kernels read them.
+"""Linear layers in bf16 on a CPU, with weights in the memory layout of oneDNN's kernels.
 
-`F.linear` hands oneDNN a plain matrix, which every call must read against its grain. Packed once,
-the same kernels read it in order: a decoding step takes half to three quarters of the time.
+`F.linear` gives oneDNN a plain matrix, which its kernels read with jumps. From weights that were
+packed once, they read in order: a decoding step takes half to three quarters of the time.
 """
 
 import torch
@@ -9,20 +9,20 @@ from torch import nn
 from torch.nn import functional as F
 
 MIN_ROWS = 4
-"""Fewer rows are filled up with zeros: the kernel for one row reads the weights a fifth slower."""
+"""Rows to which a smaller input is padded; the kernel for one row is a fifth slower."""
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
-    """Where packing pays: bf16 on a processor that multiplies it.
+    """Whether packing makes a model faster: bf16, on a CPU that multiplies it in hardware.
 
-    Of fp32, torch's own library has kernels for plain matrices that are as fast.
+    For fp32, torch's kernels for plain matrices are as fast.
     """
     is_bf16_cpu = device.type == "cpu" and dtype == torch.bfloat16
     return is_bf16_cpu and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class PackedLinear(nn.Module):
-    """`linear`, for inference; the weight cannot be read back, saved or trained."""
+    """A linear layer for inference alone; its weight cannot be read back, saved or trained."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -43,7 +43,7 @@ class PackedLinear(nn.Module):
 
 
 def pack_linear_layers(model: nn.Module) -> None:
-    """Replace every linear layer of `model`, which is then good for inference alone.
+    """Replace every linear layer of `model`, which can then be used for inference alone.
 
     A head that is tied to the embedding gets a packed copy; the embedding stays as it is.
     """

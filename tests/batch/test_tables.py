@@ -367,7 +367,7 @@ def test_a_store_that_fails_is_no_damage(tmp_path: Path, monkeypatch: pytest.Mon
             return super().read(size)
 
     monkeypatch.setattr(Location, "open", lambda self: pa.PythonFile(Broken(data), mode="r"))
-    with pytest.raises(FlashVLError, match="NETWORK_CONNECTION.*see to its store"):
+    with pytest.raises(FlashVLError, match="NETWORK_CONNECTION.*repair its store"):
         read(source)
     monkeypatch.setattr(Location, "open", opened)
     assert len(read(source)) == 3 * GROUP

@@ -73,7 +73,7 @@ def test_what_is_no_regular_file_is_not_even_opened(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "socket.png"))
         for name in ("pipe.png", "socket.png"):
-            refuse(tmp_path / name, "no regular file")
+            refuse(tmp_path / name, "not a regular file")
     (tmp_path / "zero.png").symlink_to("/dev/zero")
     for path in ("/dev/zero", "/dev/stdin", "/dev/tty", tmp_path / "zero.png"):
         refuse(path)
