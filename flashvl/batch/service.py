@@ -1,8 +1,6 @@
-"""Captions by the replicas of a running service, so that one fleet does the online and the offline
-work.
+"""Captions by the engines of a running service, so that one fleet does online and offline work.
 
-The service is known by its name only: `caption` of its deployment answers a `Request`, or with None
-says that others come first.
+The service is known by its name and by `flashvl.engine.remote` only.
 """
 
 import asyncio
@@ -15,25 +13,27 @@ from ray.serve.exceptions import ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus
 
+from flashvl.config import Dtype
 from flashvl.engine import Completion, Request
+from flashvl.engine.remote import DEPLOYMENT, ServedModel
 from flashvl.errors import ConfigError, DataError
 from flashvl.model import FlashVLProcessor
 
-DEPLOYMENT = "EngineReplica"
 SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 2.0
-"""Before a row that was turned away, or whose replica was lost, is sent again."""
+"""Bounds of the wait before a row is sent again that was turned away or whose replica was lost."""
 
 
 class ServedEngine:
-    """The engines of an application, whichever has room."""
+    """The engines of a Serve application; each row goes to whichever has room."""
 
     def __init__(self, application: str, processor: FlashVLProcessor):
         self.handle, self.processor = _handle(application), processor
 
     async def complete(self, request: Request) -> Completion:
-        """
+        """Answer `request`, however long online requests come first.
+
         Raises:
-            DataError: it cannot be answered.
+            DataError: the request cannot be answered.
         """
         pause_s = SHORTEST_PAUSE_S
         while True:
@@ -51,18 +51,19 @@ class ServedEngine:
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
     def occupancy(self) -> None:
-        """Not known here."""
+        """None: how full the engines are is not known here."""
 
 
-def check_service(application: str, model: str, dtype: str) -> None:
-    """
+def check_service(application: str, model: str, dtype: Dtype) -> None:
+    """Check that a service can caption for a job with this model.
+
     Args:
         model: hash of the model's folder, by `flashvl.model.loading.hash_folder`.
 
     Raises:
-        ConfigError: it does not run on this cluster, or runs another model.
+        ConfigError: the application does not run on this cluster, or runs another model.
     """
-    # Serve tells drivers of its inner workings.
+    # Serve logs its inner workings in the driver.
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     running = serve.status().applications.get(application)
     if running is None or running.status != ApplicationStatus.RUNNING:
@@ -71,11 +72,11 @@ def check_service(application: str, model: str, dtype: str) -> None:
             f"via_serve: application {application!r} {state} on this cluster; deploy it, or leave"
             " the option out"
         )
-    served = _handle(application).model.remote().result(timeout_s=60)
-    if served != (model, dtype):
+    served: ServedModel = _handle(application).model.remote().result(timeout_s=60)
+    if served != ServedModel(model, dtype):
         raise ConfigError(
-            f"via_serve: application {application!r} has another model or dtype ({served[1]}) than"
-            f" this job ({dtype}); give the same --model and --dtype"
+            f"via_serve: application {application!r} has another model or dtype ({served.dtype})"
+            f" than this job ({dtype}); give the same --model and --dtype"
         )
 
 

@@ -14,8 +14,8 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig
 from ray.serve.handle import DeploymentHandle
 
-from flashvl.batch.service import DEPLOYMENT
 from flashvl.config import pool_of
+from flashvl.engine.remote import DEPLOYMENT
 from flashvl.model.parts.prepare import prepare_model
 from flashvl.serve.api import make_api
 from flashvl.serve.config import ServiceConfig

@@ -14,9 +14,10 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from flashvl.config import DEFAULT_PROMPT, Dtype
+from flashvl.config import DEFAULT_PROMPT
 from flashvl.data.features import Message, Tiles, decode_tiles
 from flashvl.engine import AsyncEngine, Completion, Delta, Engine, Request
+from flashvl.engine.remote import RemoteEngine, ServedModel
 from flashvl.engine.runner import share_cores
 from flashvl.errors import DataError
 from flashvl.model.loading import hash_folder, resolve_checkpoint
@@ -55,7 +56,7 @@ class Refusal:
     """So long others may be refused unread: a part of the queue gets free, and no slot."""
 
 
-class EngineReplica:
+class EngineReplica(RemoteEngine):
     """Answers `Ask`s; `app.build_app` makes a deployment of it."""
 
     def __init__(self, config: ServiceConfig, engines_per_node: int):
@@ -122,10 +123,10 @@ class EngineReplica:
             self.num_admitted -= 1
 
     async def caption(self, request: Request) -> Completion | None:
-        """One row of an offline job; None, at once, where online requests need the room.
+        """Answer one row of a job; None, at once, where online requests need the room.
 
         Raises:
-            DataError: it cannot be answered.
+            DataError: the request cannot be answered.
         """
         self._report_from_now_on()
         is_full = self.num_offline >= OFFLINE_SHARE * self.config.max_num_seqs
@@ -139,10 +140,10 @@ class EngineReplica:
         self.metrics.count(completion)
         return completion
 
-    async def model(self) -> tuple[str, Dtype]:
-        """What answers: its folder's hash, and its dtype as configured."""
-        folder = resolve_checkpoint(self.config.model)
-        return await asyncio.to_thread(hash_folder, folder), self.config.dtype
+    async def model(self) -> ServedModel:
+        """The model that answers."""
+        folder_hash = await asyncio.to_thread(hash_folder, resolve_checkpoint(self.config.model))
+        return ServedModel(folder_hash, self.config.dtype)
 
     async def _deltas(self, ask: Ask, tiles: Tiles) -> AsyncGenerator[Delta, None]:
         request = Request(messages=ask.messages, images=tiles, **ask.sampling)

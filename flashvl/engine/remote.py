@@ -1,0 +1,36 @@
+"""What a deployed engine offers to the captioning jobs of its cluster.
+
+The service implements it and the jobs call it, each by these names; it knows neither of them, and
+no Ray.
+"""
+
+from typing import NamedTuple, Protocol
+
+from flashvl.config import Dtype
+from flashvl.engine.request import Completion, Request
+
+DEPLOYMENT = "EngineReplica"
+"""Name of the Serve deployment whose replicas are engines."""
+
+
+class ServedModel(NamedTuple):
+    """What decides the captions of an engine, as far as the engine does."""
+
+    folder_hash: str
+    """Hash of the model's folder, by `flashvl.model.loading.hash_folder`."""
+    dtype: Dtype
+    """Number format as configured, not as chosen by `auto`."""
+
+
+class RemoteEngine(Protocol):
+    """The methods of a replica that jobs call through Serve's handle."""
+
+    async def caption(self, request: Request) -> Completion | None:
+        """Answer one row of a job; None, at once, where online requests need the room.
+
+        Raises:
+            DataError: the request cannot be answered.
+        """
+
+    async def model(self) -> ServedModel:
+        """The model that answers."""
