@@ -239,7 +239,7 @@ async def _closed_loop(
 
 async def _ask_engine(engine: AsyncEngine, jpeg: bytes, tokens: int) -> _Answer:
     answer = _Answer(time.perf_counter(), [])
-    tiles = await asyncio.to_thread(decode_tiles, [jpeg], engine.engine.processor)
+    tiles = await asyncio.to_thread(decode_tiles, [jpeg], engine.processor)
     request = Request(
         messages=ask_about_image(DEFAULT_PROMPT),
         images=tiles,

@@ -1,6 +1,6 @@
 """Generation with a Flash-VL model: one engine answers many requests at once."""
 
-from flashvl.engine.async_engine import AsyncEngine
+from flashvl.engine.async_engine import AsyncEngine, EngineStats
 from flashvl.engine.engine import Engine
 from flashvl.engine.request import (
     Completion,
@@ -17,6 +17,7 @@ __all__ = [
     "Completion",
     "Delta",
     "Engine",
+    "EngineStats",
     "Request",
     "StructuredOutputs",
     "Timing",

@@ -1,4 +1,4 @@
-"""The engine for asyncio: one thread of its own steps it, any number of coroutines ask it."""
+"""The engine for asyncio: a thread of its own steps it, and any number of coroutines ask it."""
 
 import asyncio
 import contextlib
@@ -13,23 +13,50 @@ from flashvl.engine.engine import Engine
 from flashvl.engine.grammars import Grammar
 from flashvl.engine.request import Completion, Delta, Request
 from flashvl.errors import DataError
+from flashvl.model import FlashVLProcessor
 
 Deliver = Callable[[Delta | BaseException], None]
-"""Hands a delta, or what went wrong, to the coroutine that waits for it."""
+"""Hands a delta, or the error that ends an answer, to the coroutine that waits for it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class EngineStats:
+    """What an engine does at the moment, and what it has done since it was made."""
+
+    num_running: int
+    """Requests that hold a slot."""
+    num_waiting: int
+    """Requests that wait for a slot."""
+    num_steps: int
+    """Steps so far; the engine hangs if they stay the same while requests wait."""
+    num_decode_steps: int
+    """Steps so far that gave a token to each decoding request."""
+    num_decoded_tokens: int
+    """Tokens that these steps gave."""
+    num_image_hits: int
+    """Images so far whose features were kept from an earlier request."""
+    num_image_misses: int
+    """Images so far that had to be encoded."""
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is running or waiting."""
+        return not (self.num_running or self.num_waiting)
 
 
 class AsyncEngine:
-    """As `Engine`, but for many callers at once; `close` it, or use it in a `with`.
+    """An `Engine` for many callers at once; call `close` at the end, or use it in a `with`.
 
-    A coroutine that is cancelled, or an iterator that is closed, cancels its request.
+    Cancelling a coroutine, or closing an iterator, cancels its request.
     """
 
     def __init__(self, engine: Engine):
-        self.engine = engine
+        """Take `engine` over: nobody else may call its methods from now on."""
+        self._engine = engine
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._waiting: dict[int, Deliver] = {}
         self._failure: BaseException | None = None
-        """Why the thread has ended, if it has."""
+        """The reason why the thread has ended, if it has."""
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="flashvl-engine", daemon=True)
         self._thread.start()
@@ -40,16 +67,34 @@ class AsyncEngine:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
+    @property
+    def processor(self) -> FlashVLProcessor:
+        """The model's tokenizer and image processor."""
+        return self._engine.processor
+
+    def stats(self) -> EngineStats:
+        """The engine's counts now, each read on its own, between two steps or within one."""
+        engine, features = self._engine, self._engine.image_features
+        return EngineStats(
+            num_running=engine.num_running,
+            num_waiting=engine.num_waiting,
+            num_steps=engine.num_steps,
+            num_decode_steps=engine.num_decode_steps,
+            num_decoded_tokens=engine.num_decoded_tokens,
+            num_image_hits=features.num_hits,
+            num_image_misses=features.num_misses,
+        )
+
     def close(self) -> None:
         """Stop the thread; requests that are not answered yet raise RuntimeError."""
         self._calls.put(None)
         self._thread.join()
 
     async def generate(self, request: Request) -> Completion:
-        """The whole answer.
+        """The whole answer to `request`.
 
         Raises:
-            DataError: it cannot be answered.
+            DataError: the request cannot be answered.
         """
         async with contextlib.aclosing(self._answer(request, is_streamed=False)) as deltas:
             async for delta in deltas:
@@ -61,24 +106,24 @@ class AsyncEngine:
         """The answer as it comes; the last delta holds the completion.
 
         Raises:
-            DataError: it cannot be answered.
+            DataError: the request cannot be answered.
         """
         async with contextlib.aclosing(self._answer(request, is_streamed=True)) as deltas:
             async for delta in deltas:
                 yield delta
 
     async def _answer(self, request: Request, is_streamed: bool) -> AsyncGenerator[Delta, None]:
-        if not isinstance(request.images, Tiles):  # cut beside the engine's thread, not in it
-            tiles = await asyncio.to_thread(make_tiles, request.images, self.engine.processor)
+        if not isinstance(request.images, Tiles):  # cut outside the engine's thread
+            tiles = await asyncio.to_thread(make_tiles, request.images, self._engine.processor)
             request = dataclasses.replace(request, images=tiles)
         grammar = None
         if (outputs := request.structured_outputs) is not None:
-            grammar = await asyncio.to_thread(self.engine.grammars.compile, outputs)
+            grammar = await asyncio.to_thread(self._engine.grammars.compile, outputs)
         loop = asyncio.get_running_loop()
         deltas: asyncio.Queue[Delta | BaseException] = asyncio.Queue()
 
         def deliver(item: Delta | BaseException) -> None:
-            # A loop that is closed has nobody who waits; its cancellation is on the way.
+            # Nobody waits in a loop that is closed; the request's cancellation is on its way.
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(deltas.put_nowait, item)
 
@@ -96,22 +141,22 @@ class AsyncEngine:
             self._call(lambda: self._cancel(call))
 
     def _call(self, call: Callable[[], None]) -> None:
-        """Have `call` run in the engine's thread; at once, where that has ended."""
+        """Run `call` in the engine's thread, or here and now if that thread has ended."""
         with self._lock:
             if self._failure is None:
                 self._calls.put(call)
                 return
         call()
 
-    # All below runs in the engine's thread.
+    # The methods below run in the engine's thread.
 
     def _run(self) -> None:
         failure: BaseException = RuntimeError("the engine was closed")
         try:
             while self._take_calls():
-                self.engine.step()
+                self._engine.step()
                 self._hand_out()
-        except BaseException as error:  # a broken machine: whoever waits is to know
+        except BaseException as error:  # a broken machine: all who wait must hear of it
             failure = error
         with self._lock:
             self._failure = failure
@@ -123,8 +168,11 @@ class AsyncEngine:
                 call()
 
     def _take_calls(self) -> bool:
-        """Do what was called for, and wait for calls while there is nothing to answer."""
-        while self.engine.is_idle or not self._calls.empty():
+        """Run the calls that have come, and wait for calls while there is nothing to answer.
+
+        Returns False once the engine is closed.
+        """
+        while self._engine.is_idle or not self._calls.empty():
             call = self._calls.get()
             if call is None:
                 return False
@@ -134,7 +182,7 @@ class AsyncEngine:
     def _hand_out(self) -> None:
         for number in list(self._waiting):
             try:
-                deltas = self.engine.take(number)
+                deltas = self._engine.take(number)
             except DataError as error:
                 self._waiting.pop(number)(error)
                 continue
@@ -148,8 +196,8 @@ class AsyncEngine:
             call.deliver(self._failure)
             return
         try:
-            call.number = self.engine.add(call.request, call.is_streamed, call.grammar)
-        except Exception as error:  # the caller's, whatever it is
+            call.number = self._engine.add(call.request, call.is_streamed, call.grammar)
+        except Exception as error:  # whatever it is, it is the caller's
             call.deliver(error)
         else:
             self._waiting[call.number] = call.deliver
@@ -157,7 +205,7 @@ class AsyncEngine:
     def _cancel(self, call: "_Call") -> None:
         if call.number is not None and self._failure is None:
             self._waiting.pop(call.number, None)
-            self.engine.cancel(call.number)
+            self._engine.cancel(call.number)
 
 
 @dataclasses.dataclass(slots=True)

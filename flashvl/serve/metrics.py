@@ -7,7 +7,7 @@ import functools
 
 from ray.serve.metrics import Counter, Gauge, Histogram
 
-from flashvl.engine import Completion, Engine
+from flashvl.engine import Completion, EngineStats
 
 SECONDS = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0]
 STEP_SECONDS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0]
@@ -81,16 +81,15 @@ class EngineMetrics:
             self.generation_tokens.inc(num_tokens)
         self.answers.inc(tags={"finished_reason": completion.finish_reason})
 
-    def report(self, engine: Engine, max_num_seqs: int) -> None:
-        """How the engine stands; called now and then."""
-        self.running.set(engine.num_running)
-        self.waiting.set(engine.num_waiting)
-        features = engine.image_features
+    def report(self, stats: EngineStats, max_num_seqs: int) -> None:
+        """Set the gauges, and count what the engine has done since the last report."""
+        self.running.set(stats.num_running)
+        self.waiting.set(stats.num_waiting)
         now = (
-            engine.num_decode_steps,
-            engine.num_decoded_tokens,
-            features.num_hits,
-            features.num_misses,
+            stats.num_decode_steps,
+            stats.num_decoded_tokens,
+            stats.num_image_hits,
+            stats.num_image_misses,
         )
         steps, tokens, hits, misses = (a - b for a, b in zip(now, self._reported, strict=True))
         self._reported = now

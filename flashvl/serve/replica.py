@@ -101,7 +101,7 @@ class EngineReplica(RemoteEngine):
         try:
             try:  # beside the event loop, which others' tokens go through
                 tiles = await asyncio.to_thread(
-                    decode_tiles, ask.images, self.engine.engine.processor, config.limits
+                    decode_tiles, ask.images, self.engine.processor, config.limits
                 )
             except DataError as error:
                 yield Refusal(reason="invalid_image", message=str(error))
@@ -130,7 +130,7 @@ class EngineReplica(RemoteEngine):
         """
         self._report_from_now_on()
         is_full = self.num_offline >= OFFLINE_SHARE * self.config.max_num_seqs
-        if is_full or self.engine.engine.num_waiting:
+        if is_full or self.engine.stats().num_waiting:
             return None
         self.num_offline += 1
         try:
@@ -157,7 +157,8 @@ class EngineReplica(RemoteEngine):
 
     async def load(self) -> tuple[int, int]:
         """Requests that are running, and that wait."""
-        return self.engine.engine.num_running, self.engine.engine.num_waiting
+        stats = self.engine.stats()
+        return stats.num_running, stats.num_waiting
 
     async def check_health(self) -> None:
         """One token about a small picture, unless the engine has answered others since last time.
@@ -166,10 +167,10 @@ class EngineReplica(RemoteEngine):
         not healthy, though its actor answers. Behind a long queue it would come too late, and there
         is no need.
         """
-        num_steps = self.engine.engine.num_steps
-        if num_steps == self._steps_when_checked or self.engine.engine.is_idle:
+        stats = self.engine.stats()
+        if stats.num_steps == self._steps_when_checked or stats.is_idle:
             await self.engine.generate(_health_request())
-        self._steps_when_checked = self.engine.engine.num_steps
+        self._steps_when_checked = self.engine.stats().num_steps
 
     def _until_free(self, places: float) -> float:
         """Seconds until so many are free, by Little's law: requests leave at the rate
@@ -185,7 +186,7 @@ class EngineReplica(RemoteEngine):
 
     async def _report(self) -> None:
         while True:
-            self.metrics.report(self.engine.engine, self.config.max_num_seqs)
+            self.metrics.report(self.engine.stats(), self.config.max_num_seqs)
             await asyncio.sleep(REPORT_S)
 
 

@@ -84,7 +84,7 @@ def test_who_goes_away_frees_the_place(asynchronous: AsyncEngine) -> None:
         done = await asyncio.gather(*endless, return_exceptions=True)
         assert all(isinstance(each, asyncio.CancelledError) for each in done)
         await asynchronous.generate(ask(9))  # behind them
-        assert asynchronous.engine.is_idle
+        assert asynchronous.stats().is_idle
 
     asyncio.run(go_away())
 
