@@ -217,14 +217,22 @@ class Engine:
         """
         if request.prompt is None:
             return encode_prompt(request.messages, tiles.counts, self.processor)
+        processor = self.processor
         is_text = isinstance(request.prompt, str)
-        tokens = self.processor.tokenizer.encode(request.prompt) if is_text else request.prompt
-        if not tokens or self.processor.image_token_id in tokens:
+        tokens = list(processor.tokenizer.encode(request.prompt) if is_text else request.prompt)
+        num_places = tokens.count(processor.image_token_id)
+        num_visual_tokens = sum(tiles.counts) * processor.image_seq_length
+        if tiles.counts and num_places != num_visual_tokens:
             raise DataError(
-                f"prompt must hold at least one token, and no {self.processor.image_token}; show"
+                f"prompt has {num_places} {processor.image_token}, but its images make"
+                f" {num_visual_tokens} tokens; encode it for these images"
+            )
+        if not tokens or num_places != num_visual_tokens:
+            raise DataError(
+                f"prompt must hold at least one token, and no {processor.image_token}; show"
                 " images in messages"
             )
-        return list(tokens)
+        return tokens
 
     def take(self, number: int) -> list[Delta]:
         """What is new of an answer since the last call; nothing after its completion or its error.

@@ -52,8 +52,9 @@ class Request:
     messages: Sequence[Message] = ()
     """`role` and `content`; an `<image>` in a content stands for the next image."""
     prompt: str | Sequence[int] | None = None
-    """In place of `messages`: a text or token ids to go on with as they are, without a chat
-    template. Control tokens in the text are control tokens; there are no images."""
+    """Text or token ids to continue as they are, without a chat template, in place of `messages`.
+    Control tokens in the text are control tokens. The token ids of `features.encode_prompt` hold
+    the places of `images`; other prompts have no images."""
     images: Sequence[Image.Image] | Tiles = field(default=())
     """RGB images, or the tiles that `features.make_tiles` made of them."""
     max_new_tokens: int = 128
@@ -120,7 +121,8 @@ class Request:
         ):
             if not holds:
                 raise DataError(f"{name} ({getattr(self, name)}) must be {rule}")
-        if self.prompt is not None and (self.messages or self.num_images):
+        has_others = self.messages or (isinstance(self.prompt, str) and self.num_images)
+        if self.prompt is not None and has_others:
             raise DataError("prompt must stand alone; leave out messages and images, or prompt")
 
     @property

@@ -35,12 +35,12 @@ class Chat:
         Raises:
             RequestError: it is not answered.
         """
-        asks = await self.served.prompts.asks(request)
+        wanted = await self.served.prompts.read_chat(request)
         if request.stream:
-            answers = Answers(self.served.engines, asks)
+            answers = Answers(self.served.engines, wanted)
             await answers.begin()
             return EventStream(self._events(request, answers), answers)
-        completions = await answer_whole(self.served.engines, asks)
+        completions = await answer_whole(self.served.engines, wanted)
         uses_tools = ToolUse.of(request) is not None
         answer = ChatCompletion(
             model=self.served.name,
@@ -69,8 +69,8 @@ class Chat:
             messages=[UserMessage(role="user", content=prompt)],
             max_tokens=max_tokens,
         )
-        asks = await self.served.prompts.asks(request, image)
-        (completion,) = await answer_whole(self.served.engines, asks)
+        wanted = await self.served.prompts.read_chat(request, image)
+        (completion,) = await answer_whole(self.served.engines, wanted)
         log_answers([completion])
         return Captioned(
             caption=completion.text,

@@ -16,7 +16,7 @@ from flashvl.serve.protocol.completions import (
     TextLogprobs,
 )
 from flashvl.serve.protocol.errors import RequestError
-from flashvl.serve.replica import Ask
+from flashvl.serve.replica import ReplicaRequest
 from flashvl.serve.streaming import DONE, Answers, EventStream, answer_whole, event
 
 
@@ -37,13 +37,13 @@ class Texts:
                 "logprobs are those of the answer, not of its prompt; leave out logprobs or echo",
                 param="logprobs",
             )
-        asks = await self.served.prompts.asks_to_continue(request)
-        echoes = [self._echo(ask) if request.echo else "" for ask in asks]
+        wanted = await self.served.prompts.read_texts(request)
+        echoes = [self._echo(each) if request.echo else "" for each in wanted]
         if request.stream:
-            answers = Answers(self.served.engines, asks)
+            answers = Answers(self.served.engines, wanted)
             await answers.begin()
             return EventStream(self._events(request, answers, echoes), answers)
-        completions = await answer_whole(self.served.engines, asks)
+        completions = await answer_whole(self.served.engines, wanted)
         answer = TextCompletion(
             model=self.served.name,
             choices=[
@@ -61,8 +61,8 @@ class Texts:
         log_answers(completions)
         return JSONResponse(answer.model_dump(exclude=None if answer.timing else {"timing"}))
 
-    def _echo(self, ask: Ask) -> str:
-        text: str = self.served.prompts.tokenizer.decode(ask.sampling["prompt"])
+    def _echo(self, wanted: ReplicaRequest) -> str:
+        text: str = self.served.prompts.tokenizer.decode(wanted.request.prompt)
         return text
 
     async def _events(

@@ -15,7 +15,7 @@ from ray.serve.handle import DeploymentHandle
 
 from flashvl.engine import Delta
 from flashvl.serve.protocol import RequestError
-from flashvl.serve.replica import Ask, Refusal
+from flashvl.serve.replica import Refusal, ReplicaRequest
 from flashvl.serve.traffic import Traffic, stopping
 
 ATTEMPTS = 5
@@ -54,7 +54,7 @@ class Engines:
         if self._refusal is not None and time.monotonic() < self._full_until_s:
             raise self._refusal
 
-    async def answer(self, ask: Ask) -> AsyncGenerator[Delta, None]:
+    async def answer(self, request: ReplicaRequest) -> AsyncGenerator[Delta, None]:
         """The deltas of one answer; one only, the last, where it is not streamed.
 
         A replica that dies before its first delta is replaced by another: nobody has seen anything
@@ -67,7 +67,7 @@ class Engines:
         try:
             for attempt in range(ATTEMPTS):
                 has_begun = False
-                deltas = self.streams.answer.remote(ask)
+                deltas = self.streams.answer.remote(request)
                 try:
                     while True:
                         # Each wait by itself: they are not all of the same task.

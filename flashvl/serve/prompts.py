@@ -11,7 +11,7 @@ from typing import Any
 from flashvl.data.features import Message, encode_prompt
 from flashvl.data.fetching import Fetcher, decode_data_url, is_data_url
 from flashvl.data.images import read_header
-from flashvl.engine import StructuredOutputs
+from flashvl.engine import Request, StructuredOutputs
 from flashvl.engine.engine import longest_conversation
 from flashvl.engine.grammars import Grammars
 from flashvl.errors import DataError
@@ -27,7 +27,7 @@ from flashvl.serve.protocol.sampling import Sampling
 from flashvl.serve.protocol.service import TokenizeRequest
 from flashvl.serve.protocol.structured import JSONObjectFormat, JSONSchemaFormat, ResponseFormat
 from flashvl.serve.protocol.tools import Tool
-from flashvl.serve.replica import Ask
+from flashvl.serve.replica import ReplicaRequest
 from flashvl.serve.tools import ToolUse, arguments_schema
 
 LEAST_TEMPERATURE = 1e-3
@@ -55,14 +55,16 @@ class Prompts:
         # One thread, beside the event loop: a tokenizer is not made for several.
         self._thread = ThreadPoolExecutor(1, "flashvl-prompts")
 
-    async def asks(self, request: ChatCompletionRequest, image: bytes | None = None) -> list[Ask]:
-        """One for each answer that a request wants.
+    async def read_chat(
+        self, request: ChatCompletionRequest, image: bytes | None = None
+    ) -> list[ReplicaRequest]:
+        """What the engines are asked: a request for each answer that `request` wants.
 
         Args:
-            image: that stands before the first message's text, beside those of the messages.
+            image: an encoded image to put before the first message's text.
 
         Raises:
-            RequestError: it cannot be answered.
+            RequestError: the request cannot be answered.
         """
         tools = ToolUse.of(request)
         try:
@@ -70,43 +72,52 @@ class Prompts:
         except RequestError:
             await self._check_tools(request.tools, tools)
             raise
-        messages, images = await self.read(request.messages, tools)
+        messages, images = await self.read_messages(request.messages, tools)
         if image is not None:
             first, *others = messages
             messages = [{**first, "content": [{"type": "image"}, *first["content"]]}, *others]
             images = [image, *images]
-        num_tokens = len(await self.encode(messages, images))
+        prompt = await self.encode(messages, images)
+        self._check_sampling(request)
         name = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
         wanted = request.max_completion_tokens or request.max_tokens
-        sampling = self._sampling(request, structured) | {
-            "max_new_tokens": self._max_new_tokens(name, wanted, num_tokens),
-            "logprobs": request.top_logprobs if request.logprobs else None,
-        }
-        ask = Ask(messages=messages, images=images, is_streamed=request.stream, sampling=sampling)
-        return _seeded(ask, request.seed, request.n)
+        asked = _engine_request(
+            request,
+            prompt=prompt,
+            max_new_tokens=self._max_new_tokens(name, wanted, len(prompt)),
+            logprobs=request.top_logprobs if request.logprobs else None,
+            structured=structured,
+        )
+        return [
+            ReplicaRequest(request=each, images=images, is_streamed=request.stream)
+            for each in _seeded(asked, request.seed, request.n)
+        ]
 
-    async def asks_to_continue(self, request: CompletionRequest) -> list[Ask]:
-        """For each prompt of a request, one for each answer to it; the prompts are token ids.
+    async def read_texts(self, request: CompletionRequest) -> list[ReplicaRequest]:
+        """What the engines are asked: for each prompt, a request for each answer to it.
 
         Raises:
-            RequestError: it cannot be answered.
+            RequestError: the request cannot be answered.
         """
         structured = await self._structure(request, None)
-        asks = []
-        for prompt in request.prompts:
-            tokens = await self.tokenize(prompt, request.add_special_tokens)
-            sampling = self._sampling(request, structured) | {
-                "prompt": tokens,
-                "max_new_tokens": self._max_new_tokens(
-                    "max_tokens", request.max_tokens, len(tokens)
-                ),
-                "logprobs": request.logprobs,
-            }
-            ask = Ask(messages=[], is_streamed=request.stream, sampling=sampling)
-            asks += _seeded(ask, request.seed, request.n)
-        return asks
+        wanted = []
+        for text in request.prompts:
+            prompt = await self.tokenize(text, request.add_special_tokens)
+            self._check_sampling(request)
+            asked = _engine_request(
+                request,
+                prompt=prompt,
+                max_new_tokens=self._max_new_tokens("max_tokens", request.max_tokens, len(prompt)),
+                logprobs=request.logprobs,
+                structured=structured,
+            )
+            wanted += [
+                ReplicaRequest(request=each, is_streamed=request.stream)
+                for each in _seeded(asked, request.seed, request.n)
+            ]
+        return wanted
 
-    async def read(
+    async def read_messages(
         self, messages: list[ChatMessage], tools: ToolUse | None
     ) -> tuple[list[Message], list[bytes]]:
         """Messages as the chat template wants them, and their images, still encoded.
@@ -179,12 +190,12 @@ class Prompts:
         """Of a conversation, or of a prompt that is none.
 
         Raises:
-            RequestError: as `asks` and `tokenize`.
+            RequestError: as `read_chat` and `tokenize`.
         """
         if request.messages is None:
             return await self.tokenize(request.prompt or "", request.add_special_tokens)
         tools = ToolUse(tools=request.tools) if request.tools else None
-        return await self.encode(*await self.read(request.messages, tools))
+        return await self.encode(*await self.read_messages(request.messages, tools))
 
     async def detokenize(self, tokens: list[int]) -> str:
         """
@@ -237,30 +248,13 @@ class Prompts:
         except DataError as error:
             raise RequestError(400, str(error), param=place, code="invalid_image") from None
 
-    def _sampling(self, request: Sampling, structured: StructuredOutputs | None) -> dict[str, Any]:
-        """The fields of `engine.Request` that every kind of request has.
-
+    def _check_sampling(self, request: Sampling) -> None:
+        """
         Raises:
-            RequestError: one names a token that the model does not have.
+            RequestError: a field names a token that the model does not have.
         """
         self.check_tokens(request.logit_bias, "logit_bias")
         self.check_tokens(request.stop_token_ids, "stop_token_ids")
-        temperature = request.temperature
-        return {
-            "min_new_tokens": request.min_tokens,
-            "temperature": temperature if temperature >= LEAST_TEMPERATURE else 0.0,
-            "top_p": max(request.top_p, LEAST_TOP_P),
-            "top_k": max(request.top_k, 0),
-            "min_p": request.min_p,
-            "presence_penalty": request.presence_penalty,
-            "frequency_penalty": request.frequency_penalty,
-            "repetition_penalty": request.repetition_penalty,
-            "logit_bias": request.logit_bias,
-            "stop": tuple(request.stop_strings),
-            "stop_token_ids": tuple(request.stop_token_ids),
-            "ignore_eos": request.ignore_eos,
-            "structured_outputs": structured,
-        }
 
     async def _structure(
         self, request: ChatCompletionRequest | CompletionRequest, tools: ToolUse | None
@@ -341,10 +335,37 @@ def schema_of(wanted: ResponseFormat | None) -> dict[str, Any] | None:
     return wanted.json_schema.schema_ if isinstance(wanted, JSONSchemaFormat) else None
 
 
-def _seeded(ask: Ask, seed: int | None, count: int) -> list[Ask]:
-    """As many asks, each with a seed of its own."""
+def _engine_request(
+    request: Sampling,
+    *,
+    prompt: list[int],
+    max_new_tokens: int,
+    logprobs: int | None,
+    structured: StructuredOutputs | None,
+) -> Request:
+    """The engine's form of what all kinds of request have in common."""
+    temperature = request.temperature
+    return Request(
+        prompt=prompt,
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=request.min_tokens,
+        temperature=temperature if temperature >= LEAST_TEMPERATURE else 0.0,
+        top_p=max(request.top_p, LEAST_TOP_P),
+        top_k=max(request.top_k, 0),
+        min_p=request.min_p,
+        presence_penalty=request.presence_penalty,
+        frequency_penalty=request.frequency_penalty,
+        repetition_penalty=request.repetition_penalty,
+        logit_bias=request.logit_bias,
+        stop=tuple(request.stop_strings),
+        stop_token_ids=tuple(request.stop_token_ids),
+        ignore_eos=request.ignore_eos,
+        structured_outputs=structured,
+        logprobs=logprobs,
+    )
+
+
+def _seeded(request: Request, seed: int | None, count: int) -> list[Request]:
+    """`count` times the same request, each with a seed of its own."""
     first = secrets.randbits(62) if seed is None else seed
-    return [
-        replace(ask, sampling=ask.sampling | {"seed": (first + number) % 2**63})
-        for number in range(count)
-    ]
+    return [replace(request, seed=(first + number) % 2**63) for number in range(count)]

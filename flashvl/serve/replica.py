@@ -9,13 +9,13 @@ import contextlib
 import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from PIL import Image
 
 from flashvl.config import DEFAULT_PROMPT
-from flashvl.data.features import Message, Tiles, decode_tiles
+from flashvl.data.features import Tiles, decode_tiles
 from flashvl.engine import AsyncEngine, Completion, Delta, Engine, Request
 from flashvl.engine.remote import RemoteEngine, ServedModel
 from flashvl.engine.runner import share_cores
@@ -35,14 +35,15 @@ FULL_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Ask:
-    """One answer that is wanted: `engine.Request` with its images still encoded."""
+class ReplicaRequest:
+    """A request for one answer, on its way from an ingress to a replica."""
 
-    messages: list[Message]
+    request: Request
+    """The engine's request with a prompt of token ids, but without the images."""
     images: list[bytes] = field(default_factory=list)
-    sampling: dict[str, Any] = field(default_factory=dict)
-    """The other fields of `engine.Request`."""
+    """Encoded images, in the order of their places in the prompt."""
     is_streamed: bool = False
+    """Whether each delta is sent, and not only the last one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,7 +58,7 @@ class Refusal:
 
 
 class EngineReplica(RemoteEngine):
-    """Answers `Ask`s; `app.build_app` makes a deployment of it."""
+    """Answers `ReplicaRequest`s; `app.build_app` makes a deployment of it."""
 
     def __init__(self, config: ServiceConfig, engines_per_node: int):
         """
@@ -77,7 +78,7 @@ class EngineReplica(RemoteEngine):
         self._steps_when_checked = -1
         self._reporting: asyncio.Task[None] | None = None
 
-    async def answer(self, ask: Ask) -> AsyncIterator[Delta | Refusal]:
+    async def answer(self, asked: ReplicaRequest) -> AsyncIterator[Delta | Refusal]:
         """The deltas of one answer, or the last of them only where it is not streamed.
 
         To close the iterator, as Serve does when a client is gone, frees the slot at once.
@@ -101,12 +102,12 @@ class EngineReplica(RemoteEngine):
         try:
             try:  # beside the event loop, which others' tokens go through
                 tiles = await asyncio.to_thread(
-                    decode_tiles, ask.images, self.engine.processor, config.limits
+                    decode_tiles, asked.images, self.engine.processor, config.limits
                 )
             except DataError as error:
                 yield Refusal(reason="invalid_image", message=str(error))
                 return
-            async with contextlib.aclosing(self._deltas(ask, tiles)) as deltas:
+            async with contextlib.aclosing(self._deltas(asked, tiles)) as deltas:
                 async for delta in deltas:
                     completion = delta.completion
                     if completion is not None:  # counted first: who has the last asks for no more
@@ -145,9 +146,9 @@ class EngineReplica(RemoteEngine):
         folder_hash = await asyncio.to_thread(hash_folder, resolve_checkpoint(self.config.model))
         return ServedModel(folder_hash, self.config.dtype)
 
-    async def _deltas(self, ask: Ask, tiles: Tiles) -> AsyncGenerator[Delta, None]:
-        request = Request(messages=ask.messages, images=tiles, **ask.sampling)
-        if ask.is_streamed:
+    async def _deltas(self, asked: ReplicaRequest, tiles: Tiles) -> AsyncGenerator[Delta, None]:
+        request = replace(asked.request, images=tiles)
+        if asked.is_streamed:
             async with contextlib.aclosing(self.engine.stream(request)) as deltas:
                 async for delta in deltas:
                     yield delta

@@ -69,16 +69,16 @@ class Responses:
         """
         chat, places = as_chat(request)
         try:
-            asks = await self.served.prompts.asks(chat)
+            wanted = await self.served.prompts.read_chat(chat)
         except RequestError as error:
             error.param = _as_place(error.param, places)
             raise
         writer = ResponseWriter(request, self.served.name, ToolUse.of(chat) is not None)
         if request.stream:
-            answers = Answers(self.served.engines, asks)
+            answers = Answers(self.served.engines, wanted)
             await answers.begin()
             return EventStream(self._events(answers, writer), answers)
-        (completion,) = await answer_whole(self.served.engines, asks)
+        (completion,) = await answer_whole(self.served.engines, wanted)
         log_answers([completion])
         list(writer.write(completion.text, self._logprobs(completion), is_last=True))
         list(writer.end(completion))

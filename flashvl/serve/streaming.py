@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from flashvl.engine import Completion, Delta
 from flashvl.serve.dispatch import Engines, lost
-from flashvl.serve.replica import Ask
+from flashvl.serve.replica import ReplicaRequest
 
 EVENTS: dict[int | str, dict[str, Any]] = {
     200: {
@@ -27,21 +27,21 @@ EVENTS: dict[int | str, dict[str, Any]] = {
 }
 
 
-async def answer_whole(engines: Engines, asks: list[Ask]) -> list[Completion]:
+async def answer_whole(engines: Engines, requests: list[ReplicaRequest]) -> list[Completion]:
     """All of them, or none: where one is refused, the others are given up.
 
     Raises:
         RequestError: one of them is refused, too slow or lost.
     """
-    tasks = [asyncio.create_task(_whole(engines, ask)) for ask in asks]
+    tasks = [asyncio.create_task(_whole(engines, request)) for request in requests]
     try:
         return await asyncio.gather(*tasks)
     finally:
         await _end(tasks)
 
 
-async def _whole(engines: Engines, ask: Ask) -> Completion:
-    async with contextlib.aclosing(engines.answer(ask)) as deltas:
+async def _whole(engines: Engines, request: ReplicaRequest) -> Completion:
+    async with contextlib.aclosing(engines.answer(request)) as deltas:
         async for delta in deltas:
             if delta.completion is not None:
                 return delta.completion
@@ -54,11 +54,12 @@ class Answers:
     Each answer has a task of its own from its beginning on, in which its timeout holds to its end.
     """
 
-    def __init__(self, engines: Engines, asks: list[Ask]):
+    def __init__(self, engines: Engines, requests: list[ReplicaRequest]):
         self._arrived: asyncio.Queue[tuple[int, Delta] | Exception] = asyncio.Queue()
         self._early: list[tuple[int, Delta]] = []
         self._tasks = [
-            asyncio.create_task(self._pump(engines, number, ask)) for number, ask in enumerate(asks)
+            asyncio.create_task(self._pump(engines, number, request))
+            for number, request in enumerate(requests)
         ]
 
     async def begin(self) -> None:
@@ -100,10 +101,10 @@ class Answers:
             raise item
         return item
 
-    async def _pump(self, engines: Engines, number: int, ask: Ask) -> None:
+    async def _pump(self, engines: Engines, number: int, request: ReplicaRequest) -> None:
         completion = None
         try:
-            async with contextlib.aclosing(engines.answer(ask)) as deltas:
+            async with contextlib.aclosing(engines.answer(request)) as deltas:
                 async for delta in deltas:
                     completion = delta.completion
                     self._arrived.put_nowait((number, delta))

@@ -1,6 +1,7 @@
 """The engine against the model's own `generate`, one request at a time."""
 
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,28 @@ def requests() -> list[Request]:
         Request(messages=conversation, images=[picture(3)], max_new_tokens=MAX_NEW_TOKENS),
         ask("Describe the image.", picture(4)),
     ]
+
+
+def test_token_ids_of_a_conversation_are_answered_as_the_conversation(engine: Engine) -> None:
+    tiles = make_tiles([picture(1), picture(2)], engine.processor)
+    by_messages = ask("Which of the two?", images=tiles)
+    by_messages = replace(
+        by_messages,
+        messages=[{"role": "user", "content": "<image>\n<image>\nWhich of the two?"}],
+    )
+    prompt = encode_prompt(by_messages.messages, tiles.counts, engine.processor)
+    by_ids = replace(by_messages, messages=(), prompt=prompt)
+    expected, answer = engine.generate([by_messages, by_ids])
+    assert answer == expected
+
+
+def test_token_ids_must_have_places_for_their_images(engine: Engine) -> None:
+    tiles = make_tiles([picture(1)], engine.processor)
+    prompt = encode_prompt(ask("Why?", picture(1)).messages, tiles.counts, engine.processor)
+    two = make_tiles([picture(1), picture(2)], engine.processor)
+    for images in (two, ()):
+        with pytest.raises(DataError, match="prompt"):
+            engine.generate([Request(prompt=prompt, images=images)])
 
 
 def generate_by_hand(engine: Engine, request: Request) -> tuple[list[int], int]:
