@@ -2,7 +2,7 @@
 
 import copy
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -67,12 +67,22 @@ def load_config(
     return validate(model, values, source=str(path))
 
 
-def validate(model: type[ModelT], values: dict[str, Any], source: str) -> ModelT:
-    """Build `model` from `values`; `source` (a file or option) begins the error's line."""
+def validate(
+    model: type[ModelT], values: dict[str, Any], source: str, names: Mapping[str, str] = {}
+) -> ModelT:
+    """Build `model` from `values`.
+
+    Args:
+        source: file, option or command that the values come from; it begins an error's line.
+        names: what the source calls its keys, where that differs: `{"seed": "--seed"}`.
+
+    Raises:
+        ConfigError: an unknown key, or a value that is against the model's rules.
+    """
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"{source}: {_explain(model, error)}") from None
+        raise ConfigError(f"{source}: {_explain(model, error, names)}") from None
 
 
 def _read_yaml_mapping(path: Path) -> dict[str, Any]:
@@ -101,7 +111,7 @@ def _set_dotted(values: dict[str, Any], keys: list[str], value: Any) -> None:
     values[last] = value
 
 
-def _explain(model: type[BaseModel], error: ValidationError) -> str:
+def _explain(model: type[BaseModel], error: ValidationError, names: Mapping[str, str]) -> str:
     """The first problem in one line, with the nearest known name for an unknown key."""
     problem = error.errors()[0]
     key = ".".join(str(part) for part in problem["loc"])
@@ -116,7 +126,7 @@ def _explain(model: type[BaseModel], error: ValidationError) -> str:
         return f"unknown key {key!r}. {hint}"
     if problem["type"] == "missing":
         return f"missing key {key!r}; set it in the file or with {key}=VALUE"
-    where = f"{key}={problem['input']!r}: " if key else ""
+    where = f"{names.get(key, key)}={problem['input']!r}: " if key else ""
     return where + " ".join(problem["msg"].removeprefix("Value error, ").split())
 
 

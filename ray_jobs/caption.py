@@ -3,9 +3,9 @@
 ray job submit --working-dir . -- python ray_jobs/caption.py /data/images --output /data/out
 """
 
-import typer
+import sys
 
-from flashvl.cli import caption
+from flashvl.cli import app
 
 if __name__ == "__main__":
-    typer.run(caption)
+    app(["caption", *sys.argv[1:]], prog_name="flashvl")

@@ -1,4 +1,4 @@
-"""What a captioning job is to do: what its entry points parse and its workers are told."""
+"""A captioning job's options: entry points parse them, and workers receive them."""
 
 import os
 from typing import Annotated, Self
@@ -7,72 +7,79 @@ from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_
 
 from flashvl.config import DEFAULT_PROMPT, Dtype, Replicas, StrictModel
 from flashvl.data.limits import ImageLimits
-from flashvl.data.schema import IMAGE_MARKER
 
 
 class CaptionJob(StrictModel):
-    """What to caption, with what, and where to."""
+    """What to caption, with which model, and where to write."""
 
     input: str
-    """Parquet, tars, JSON Lines or images: a file, folder, glob or brace pattern; path or URI."""
+    """Images: Parquet, tars (WebDataset), JSON Lines or image files. A file, folder, glob or
+    {000..099} pattern; a path or URI (s3://, gs://, abfs://, hdfs://, hf://datasets/)."""
     output: str
-    """Folder that is new or empty, or holds a part of the same job, apart from the input; see
-    `flashvl.batch.outputs`."""
+    """Output folder or URI, outside the input: a new one, or one to resume."""
     model: str = "tiny"
-    """Shipped model's name, or a Flash-VL folder."""
+    """Shipped model's name (tiny), or folder of a Flash-VL or published FlashVL model."""
     dtype: Dtype = "auto"
-    """float32: a caption is the same whoever shares its batch, on any machine."""
+    """Number format of the model; auto: the machine's fastest. With float32, slower, a caption
+    depends neither on the images in the same batch nor on the machine."""
     prompt: str = DEFAULT_PROMPT
-    """Asked about every image, unless there is a `prompt_column`."""
+    """Question or instruction for every image."""
     prompt_column: str | None = None
-    """Holds a prompt for each row."""
+    """Column with a prompt for each row, in place of `prompt`; in tars, txt or json.FIELD."""
     image_column: str | None = None
-    """Holds bytes, `struct<bytes, path>`, paths, or lists of these, whose images are all in one
-    prompt; by default `image`, or the only one of bytes."""
+    """Column of bytes, struct<bytes, path>, paths, URLs, (JSON) base64, or lists of these, all in
+    one prompt; by default image, or the only column of bytes. In tars, a file name's ending such
+    as jpg; by default every image."""
     id_column: str | None = None
-    """By default `id`; without such a column, ids are made of file, row group and row."""
+    """Column with an id for each row; by default id. Without such a column, ids are made of file,
+    row group and row; in tars, they are the samples' keys."""
     follow_paths: bool = True
-    """Read the image files that a table's rows name, wherever they are; else such rows are dead
-    letters."""
+    """Read the image files that a table's rows name, wherever they are; otherwise such rows become
+    dead letters."""
     media_hosts: tuple[str, ...] = ()
-    """Hosts, with their port unless it is 443, from which rows' image URLs are fetched by https;
-    rows with other URLs are dead letters."""
+    """Hosts (name, or name:port if not 443) from which image URLs in rows are fetched by https;
+    rows with other URLs become dead letters."""
     keep: tuple[str, ...] = ()
-    """Columns that go through to the output as they are."""
+    """Columns to copy from the input to the output."""
     json_schema: str | None = None
-    """A JSON schema, as text, that every caption is valid under, unless it ends by `length`."""
+    """JSON schema, as text, under which every caption is valid unless it is cut at
+    `max_new_tokens`."""
     max_new_tokens: PositiveInt = 64
-    """Longer captions end here, with finish reason `length`."""
+    """Tokens of a caption at most; one that is cut there has the finish reason length."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
-    """0: greedy."""
+    """Sampling temperature; 0 takes the likeliest token each time."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Probability mass of the likeliest tokens, among which sampling chooses; 1: all tokens."""
     seed: NonNegativeInt = 0
-    """Of the sampling; with the row's place, so that no row's caption depends on the others."""
+    """Random seed for sampling; a row's number is added, so that no caption depends on other
+    rows."""
     max_num_seqs: PositiveInt = 64
-    """Images that an engine captions at once."""
+    """Images that an engine captions at the same time."""
     replicas: Replicas = "1"
-    """Engines: their number, or the least and the most, between which the pool follows the work."""
+    """Engines: their number, or MIN:MAX, between which their number follows the work."""
     gpus_per_replica: Annotated[float, Field(gt=0)] = 1.0
-    """Of an engine, where the cluster has GPUs; a part of one lets engines share it."""
+    """GPUs of each engine, where the cluster has any; with 0.5, two engines share a GPU."""
     via_serve: str | None = None
-    """Serve application whose engines are to caption, behind its online requests; `replicas` then
-    are actors without an engine, each of which has so many rows under way as fill one."""
+    """Serve application (flashvl) whose engines caption, when they have no online requests to
+    answer; `replicas` is then for how many engines' slots images are sent."""
     limits: ImageLimits = ImageLimits()
-    """Images outside these become dead letters."""
+    """Sizes of images that are captioned; others become dead letters."""
     limit: PositiveInt | None = None
-    """Caption the first so many rows only, for a trial; without it, the job goes on behind them."""
+    """Rows to caption, the first ones, as a trial; without this option, the same job captions the
+    rest."""
     max_error_rate: Annotated[float, Field(ge=0, le=1)] = 0.01
-    """The job stops when more than this share of its rows, or all of them, are dead letters."""
+    """Share of dead letters above which the job stops; it also stops when all rows are dead
+    letters, unless this is 1."""
     restart: bool = False
-    """Throw away what the output holds of an earlier job; else that is gone on with."""
-
+    """Throw away what the output holds of an earlier job; otherwise the job resumes."""
     append: bool = False
-    """Caption what files hold that came to the input since; those that were there must be as they
-    were, and their rows keep their places."""
+    """Also caption the files that were added to the input since; the others must be unchanged."""
 
     @field_validator("prompt")
     @classmethod
     def _has_no_marker(cls, prompt: str) -> str:
+        from flashvl.data.schema import IMAGE_MARKER  # with pyarrow, too heavy for a command line
+
         if IMAGE_MARKER in prompt:
             raise ValueError(f"must not hold {IMAGE_MARKER}, which is put before it; leave it out")
         return prompt

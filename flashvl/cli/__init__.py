@@ -7,23 +7,17 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from flashvl import __version__
+from flashvl.batch.config import CaptionJob
 from flashvl.cli.bench import bench_app
-from flashvl.cli.options import (
-    DtypeOption,
-    GpusPerReplicaOption,
-    JsonOption,
-    ModelOption,
-    ReplicasOption,
-    write_json,
-)
-from flashvl.config import DEFAULT_PROMPT
+from flashvl.cli.options import JsonOption, ModelOption, build, options_from, write_json
 from flashvl.entrypoint import report_errors, show_progress, start_ray
 from flashvl.progress import ShowProgress
+from flashvl.serve.config import ServiceConfig
 
 if TYPE_CHECKING:
     from flashvl.batch.progress import OnProgress
@@ -57,83 +51,33 @@ def flashvl(
 
 
 @app.command()
+@options_from(
+    CaptionJob,
+    arguments=("input",),
+    metavars={
+        "input": "INPUT",
+        "output": "FOLDER",
+        "model": "NAME|FOLDER",
+        "prompt": "TEXT",
+        "prompt_column": "COLUMN",
+        "image_column": "COLUMN",
+        "id_column": "COLUMN",
+        "media_hosts": "HOST",
+        "keep": "COLUMN",
+        "replicas": "N|MIN:MAX",
+        "via_serve": "APP",
+    },
+)
 def caption(
-    input: Annotated[
-        str,
-        typer.Argument(
-            help="Parquet, tars (WebDataset), JSON Lines or images: a file, folder, glob or"
-            " {000..099} pattern; a path or URI (s3://, gs://, abfs://, hdfs://, hf://datasets/)."
-        ),
-    ],
-    output: Annotated[str, typer.Option(help="Folder or URI, new or a job's to go on with.")],
-    model: ModelOption = "tiny",
-    dtype: DtypeOption = "auto",
-    prompt: Annotated[str, typer.Option(help="Asked about every image.")] = DEFAULT_PROMPT,
-    prompt_column: Annotated[
-        str | None,
-        typer.Option(
-            metavar="COLUMN", help="Holds a prompt for each row; of tars, as txt or json.FIELD."
-        ),
-    ] = None,
-    image_column: Annotated[
-        str | None,
-        typer.Option(
-            metavar="COLUMN",
-            help="Bytes, struct<bytes, path>, paths, URLs, or (JSON) base64; by default image."
-            " Of tars, an ending as jpg; by default every image.",
-        ),
-    ] = None,
-    id_column: Annotated[
-        str | None,
-        typer.Option(
-            metavar="COLUMN",
-            help="By default id; without it ids are made of file, row group and row, and of tars"
-            " they are the samples' keys.",
-        ),
-    ] = None,
-    follow_paths: Annotated[
-        bool, typer.Option(help="Read image files that a table's rows name, wherever they are.")
-    ] = True,
-    media_host: Annotated[
-        list[str] | None,
-        typer.Option(metavar="HOST", help="Fetch image URLs from it by https; may be repeated."),
-    ] = None,
-    keep: Annotated[
-        list[str] | None,
-        typer.Option(metavar="COLUMN", help="Copy it to the output; may be given again."),
-    ] = None,
     json_schema: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Every caption is JSON, valid under this schema."),
+        typer.Option(metavar="FILE", help="JSON schema that every caption must be valid under."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens of a caption at most.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0: the likeliest token each time.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Sample among the likeliest of this mass.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
-    replicas: ReplicasOption = "1",
-    gpus_per_replica: GpusPerReplicaOption = 1.0,
-    max_num_seqs: Annotated[int, typer.Option(help="Images that an engine answers at once.")] = 64,
-    via_serve: Annotated[
-        str | None,
-        typer.Option(metavar="APP", help="Caption by a running service's engines (flashvl)."),
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(help="Caption the first so many rows, for a trial.")
-    ] = None,
-    max_error_rate: Annotated[
-        float, typer.Option(help="Stop when more rows than this share are dead letters.")
-    ] = 0.01,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Throw away what OUTPUT holds of an earlier job.")
-    ] = False,
-    append: Annotated[
-        bool,
-        typer.Option("--append", help="Caption the files that came to INPUT since, as well."),
-    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Read the schemas, print the plan, start nothing.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False,
+    **options: Any,
 ) -> None:
     """Caption the images of a table or of a folder, and be able to go on after any crash.
 
@@ -150,26 +94,16 @@ def caption(
     --replicas 1:8
     Example: flashvl caption 'shards/{000..099}.tar' --output captions/ --prompt-column txt
     """
-    if input.startswith("hf://"):
+    if options["input"].startswith("hf://"):
         _allow_downloads()
-    options = {
-        name: value
-        for name, value in locals().items()
-        if name not in ("dry_run", "as_json", "media_host")
-    }
     with report_errors():
-        from flashvl.batch.config import CaptionJob
         from flashvl.batch.job import check_caption_job, run_plan
-        from flashvl.config import validate
         from flashvl.model.parts.prepare import prepare_model
 
-        options |= {
-            "model": str(prepare_model(model)),
-            "keep": tuple(keep or ()),
-            "media_hosts": tuple(media_host or ()),
-            "json_schema": json_schema and _read(json_schema),
-        }
-        plan = check_caption_job(validate(CaptionJob, options, source="caption"))
+        options["model"] = str(prepare_model(options["model"]))
+        if json_schema is not None:
+            options["json_schema"] = _read(json_schema)
+        plan = check_caption_job(build(CaptionJob, options, command="caption"))
         if dry_run:
             print(json.dumps(plan.describe(), indent=2) if as_json else plan)
             return
@@ -239,38 +173,26 @@ def chat(
 
 
 @app.command()
+@options_from(
+    ServiceConfig,
+    metavars={
+        "model": "NAME|FOLDER",
+        "replicas": "N|MIN:MAX",
+        "media_hosts": "HOST",
+        "api_keys_file": "FILE",
+        "batch_roots": "FOLDER|URI",
+        "cors_origins": "ORIGIN",
+    },
+)
 def serve(
-    model: ModelOption = "tiny",
-    host: Annotated[str, typer.Option(help="0.0.0.0: whoever reaches this machine.")] = "127.0.0.1",
+    host: Annotated[
+        str,
+        typer.Option(metavar="ADDRESS", help="Address to listen on; 0.0.0.0: every address."),
+    ] = "127.0.0.1",
     port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Port to listen on by HTTP; 0: any free one.")
+        int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free port.")
     ] = 8000,
-    dtype: DtypeOption = "auto",
-    replicas: ReplicasOption = "1",
-    gpus_per_replica: GpusPerReplicaOption = 1.0,
-    max_num_seqs: Annotated[int, typer.Option(help="Requests an engine answers at once.")] = 64,
-    max_waiting: Annotated[
-        int, typer.Option(help="Requests that may wait; the next gets a 429.")
-    ] = 64,
-    graceful_shutdown_timeout_s: Annotated[
-        float, typer.Option(min=0, help="Seconds for answers under way to end, when it is stopped.")
-    ] = 60.0,
-    media_host: Annotated[
-        list[str] | None,
-        typer.Option(metavar="HOST", help="Fetch image URLs from it by https; may be repeated."),
-    ] = None,
-    batch_root: Annotated[
-        list[str] | None,
-        typer.Option(metavar="FOLDER|URI", help="Allow /v1/batches below it; may be repeated."),
-    ] = None,
-    api_keys_file: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="One key a line; or set FLASHVL_API_KEYS."),
-    ] = None,
-    cors_origin: Annotated[
-        list[str] | None,
-        typer.Option(metavar="ORIGIN", help="Web pages there may call; may be repeated."),
-    ] = None,
+    **options: Any,
 ) -> None:
     """Answer OpenAI clients over HTTP until Ctrl-C; open the address in a browser to try it.
 
@@ -283,23 +205,7 @@ def serve(
     from flashvl.serve.stopping import until_stopped
 
     with report_errors(), until_stopped() as signals:
-        from flashvl.config import validate
-        from flashvl.serve.config import ServiceConfig
-
-        options = {
-            "model": model,
-            "dtype": dtype,
-            "replicas": replicas,
-            "gpus_per_replica": gpus_per_replica,
-            "max_num_seqs": max_num_seqs,
-            "max_waiting": max_waiting,
-            "graceful_shutdown_timeout_s": graceful_shutdown_timeout_s,
-            "media_hosts": tuple(media_host or ()),
-            "batch_roots": tuple(batch_root or ()),
-            "api_keys_file": api_keys_file,
-            "cors_origins": tuple(cors_origin or ()),
-        }
-        config = validate(ServiceConfig, options, source="serve")
+        config = build(ServiceConfig, options, command="serve")
         from flashvl.serve.listening import reserved_port
 
         is_ray_ours = not os.environ.get("RAY_ADDRESS")
@@ -308,9 +214,11 @@ def serve(
             from flashvl.serve.admission import read_api_keys
             from flashvl.serve.run import serve_until_stopped
 
-            if host not in ("127.0.0.1", "localhost", "::1") and not read_api_keys(api_keys_file):
+            if host not in ("127.0.0.1", "localhost", "::1") and not read_api_keys(
+                config.api_keys_file
+            ):
                 print(f"Anyone who reaches {host}:{port} may use it: FLASHVL_API_KEYS is not set.")
-            config = config.model_copy(update={"model": str(prepare_model(model))})
+            config = config.model_copy(update={"model": str(prepare_model(config.model))})
             start_ray(include_dashboard=True)
             serve_until_stopped(config, host, port, signals, tell=print, is_ray_ours=is_ray_ours)
 

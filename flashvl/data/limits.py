@@ -14,13 +14,14 @@ class ImageLimits(StrictModel):
     """Bounds of an image's size, checked before its pixels are decoded."""
 
     max_image_bytes: PositiveInt = 32 * 2**20
-    """Largest encoded size, in bytes."""
+    """Size of an encoded image in bytes, at most."""
     max_image_pixels: Annotated[int, Field(gt=0, le=PILLOW_MAX_PIXELS)] = 50_000_000
-    """Largest width x height; a decode takes 3 or 4 bytes of memory a pixel for each copy."""
+    """Width x height of an image in pixels, at most; each decoded copy takes 3 or 4 bytes a pixel."""
     max_image_side: PositiveInt = 16_384
-    """Longest side, in pixels."""
+    """Longer side of an image in pixels, at most."""
     min_image_side: PositiveInt = 2
-    """Shortest side, in pixels; 2 refuses the 1x1 images by which web pages track readers."""
+    """Shorter side of an image in pixels, at least; 2 refuses the 1x1 images that web pages track
+    readers with."""
 
 
 DEFAULT_LIMITS = ImageLimits()
