@@ -3,9 +3,9 @@
 ray job submit --working-dir . -- python ray_jobs/train.py ray_jobs/configs/stage1.yaml
 """
 
-import typer
+import sys
 
-from flashvl.cli import train
+from flashvl.cli import app
 
 if __name__ == "__main__":
-    typer.run(train)
+    app(["train", *sys.argv[1:]], prog_name="flashvl")

@@ -26,9 +26,10 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # would eat square brackets and cut the options' names to fit a panel
     help="Train and run Flash-VL vision-language models on Ray.",
 )
-eval_app = typer.Typer(no_args_is_help=True, help="Measure how good a model is.")
+eval_app = typer.Typer(no_args_is_help=True, help="Measure the quality of a model.")
 app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")
 
@@ -44,7 +45,7 @@ def flashvl(
     version: Annotated[
         bool,
         typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print the version and end."
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
         ),
     ] = False,
 ) -> None: ...
@@ -71,27 +72,33 @@ def flashvl(
 def caption(
     json_schema: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="JSON schema that every caption must be valid under."),
+        typer.Option(
+            metavar="FILE",
+            help="File of a JSON schema under which every caption is valid unless it is cut at"
+            " --max-new-tokens.",
+        ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Read the schemas, print the plan, start nothing.")
+        bool, typer.Option("--dry-run", help="Check the job and print its plan, but start nothing.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     **options: Any,
 ) -> None:
-    """Caption the images of a table or of a folder, and be able to go on after any crash.
+    """Caption the images of a table or a folder.
 
-    The same command again goes on where a job was stopped or killed. After a trial with --limit,
-    the same command without it goes on with the rest. With --append it captions what new files
-    hold, where the old ones are unchanged.
+    The same command again resumes a job that was stopped or killed. After a trial with --max-rows,
+    the same command without it captions the rest. With --append, it captions the files that were
+    added to the input since.
 
-    Captions are in OUTPUT/captions, rows that could not be captioned in OUTPUT/dead_letters with
-    the reason, pictures and totals in OUTPUT/report.html, and the closing audit in
-    OUTPUT/_summary.json.
+    Captions are written to OUTPUT/captions, rows that could not be captioned to
+    OUTPUT/dead_letters with the reason, pictures and totals to OUTPUT/report.html, and the closing
+    audit to OUTPUT/_summary.json.
 
     Example: flashvl caption photos/ --output captions/
+
     Example: flashvl caption s3://bucket/table/ --output s3://bucket/captions/ --keep url
     --replicas 1:8
+
     Example: flashvl caption 'shards/{000..099}.tar' --output captions/ --prompt-column txt
     """
     if options["input"].startswith("hf://"):
@@ -128,7 +135,7 @@ def caption(
 def _read(file: Path) -> str:
     """
     Raises:
-        ConfigError: it cannot be read, or is no text.
+        ConfigError: the file cannot be read as text.
     """
     from flashvl.errors import ConfigError
 
@@ -141,13 +148,18 @@ def _read(file: Path) -> str:
 
 @app.command()
 def chat(
-    image: Annotated[Path, typer.Argument(help="Image file to talk about.")],
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="Image file to talk about.")],
     model: ModelOption = "tiny",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 256,
+    max_new_tokens: Annotated[
+        int, typer.Option(metavar="INTEGER", min=1, help="Tokens of an answer at most.")
+    ] = 256,
 ) -> None:
-    """Talk about a picture: a question a line, until the end of the input (Ctrl-D).
+    """Talk about an image, one question a line.
+
+    The conversation ends with the input (Ctrl-D).
 
     Example: flashvl chat scene.png
+
     Example: echo "How many shapes are there?" | flashvl chat scene.png
     """
     with report_errors():
@@ -190,16 +202,22 @@ def serve(
         typer.Option(metavar="ADDRESS", help="Address to listen on; 0.0.0.0: every address."),
     ] = "127.0.0.1",
     port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free port.")
+        int,
+        typer.Option(
+            metavar="INTEGER", min=0, max=65535, help="Port to listen on; 0: any free port."
+        ),
     ] = 8000,
     **options: Any,
 ) -> None:
-    """Answer OpenAI clients over HTTP until Ctrl-C; open the address in a browser to try it.
+    """Answer OpenAI clients over HTTP until Ctrl-C.
 
-    Ctrl-C or SIGTERM takes no more requests, lets those under way end, and then ends the service; a
-    second one ends it at once.
+    The printed address, opened in a browser, shows a page to try the model on.
+
+    After Ctrl-C or SIGTERM, the service refuses new requests, finishes those under way and ends; a
+    second Ctrl-C or SIGTERM ends it at once.
 
     Example: flashvl serve --model tiny
+
     Example: curl -F image=@photo.jpg http://127.0.0.1:8000/v1/captions
     """
     from flashvl.serve.stopping import until_stopped
@@ -225,12 +243,17 @@ def serve(
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="Recipe file, as in ray_jobs/configs/.")],
+    recipe: Annotated[
+        Path, typer.Argument(metavar="RECIPE", help="Recipe file, as in ray_jobs/configs/.")
+    ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Replace what it says.")
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Values that replace the recipe's."),
     ] = None,
 ) -> None:
-    """Train one stage from its recipe; the checkpoint folder starts the next stage.
+    """Train one stage from its recipe.
+
+    The next stage starts from the checkpoint folder that is written.
 
     Example: flashvl train ray_jobs/configs/stage1.yaml num_workers=8 data.parquet=/data/stage1
     """
@@ -249,10 +272,14 @@ def train(
 @eval_app.command()
 def scenes(
     model: ModelOption = "tiny",
-    items: Annotated[int, typer.Option(help="Held-out questions of each task.")] = 120,
+    items: Annotated[
+        int, typer.Option(metavar="INTEGER", help="Held-out questions of each task.")
+    ] = 120,
     json_file: JsonOption = None,
 ) -> None:
-    """Exact match on held-out scenes of the procedural world, by task.
+    """Score a model on held-out scenes of the procedural world.
+
+    The score of a task is the share of answers that match exactly.
 
     Example: flashvl eval scenes --model tiny --json scores.json
     """
@@ -287,9 +314,12 @@ def scenes(
 
 @app.command()
 def models(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """The presets and their parameter counts, each built in full on the meta device."""
+    """Print the presets and their parameter counts.
+
+    Each preset is built in full, on the meta device: no memory is needed for its weights.
+    """
     with report_errors():
         from flashvl.model.presets import PRESETS, count_parameters
 
@@ -307,13 +337,16 @@ def models(
 def import_(
     source: Annotated[
         str,
-        typer.Argument(metavar="REPO_OR_FOLDER", help="A published FlashVL/*, on the hub or here."),
+        typer.Argument(
+            metavar="REPO|FOLDER", help="Published FlashVL/* model on the hub, or its folder here."
+        ),
     ],
-    output: Annotated[Path, typer.Option(help="New folder for the model.")],
+    output: Annotated[Path, typer.Option(metavar="FOLDER", help="New folder for the model.")],
 ) -> None:
-    """Turn a published FlashVL checkpoint into a model folder for every --model.
+    """Turn a published FlashVL checkpoint into a folder for --model.
 
-    Without network, download it elsewhere (hf download REPO --local-dir DIR) and name the folder.
+    Without a network, download the checkpoint elsewhere (hf download REPO --local-dir DIR) and give
+    that folder.
 
     Example: flashvl import FlashVL/FlashVL-2B-Static --output static/
     """
@@ -329,18 +362,29 @@ def import_(
 @app.command()
 def assemble(
     vision: Annotated[
-        str, typer.Option(metavar="REPO_OR_FOLDER", help="A SigLIP, SigLIP2 or AIMv2.")
+        str,
+        typer.Option(
+            metavar="REPO|FOLDER", help="Vision tower of the kind SigLIP, SigLIP2 or AIMv2."
+        ),
     ],
     llm: Annotated[
-        str, typer.Option(metavar="REPO_OR_FOLDER", help="A Qwen2, Qwen2.5 or Llama 3.2.")
+        str,
+        typer.Option(
+            metavar="REPO|FOLDER", help="Language model of the kind Qwen2, Qwen2.5 or Llama 3.2."
+        ),
     ],
-    output: Annotated[Path, typer.Option(help="New folder for the model.")],
+    output: Annotated[Path, typer.Option(metavar="FOLDER", help="New folder for the model.")],
     tiling: Annotated[
-        Literal["static", "dynamic", "overlap", "iss"], typer.Option(help="How images are cut.")
+        Literal["static", "dynamic", "overlap", "iss"],
+        typer.Option(help="Rule by which images are cut."),
     ] = "static",
-    seed: Annotated[int, typer.Option(help="Of the adapter's random weights.")] = 0,
+    seed: Annotated[
+        int, typer.Option(metavar="INTEGER", help="Random seed for the adapter's weights.")
+    ] = 0,
 ) -> None:
-    """Join a vision tower and a language model by a fresh adapter: where stage 1 begins.
+    """Join a vision tower and a language model by a new adapter.
+
+    Stage 1 of training starts from the result.
 
     Example: flashvl assemble --vision google/siglip2-so400m-patch16-512
     --llm Qwen/Qwen2.5-1.5B-Instruct --output start/
@@ -357,14 +401,20 @@ def assemble(
 
 @app.command()
 def tiles(
-    image: Annotated[Path, typer.Argument(help="Image file.")],
-    output: Annotated[Path, typer.Option(help="PNG file for the picture.")],
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="Image file to cut.")],
+    output: Annotated[Path, typer.Option(metavar="FILE", help="PNG file for the drawing.")],
     tiling: Annotated[
-        str, typer.Option(help="static, dynamic, overlap or iss; or any other preset.")
+        str,
+        typer.Option(
+            metavar="PRESET",
+            help="Preset whose rule cuts it: static, dynamic, overlap, iss or another.",
+        ),
     ] = "iss",
     json_file: JsonOption = None,
 ) -> None:
-    """Draw how an image is cut: its tiles, the patches kept of each, and the tokens they cost.
+    """Draw how an image is cut into tiles.
+
+    The drawing shows each tile, the patches that are kept of it, and the visual tokens it costs.
 
     Example: flashvl tiles photo.jpg --tiling iss --output tiles.png
     """
@@ -383,9 +433,17 @@ def tiles(
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option(help="Folder for the table, captions and report.")],
+    output: Annotated[
+        Path,
+        typer.Option(metavar="FOLDER", help="Folder for the table, its captions and the report."),
+    ],
 ) -> None:
-    """Caption 200 pictures of every kind with the shipped model and write report.html."""
+    """Caption 200 pictures with the shipped model.
+
+    OUTPUT/report.html shows each picture beside its caption.
+
+    Example: flashvl demo --output demo/
+    """
     with report_errors():
         from rich.console import Console
 
@@ -405,7 +463,7 @@ def _shown_by(on_progress: ShowProgress) -> "OnProgress":
 
 
 def _allow_downloads() -> None:
-    """Before `report_errors`, which turns both off unless they are set."""
+    """Let the hub be asked, with progress bars; call this before `report_errors` forbids both."""
     os.environ.setdefault("HF_HUB_OFFLINE", "0")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0")
 

@@ -117,6 +117,7 @@ def peers(
     what vLLM's guide advises for CPUs; and then 16 requests at once, by the engine and by vLLM.
 
     Example: flashvl bench peers --plot peers.png
+
     Example: flashvl bench peers --only flashvl --vllm vllm/bin/python
     """
     with report_errors():
@@ -191,6 +192,7 @@ def throughput(
     """Several requests at once: the engine beside batches of plain `generate`.
 
     Example: flashvl bench throughput --width 1 --width 8 --width 64
+
     Example: flashvl bench throughput --preset static --random-weights --width 16 --requests 16
     --tokens 128 --rounds 1
     """
@@ -277,6 +279,7 @@ def serve(
     """The service beside its own engine, with 1 and 16 clients; and under several times its load.
 
     Example: flashvl bench serve
+
     Example: flashvl bench serve --preset static --random-weights --requests 1 --seconds 0
     """
     with report_errors():
