@@ -1,4 +1,4 @@
-"""What tests of several parts share: one local Ray, the marker of tests that start Ray, and models."""
+"""Fixtures of several parts: a local Ray, the marker of tests that start Ray, and models."""
 
 import functools
 import hashlib

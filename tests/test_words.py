@@ -1,4 +1,4 @@
-"""What is written for people can be read without its neighbours: docstrings, help, errors, pages."""
+"""Docstrings, comments and pages can be read without their neighbours."""
 
 import ast
 import re
@@ -24,7 +24,8 @@ FRAGMENT = re.compile(
 
 STUMBLES = re.compile(
     r"so many|so much as|will do\b|\bmends?\b|\bmended\b|go(es)? on with|gone on with|goes on where"
-    r"|\bbehind (it|them|those|that|the (rows|last|first|end))\b|\bbut for\b|\bis no (usable|such)\b",
+    r"|\bbehind (it|them|those|that|the (rows|last|first|end))\b"
+    r"|\bbut for\b|\bis no (usable|such)\b",
     re.IGNORECASE,
 )
 """Words at which readers stumbled, each of which has a plainer one."""

@@ -16,7 +16,7 @@ class ImageLimits(StrictModel):
     max_image_bytes: PositiveInt = 32 * 2**20
     """Size of an encoded image in bytes, at most."""
     max_image_pixels: Annotated[int, Field(gt=0, le=PILLOW_MAX_PIXELS)] = 50_000_000
-    """Width x height of an image in pixels, at most; each decoded copy takes 3 or 4 bytes a pixel."""
+    """Width x height of an image in pixels, at most; a decoded copy takes 3 or 4 bytes a pixel."""
     max_image_side: PositiveInt = 16_384
     """Longer side of an image in pixels, at most."""
     min_image_side: PositiveInt = 2

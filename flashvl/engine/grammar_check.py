@@ -35,7 +35,7 @@ JSON_STYLE: Any = {
     "whitespace_flexible": False,
     "whitespace_pattern": None,
 }
-"""White space as `json.dumps` writes it; if any were admitted, weak models would write only that."""
+"""White space as `json.dumps` writes it; weak models would write nothing else if any were valid."""
 
 
 class GrammarError(ValueError):

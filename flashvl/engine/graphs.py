@@ -69,8 +69,8 @@ class DecodingGraphs:
 
     @property
     def _idle_cell(self) -> int:
-        """Position that idle rows write to: the last, which no answer fills, as its last token is not
-        stored. So a row that is being prefilled may serve as an idle one."""
+        """Position that idle rows write to: the last, which no answer fills, as its last token is
+        not stored. So a row that is being prefilled may serve as an idle one."""
         return self.cache.row_length - 1
 
     def _record(self, num_rows: int, length: int) -> Recorded:

@@ -239,12 +239,12 @@ def test_the_picture_chosen_last_is_the_one_shown(page: Page, picture: bytes) ->
                 drop([earlier, "earlier.png"]);
                 drop([chosen, "chosen.png"]);
             }}""",
-            [base64.b64encode(each).decode() for each in (earlier, picture)],
+            [base64_of(each) for each in (earlier, picture)],
         )
         expect(page.locator("#cut")).to_contain_text("tokens")
         page.wait_for_timeout(500)
         shown = page.locator("#image").get_attribute("src") or ""
-        assert shown.endswith(base64.b64encode(picture).decode())
+        assert shown.endswith(base64_of(picture))
         expect(page.locator("#picture-error")).to_be_hidden()
         page.get_by_role("button", name="Remove the picture").click()
 
