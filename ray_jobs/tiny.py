@@ -1,14 +1,14 @@
-"""Make a shipped checkpoint anew, by the project's own recipes, on two CPU cores.
+"""Trains a shipped checkpoint again, by the project's own recipes, on two CPU cores.
 
     make tiny
     make tiny-iss
     python ray_jobs/tiny.py tiny-dynamic --runs runs/tiny-dynamic --output /tmp/tiny-dynamic
 
-tiny: random weights -> tower and LLM pre-training -> stages 1 to 4. The tiled ones begin with the
-tower and the LLM of the shipped tiny, as the paper's begin with published ones. Every stage starts
-from the checkpoint of the one before and is asked the held-out questions; then the weights are
-written in bf16 with a model card. Run again after an interruption, it goes on behind the last
-finished stage; remove RUNS to begin anew.
+tiny: random weights -> pre-training of the tower and of the LLM -> stages 1 to 4. The tiled models
+begin with the tower and the LLM of the shipped tiny, like the paper's with published ones. Each
+stage starts from the checkpoint of the one before, and its model is asked the held-out questions.
+At the end the weights are written in bf16, with a model card. A run that was interrupted resumes
+after the last finished stage; remove RUNS to begin anew.
 """
 
 import argparse
@@ -24,9 +24,9 @@ from flashvl.entrypoint import report_errors, show_progress, start_ray
 
 RECIPES = Path(__file__).parent / "configs"
 STAGES = ("tower", "llm", "stage1", "stage2", "stage3", "stage4")
-"""In their order; those that have a recipe in the model's folder are run."""
+"""All stages in their order; those with a recipe in the model's folder are run."""
 MAX_BYTES = 12_000_000
-"""Of the weights inside the package."""
+"""Size of a shipped model's weights at most, as the package holds them."""
 
 
 def main() -> None:
@@ -35,8 +35,8 @@ def main() -> None:
     )
     names = sorted(folder.name for folder in RECIPES.glob("tiny*"))
     parser.add_argument("preset", nargs="?", choices=names, default="tiny")
-    parser.add_argument("--runs", type=Path, help="for the stages (runs/PRESET)")
-    parser.add_argument("--output", type=Path, help="for the result (inside the package)")
+    parser.add_argument("--runs", type=Path, help="folder for the checkpoints (runs/PRESET)")
+    parser.add_argument("--output", type=Path, help="folder for the result (inside the package)")
     arguments = parser.parse_args()
     preset: str = arguments.preset
     with report_errors():
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def make_checkpoint(preset: str, runs: Path, output: Path) -> None:
-    """Train into `runs`, write the finished checkpoint and its card to `output`."""
+    """Train in the folder `runs`, and write the finished checkpoint and its card to `output`."""
     from flashvl.engine import Engine
     from flashvl.eval.scenes import average, evaluate_scenes
     from flashvl.train.create import create_random, create_variant
@@ -75,7 +75,7 @@ def make_checkpoint(preset: str, runs: Path, output: Path) -> None:
 
 
 def run_stage(recipe_file: Path, init_from: Path, output_dir: Path) -> dict[str, Any]:
-    """The stage's row of the card; from its record, if it was run before."""
+    """Run a stage and return its row of the card, or read the row if the stage was run before."""
     from flashvl.engine import Engine
     from flashvl.eval.scenes import average, evaluate_scenes
     from flashvl.train.launch import run
@@ -94,7 +94,7 @@ def run_stage(recipe_file: Path, init_from: Path, output_dir: Path) -> dict[str,
         "samples": result.num_steps * recipe.global_batch_size,
         "loss": round(result.loss, 4),
     }
-    if recipe.stage.startswith("stage"):  # what comes before them cannot answer
+    if recipe.stage.startswith("stage"):  # a pre-trained model cannot answer yet
         scores = evaluate_scenes(Engine.from_pretrained(output_dir))
         row |= {task: round(score.exact_match, 3) for task, score in scores.items()}
         row["average"] = round(average(scores), 3)
@@ -104,9 +104,9 @@ def run_stage(recipe_file: Path, init_from: Path, output_dir: Path) -> dict[str,
 
 
 def export(checkpoint: Path, output: Path) -> None:
-    """Copy a stage's checkpoint as the package ships it: bf16 weights, no code of its own.
+    """Copy a stage's checkpoint in the form that the package ships: bf16 weights without code.
 
-    The package is the code, and a copy of it beside the weights would grow stale.
+    A copy of the package's code beside the weights would become outdated.
     """
     import torch
 
@@ -133,7 +133,7 @@ def _without_auto_map(value: Any) -> Any:
 
 
 def write_card(preset: str, rows: list[dict[str, Any]], final: dict[Any, float]) -> str:
-    """The model card: what it is, how it was made, what it scores after each stage."""
+    """The model card: what the model is, how it was made, and its scores after each stage."""
     tasks = list(final)
     lines = [f"| stage | samples | seconds | loss | {' | '.join(tasks)} | average |"]
     lines.append("|---" * (len(tasks) + 5) + "|")
@@ -173,7 +173,7 @@ TEXTS = {
         " then the whole model",
     },
 }
-"""What the cards say of each model."""
+"""Sentences of the cards that differ between the models."""
 
 CARD = """\
 ---

@@ -89,7 +89,7 @@ def test_a_chat_about_nothing_is_refused() -> None:
 def test_an_import_of_another_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llava"}')
     line = refused("import", str(tmp_path), "--output", str(tmp_path / "out"))
-    assert "holds a 'llava' model, no published one" in line
+    assert "holds a 'llava' model, not a published one" in line
 
 
 def test_an_import_over_a_folder_is_refused(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_parts_that_are_nowhere_are_named(tmp_path: Path) -> None:
 def test_parts_of_other_kinds_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llava"}')
     arguments = ["--vision", str(tmp_path), "--llm", str(tmp_path), "--output", "/no/out"]
-    assert "holds a 'llava' model, no tower" in refused("assemble", *arguments)
+    assert "holds a 'llava' model, not a vision tower" in refused("assemble", *arguments)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Which tokens an answer's required form admits next, by llguidance."""
+"""Compiles the forms that answers must have, and tells which tokens they admit; by llguidance."""
 
 import functools
 import json

@@ -1,4 +1,4 @@
-"""What goes into the engine and what comes out."""
+"""Requests that the engine takes, and the answers that it gives."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -10,28 +10,29 @@ from flashvl.data.features import Message, Tiles
 from flashvl.errors import DataError
 
 FinishReason = Literal["stop", "length"]
-"""The model ended its answer (or said a stop string), or `max_new_tokens` did."""
+"""What ended an answer: the model or a stop string (`stop`), or `max_new_tokens` (`length`)."""
 
 
 MAX_LOGIT_BIAS = 100.0
+"""Bound of `logit_bias` in OpenAI's API."""
 MAX_PENALTY = 2.0
-"""OpenAI's bounds."""
+"""Bound of the presence and frequency penalties in OpenAI's API."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StructuredOutputs:
-    """What an answer must look like, in exactly one way; the names are vLLM's."""
+    """The form that an answer must have; exactly one field is set. The names are vLLM's."""
 
     json: str | None = None
-    """A JSON schema, as text. The answer is written as `json.dumps` would write it."""
+    """JSON schema, as text. The answer is JSON that satisfies it, written as by `json.dumps`."""
     json_object: bool = False
-    """Any JSON object, written likewise."""
+    """Whether the answer is a JSON object of any content, written as by `json.dumps`."""
     regex: str | None = None
-    """The whole answer matches it; syntax of Rust's `regex`, without lookaround."""
+    """Pattern of the whole answer, in the syntax of Rust's `regex`, without lookaround."""
     choice: Sequence[str] | None = None
-    """The answer is one of these."""
+    """Texts of which the answer is one."""
     grammar: str | None = None
-    """A context-free grammar, in Lark's syntax or in GBNF."""
+    """Context-free grammar of the answer, in Lark's syntax or in GBNF."""
 
     def __post_init__(self) -> None:
         names = [each.name for each in fields(self)]
@@ -50,52 +51,54 @@ class Request:
     """One conversation to continue; the sampling parameters have vLLM's names and meanings."""
 
     messages: Sequence[Message] = ()
-    """`role` and `content`; an `<image>` in a content stands for the next image."""
+    """The conversation: `role` and `content` each. An `<image>` in a content marks an image."""
     prompt: str | Sequence[int] | None = None
-    """Text or token ids to continue as they are, without a chat template, in place of `messages`.
-    Control tokens in the text are control tokens. The token ids of `features.encode_prompt` hold
-    the places of `images`; other prompts have no images."""
+    """Text or token ids to continue without a chat template, instead of `messages`. Control tokens
+    in the text count as control tokens. Token ids from `features.encode_prompt` hold the places of
+    `images`; other prompts have no images."""
     images: Sequence[Image.Image] | Tiles = field(default=())
-    """RGB images, or the tiles that `features.make_tiles` made of them."""
+    """RGB images in the order of the `<image>`s, or their tiles from `features.make_tiles`."""
     max_new_tokens: int = 128
+    """Tokens of the answer at most."""
     min_new_tokens: int = 0
-    """The answer does not end before."""
+    """Tokens before which the answer does not end."""
     temperature: float = 0.0
-    """0: greedy, the likeliest token each time. Else the logits are divided by it."""
+    """Divisor of the logits before sampling; 0 chooses the likeliest token each time."""
     top_k: int = 0
-    """Only the likeliest so many tokens may be sampled; 0: all."""
+    """Number of the likeliest tokens that may be sampled; 0: all."""
     top_p: float = 1.0
-    """Only the likeliest tokens that together have this probability may be sampled."""
+    """Probability that the likeliest tokens which may be sampled have together."""
     repetition_penalty: float = 1.0
-    """Logits of tokens that stood before are divided by it, or multiplied if negative."""
+    """Divisor of positive logits, and factor of negative ones, for tokens of prompt and answer."""
     min_p: float = 0.0
-    """Only tokens at least so many times as likely as the likeliest may be sampled."""
+    """Least probability of a token that may be sampled, as a share of the likeliest token's."""
     presence_penalty: float = 0.0
-    """Taken from the logits of tokens that the answer holds already."""
+    """Amount subtracted from the logits of tokens that the answer already holds."""
     frequency_penalty: float = 0.0
-    """Taken from the logits of tokens once for every time that the answer holds them already."""
+    """Amount subtracted from a token's logit for each time that the answer already holds it."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-    """Added to the logits of these tokens."""
+    """Amounts added to the logits of these tokens."""
     seed: int = 0
-    """Of this request's own random numbers: the same answer whoever shares its batch."""
+    """Random seed for sampling; other requests in the batch do not change the answer."""
     stop: Sequence[str] = ()
-    """The answer ends before the one of these that is complete first; of several that are complete
-    with the same character, the longest."""
+    """Texts that end the answer, which does not include them. The first to be complete counts; of
+    several completed by the same character, the longest."""
     stop_token_ids: Sequence[int] = ()
-    """The answer ends before any of these tokens, whatever `ignore_eos` says."""
+    """Tokens that end the answer, which does not include them, even with `ignore_eos`."""
     ignore_eos: bool = False
-    """Go on behind the end token, up to `max_new_tokens`."""
+    """Whether the answer continues after the end token, up to `max_new_tokens`."""
     structured_outputs: StructuredOutputs | None = None
-    """The answer ends where nothing can follow, whatever `min_new_tokens` and `ignore_eos` say; one
-    that `max_new_tokens` or `stop` ends before may be incomplete."""
+    """Form of the answer, which ends when its form is complete, even before `min_new_tokens` and
+    with `ignore_eos`. `max_new_tokens` or `stop` may end it earlier, and so incomplete."""
     logprobs: int | None = None
-    """Of every new token report its log-probability, and those of so many likeliest ones."""
+    """Number of likeliest tokens whose log-probabilities are reported at each place of the answer,
+    besides the chosen token's; None reports nothing."""
 
     def __post_init__(self) -> None:
         for name, holds, rule in (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
             ("min_new_tokens", self.min_new_tokens >= 0, "at least 0"),
-            # Below it the logits' quotients overflow.
+            # Below 0.001 the divided logits overflow.
             (
                 "temperature",
                 self.temperature == 0 or 1e-3 <= self.temperature <= 1e3,
@@ -127,6 +130,7 @@ class Request:
 
     @property
     def num_images(self) -> int:
+        """Number of `images`."""
         return len(self.images.counts if isinstance(self.images, Tiles) else self.images)
 
 
@@ -134,47 +138,52 @@ class Request:
 class TokenLogprobs:
     """Log-probabilities at one place of an answer, by the model's own distribution.
 
-    That is before anything which a request asks for; an image's placeholder has no part in it.
+    Temperature, penalties, biases and grammars do not change them. The image's placeholder has no
+    part in the distribution.
     """
 
     token_id: int
-    """That was chosen."""
+    """The chosen token."""
     logprob: float
-    """Of it."""
+    """Its log-probability."""
     top: dict[int, float]
-    """Of the likeliest tokens, the likeliest first."""
+    """Log-probabilities of the likeliest tokens, the likeliest first."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Timing:
-    """Of one answer, in seconds since the engine was given the request."""
+    """Times of one answer, in seconds since the engine was given the request."""
 
     queue_s: float
-    """Until its turn came."""
+    """When the request's prefill began."""
     first_token_s: float
+    """When the first token was chosen."""
     last_token_s: float
+    """When the answer was complete."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Completion:
-    """The answer to one request; `token_ids` without the end token."""
+    """The answer to one request."""
 
     text: str
     token_ids: list[int]
+    """Tokens of the answer, without the end token, unless `ignore_eos` was set."""
     prompt_tokens: int
+    """Number of tokens of the prompt, image tokens included."""
     finish_reason: FinishReason
     logprobs: list[TokenLogprobs] | None = None
-    """One for each of `token_ids`, if the request asked for them."""
+    """Log-probabilities for each of `token_ids`, if the request asked for them."""
     timing: Timing = field(compare=False)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Delta:
-    """What one token added to an answer."""
+    """What one token has added to an answer."""
 
     text: str
-    """Empty while the token is a part of a character, or may be one of a stop string."""
+    """New text; empty while the token is part of a character, or may be part of a stop string."""
     logprobs: TokenLogprobs | None = None
-    """Of that token, if the request asked for them; the end token has none."""
+    """The token's log-probabilities, if the request asked for them; the end token has none."""
     completion: Completion | None = None
-    """The whole answer, with its last delta."""
+    """The whole answer, in its last delta."""

@@ -18,14 +18,14 @@ from flashvl.engine.packed import can_pack, pack_linear_layers
 from flashvl.model import FlashVLForConditionalGeneration, FlashVLProcessor
 
 MAX_TILES = 16
-"""Tiles that the tower takes at once: enough to fill a GPU, and little memory."""
+"""Tiles that the tower encodes at once: they fill a GPU and take little memory."""
 
 
 class Runner:
-    """Every method runs without gradients; hidden sizes and vocabulary are the LLM's.
+    """Runs the model without gradients; `hidden` and `vocabulary` below are the LLM's sizes.
 
-    The model is the runner's from then on: its attention is replaced, and on a CPU in bf16 its
-    linear layers too, so that it can still `generate`, but not be trained or saved.
+    It changes the model: it replaces the attention, and on a CPU in bf16 the linear layers too.
+    The model can still `generate` afterwards, but it cannot be trained or saved.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Runner:
 
     @torch.inference_mode()
     def encode_tiles(self, tiles: npt.NDArray[np.uint8]) -> torch.Tensor:
-        """(tiles, 3, height, width) -> (tiles * image_seq_length, hidden), for the LLM."""
+        """(tiles, 3, height, width) -> visual tokens, (tiles * image_seq_length, hidden)."""
         features = []
         for start in range(0, len(tiles), MAX_TILES):
             part = torch.from_numpy(tiles[start : start + MAX_TILES]).to(self.model.device)
@@ -51,7 +51,7 @@ class Runner:
 
     @torch.inference_mode()
     def embed(self, token_ids: Sequence[int], features: torch.Tensor | None) -> torch.Tensor:
-        """A prompt's (tokens, hidden), `features` in the places of its image tokens."""
+        """A prompt's embeddings, (tokens, hidden), with `features` at its image placeholders."""
         ids = torch.tensor(token_ids, device=self.model.device)
         embeddings = self.model.get_input_embeddings()(ids)
         if features is not None:
@@ -60,13 +60,13 @@ class Runner:
 
     @torch.inference_mode()
     def prefill(self, embeddings: torch.Tensor, first_row: int, start: int) -> torch.Tensor:
-        """Store tokens of some rows, from position `start` on.
+        """Store tokens in the rows from `first_row` on, at the positions from `start` on.
 
         Args:
             embeddings: (rows, tokens, hidden).
 
         Returns:
-            (rows, vocabulary): logits behind the last token.
+            (rows, vocabulary): logits of the token after the last one.
         """
         num_rows, num_tokens, _ = embeddings.shape
         positions = torch.arange(start, start + num_tokens, device=embeddings.device)
@@ -83,10 +83,10 @@ class Runner:
         """Store one more token in each of the first rows.
 
         Args:
-            lengths: tokens that each row holds already.
+            lengths: tokens that each row holds before.
 
         Returns:
-            (rows, vocabulary): logits behind it.
+            (rows, vocabulary): logits of the token after it.
         """
         if self.graphs is not None:
             return self.graphs(token_ids, lengths)
@@ -95,7 +95,7 @@ class Runner:
         return self._decode(ids, positions, max(lengths) + 1)
 
     def _decode(self, ids: torch.Tensor, positions: torch.Tensor, length: int) -> torch.Tensor:
-        """(rows,) tokens and (rows,) places for them -> (rows, vocabulary); see `graphs.Step`."""
+        """(rows,) tokens and (rows,) positions -> (rows, vocabulary) logits, as a `graphs.Step`."""
         mask = torch.arange(length, device=positions.device) <= positions[:, None]
         metadata = AttentionMetadata(
             cache=self.cache,
@@ -114,20 +114,20 @@ class Runner:
         outputs = self.language_model(
             inputs_embeds=embeddings,
             position_ids=position_ids,
-            # Of four dimensions, it is handed on as it is: no other mask is made.
+            # transformers passes a mask of four dimensions on, and makes none itself.
             attention_mask=torch.empty((1, 1, 1, 1), device=embeddings.device),
             use_cache=False,
             metadata=metadata,
         )
         logits = self.model.lm_head(outputs.last_hidden_state[:, -1])
-        # An image's placeholder stands for what only a user can show.
+        # The model must not write an image's placeholder: only a user can show an image.
         logits[:, self.processor.image_token_id] = -torch.inf
         return logits
 
 
 def share_cores(engines_per_node: int) -> None:
-    """Use this engine's part of the machine's cores.
+    """Let torch use this engine's share of the machine's cores.
 
-    Ray lets a worker use as many threads as it asked for CPUs, which is one.
+    Ray would limit a worker to as many threads as it reserved CPUs, which is one.
     """
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // engines_per_node))

@@ -9,14 +9,14 @@ from flashvl.engine.request import Request, TokenLogprobs
 
 
 class Sampler:
-    """The choices of one request: its parameters, its random numbers, what it said before."""
+    """Chooses the tokens of one request; holds its random numbers and counts its tokens."""
 
     def __init__(self, request: Request, prompt: Sequence[int], end_token_ids: Sequence[int]):
         self.request = request
         self.end_token_ids = list(end_token_ids)
         self.prompt = set(prompt) if request.repetition_penalty != 1 else set()
         self.said: Counter[int] = Counter()
-        """How often the answer holds each token."""
+        """Token -> how often the answer holds it."""
         self.generator = torch.Generator().manual_seed(request.seed)
         self.has_penalties = bool(
             request.repetition_penalty != 1 or request.presence_penalty or request.frequency_penalty
@@ -27,12 +27,16 @@ class Sampler:
             or request.logit_bias
             or request.min_new_tokens
         )
-        """The likeliest token is the next one, whatever came before."""
+        """Whether the next token is always the likeliest one, so that `choose` is not needed."""
 
     def choose(self, logits: torch.Tensor, num_new_tokens: int) -> int | None:
-        """The next token, given the (vocabulary,) logits, behind `num_new_tokens` of the answer.
+        """The next token of an answer of `num_new_tokens` tokens; the steps are in vLLM's order.
 
-        None where the answer must not end and nothing can follow. The order is vLLM's.
+        Args:
+            logits: (vocabulary,); -inf for tokens that are not admitted.
+
+        Returns:
+            The token's id; None if the answer must not end yet and no other token is admitted.
         """
         request = self.request
         logits = logits.float().cpu().clone()
@@ -54,7 +58,7 @@ class Sampler:
         return token
 
     def _penalize(self, logits: torch.Tensor) -> None:
-        """In place."""
+        """Apply the three penalties to `logits`, in place."""
         request = self.request
         if request.repetition_penalty != 1:
             seen = torch.tensor(sorted(self.prompt | self.said.keys()))
@@ -67,7 +71,7 @@ class Sampler:
             logits[list(self.said)] -= counts * request.frequency_penalty + request.presence_penalty
 
     def _truncate(self, logits: torch.Tensor) -> torch.Tensor:
-        """-inf for all tokens but those that `min_p`, `top_k` and then `top_p` admit."""
+        """The logits, -inf for tokens that `min_p`, then `top_k`, then `top_p` exclude."""
         request = self.request
         if request.min_p:
             probabilities = logits.softmax(-1)
@@ -79,15 +83,15 @@ class Sampler:
         if request.top_p < 1:
             ordered, order = logits.sort(descending=True)
             probabilities = ordered.softmax(-1)
-            # What stands before a token, not the token itself: the first is always admitted.
+            # Compares the mass before each token, so that the first token is always admitted.
             is_out = probabilities.cumsum(-1) - probabilities >= request.top_p
-            is_out[0] = False  # where top_p is 0 in fp32
+            is_out[0] = False  # even if top_p is 0 in fp32
             logits = logits.masked_fill(is_out.scatter(0, order, is_out), -torch.inf)
         return logits
 
 
 def token_logprobs(logits: torch.Tensor, token: int, count: int) -> TokenLogprobs:
-    """Log-probabilities of `token` and of the `count` likeliest, by the (vocabulary,) logits."""
+    """Log-probabilities of `token` and of the `count` likeliest, from the (vocabulary,) logits."""
     logprobs = logits.float().log_softmax(-1)
     values, tokens = logprobs.topk(min(count, len(logprobs)))
     pairs = zip(tokens.tolist(), values.tolist(), strict=True)

@@ -1,6 +1,6 @@
-"""Which sequences wait, which hold a row of the cache, and what is prefilled next.
+"""Decides which sequences wait, which hold a row of the cache, and which are prefilled next.
 
-It knows lengths and rows, no tensors.
+It knows lengths and rows, but no tensors.
 """
 
 import itertools
@@ -11,9 +11,9 @@ from flashvl.engine.sequence import Sequence
 
 
 class Scheduler:
-    """First come, first served; but those of the same prompt length are prefilled together.
+    """First come, first served, except that prompts of the same length are prefilled together.
 
-    Rows 0 to D-1 are the decoding sequences', the next P the prefilling ones'.
+    The decoding sequences have the first rows of the cache, the prefilling ones the next.
     """
 
     def __init__(self, cache: KVCache, max_prefill_tokens: int):
@@ -24,17 +24,18 @@ class Scheduler:
 
     @property
     def is_idle(self) -> bool:
+        """Whether there is no sequence at all."""
         return not (self.waiting or self.decoding or self.prefilling)
 
     def add(self, sequence: Sequence) -> None:
-        """Let a sequence wait for its turn."""
+        """Append a sequence to those that wait."""
         self.waiting.append(sequence)
 
     def admit(self) -> list[Sequence]:
-        """Give rows to the next group, if none is being prefilled; returns those that got one.
+        """Give rows to the next group, unless one is being prefilled; returns its sequences.
 
-        The first that waits, and others with prompts of its length that fit such a row: as many as
-        there are rows for, and of no more than `max_prefill_tokens` together.
+        The group is the first sequence that waits, and others whose prompts have the same length
+        and that fit the rows: as many as there are rows, and at most `max_prefill_tokens` together.
         """
         if self.prefilling or not self.waiting:
             return []
@@ -56,9 +57,10 @@ class Scheduler:
         return group
 
     def _free_rows(self, length: int) -> int:
-        """Rows for sequences of up to `length`; where they are too short or too few, cut anew.
+        """Number of free rows for sequences of up to `length` tokens.
 
-        So many sequences share the cache as have room in it at the length of the longest.
+        If the rows are too short, or none is free, the cache is cut anew, into as many rows of the
+        longest sequence's length as it has room for.
         """
         cache, in_use = self.cache, len(self.decoding)
         needed = max([length, *(sequence.max_length for sequence in self.decoding)])
@@ -69,12 +71,12 @@ class Scheduler:
         return cache.num_rows - in_use if cache.row_length >= needed else 0
 
     def start_decoding(self) -> None:
-        """The prefilling sequences are prefilled: they decode from now on, in their rows."""
+        """Move the prefilling sequences, which are prefilled now, to the decoding ones."""
         self.decoding += self.prefilling
         self.prefilling = []
 
     def remove(self, sequence: Sequence) -> None:
-        """Take a sequence out, wherever it is, and close the gap that its row leaves."""
+        """Remove a sequence, waiting or not, and move another into the row that it leaves."""
         if sequence in self.waiting:
             self.waiting.remove(sequence)
             return
@@ -84,7 +86,7 @@ class Scheduler:
             self._fill(row, len(self.decoding) - 1, self.decoding)
             row = len(self.decoding) - 1
             self.decoding.pop()
-            if self.prefilling:  # theirs begin one row further up now
+            if self.prefilling:  # their rows begin one row earlier now
                 last = self.prefilling.pop()
                 self.cache.move(row + 1 + len(self.prefilling), row, last.num_cached)
                 self.prefilling.insert(0, last)

@@ -1,4 +1,4 @@
-"""One request on its way through the engine."""
+"""One request while the engine answers it."""
 
 import codecs
 import time
@@ -16,7 +16,7 @@ from flashvl.engine.tokens import TokenTable
 
 @dataclass(eq=False, kw_only=True, slots=True)
 class Sequence:
-    """Its prompt, its answer so far, and how much of both the cache holds."""
+    """A request with its prompt, its answer so far, and the number of tokens in the cache."""
 
     id: int
     request: Request
@@ -26,13 +26,14 @@ class Sequence:
     text: "AnswerText"
     is_streamed: bool
     grammar: Grammar | None = None
-    """What may follow, by `structured_outputs`."""
+    """State of the request's `structured_outputs`; None if it has none."""
     embeddings: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    """Of the prompt, from its admission until it is in the cache."""
+    """Embeddings of the prompt, kept from its admission until it is in the cache."""
     token_ids: list[int] = field(default_factory=list)
-    """New ones, an end token among them where it is ignored."""
+    """Tokens of the answer, with any end tokens that `ignore_eos` passes over."""
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     num_cached: int = 0
+    """Tokens of the prompt and the answer that the cache holds."""
     finish_reason: FinishReason | None = None
     added_s: float = field(default_factory=time.perf_counter)
     admitted_s: float = 0.0
@@ -40,14 +41,16 @@ class Sequence:
 
     @property
     def is_prefilled(self) -> bool:
+        """Whether the cache holds the whole prompt."""
         return self.num_cached >= len(self.prompt)
 
     @property
     def max_length(self) -> int:
-        """Tokens that it can come to."""
+        """Tokens that the prompt and the answer can have together."""
         return len(self.prompt) + self.request.max_new_tokens
 
     def complete(self) -> Completion:
+        """The finished answer."""
         assert self.finish_reason is not None
         return Completion(
             text=self.text.text,
@@ -66,21 +69,22 @@ class Sequence:
 class AnswerText:
     """The text of an answer that grows token by token, cut before the stop string that ends it.
 
-    That is the one that is complete first; of several that are complete with the same character,
-    the longest. So neither where tokens begin nor who reads along decides.
+    The first stop string to be complete ends the answer; of several completed by the same
+    character, the longest. So neither token boundaries nor streaming affect the text.
     """
 
     def __init__(self, tokens: TokenTable, stop: Many[str]):
         self.tokens, self.stop = tokens, tuple(stop)
         self.text = ""
-        """So far; whole characters only, until `close`."""
+        """Text so far: whole characters only, until `close`."""
         self.is_stopped = False
+        """Whether a stop string has ended the answer."""
         self._num_taken = 0
-        """Characters of it that `take` has returned."""
+        """Characters of the text that `take` has returned."""
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, token: int) -> bool:
-        """Go on by a token; returns whether a stop string has ended the answer."""
+        """Append a token's text; returns whether a stop string has ended the answer."""
         num_before = len(self.text)
         self.text += self._decoder.decode(self.tokens.text_bytes(token))
         ends = []
@@ -95,13 +99,13 @@ class AnswerText:
         return self.is_stopped
 
     def close(self) -> None:
-        """No token follows; a character that is incomplete becomes U+FFFD."""
+        """End the text; an incomplete character becomes U+FFFD."""
         if not self.is_stopped:
             self.text += self._decoder.decode(b"", final=True)
-            self.stop = ()  # whatever could become one of them will not
+            self.stop = ()  # no stop string can be completed any more
 
     def take(self) -> str:
-        """What is new since the last call and cannot become part of a stop string any more."""
+        """Text since the last call, without an end that may still become part of a stop string."""
         end = len(self.text)
         if not self.is_stopped:
             end -= max((_overlap(self.text, stop) for stop in self.stop), default=0)
@@ -111,6 +115,6 @@ class AnswerText:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """The longest end of `text` with which `stop` begins."""
+    """Length of the longest end of `text` with which `stop` begins."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

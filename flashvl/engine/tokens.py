@@ -1,4 +1,4 @@
-"""What a single token is, apart from its neighbours."""
+"""Single tokens -> the bytes that they add to a text."""
 
 import functools
 
@@ -7,12 +7,12 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase, token_id: int) -> bytes:
-    """A token's own bytes: a character's, several characters', or a part of one's.
+    """The bytes of one token: one character, several, or a part of one.
 
-    A control token's are its name's; an id that the model has and the tokenizer does not has none.
+    A control token gives the bytes of its name; an id that the tokenizer does not know gives none.
 
     Args:
-        tokenizer: byte-level, as Qwen2's and Llama 3's are.
+        tokenizer: a byte-level one, like those of Qwen2 and Llama 3.
     """
     token: str | None = tokenizer.convert_ids_to_tokens(token_id)
     if token is None:
@@ -20,7 +20,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, token_id: int) -> bytes:
     table = _byte_of_character()
     if all(character in table for character in token):
         return bytes(table[character] for character in token)
-    return token.encode()  # added as it is
+    return token.encode()  # an added token, which is stored as its text
 
 
 @functools.cache
@@ -29,7 +29,7 @@ def _byte_of_character() -> dict[str, int]:
 
 
 class TokenTable:
-    """The tokens of one tokenizer."""
+    """The tokens of one tokenizer, and which of them are control tokens."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
@@ -37,7 +37,7 @@ class TokenTable:
         self.control_tokens = frozenset(number for number, token in added if token.special)
 
     def text_bytes(self, token_id: int) -> bytes:
-        """A token's part of an answer's text, in which a control token has none."""
+        """The bytes that a token adds to an answer's text; none for a control token."""
         if token_id in self.control_tokens:
             return b""
         return token_bytes(self.tokenizer, token_id)

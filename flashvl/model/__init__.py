@@ -1,4 +1,4 @@
-"""The Hugging Face model: importing this package registers Flash-VL with the Auto classes."""
+"""The Hugging Face model; importing this package registers Flash-VL with the Auto classes."""
 
 import transformers
 from transformers import (

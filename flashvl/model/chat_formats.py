@@ -1,10 +1,10 @@
-"""How each family of LLMs talks about images: its tokens and its chat template."""
+"""Chat templates and control tokens, by the family of the LLM."""
 
 from dataclasses import dataclass
 
 from flashvl.model.processing_flashvl import CHAT_TEMPLATE
 
-# As CHAT_TEMPLATE, with Llama 3's header tokens.
+# CHAT_TEMPLATE with Llama 3's header tokens.
 LLAMA_CHAT_TEMPLATE = (
     "{{- '<|begin_of_text|>' -}}"
     "{%- if messages[0]['role'] != 'system' -%}"
@@ -35,14 +35,16 @@ LLAMA_CHAT_TEMPLATE = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChatFormat:
-    """What a family of LLMs needs to talk about images; all tokens are the tokenizer's own."""
+    """Chat template and control tokens of a family of LLMs; its tokenizers have all of them."""
 
     image_token: str
+    """Placeholder that a visual token replaces."""
     end_token: str
-    """Ends every message."""
+    """Token at the end of every message."""
     pad_token: str
-    """For a tokenizer that names none."""
+    """Padding token of a tokenizer that names none."""
     template: str
+    """Chat template, in Jinja."""
 
 
 CHAT_FORMATS = {
@@ -59,4 +61,4 @@ CHAT_FORMATS = {
         template=LLAMA_CHAT_TEMPLATE,
     ),
 }
-"""By the LLM's `model_type`: Qwen2 and 2.5, Llama 3.1 and 3.2."""
+"""Chat formats by the LLM's `model_type`: Qwen2 and 2.5, Llama 3.1 and 3.2."""

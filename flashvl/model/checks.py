@@ -1,6 +1,6 @@
-"""A folder's settings before a model is built of them: what cannot be one is an error of one line.
+"""Checks a folder's settings before a model is built from them, with errors of one line.
 
-The libraries would say it in a traceback, at the first question, or after hours of building layers.
+The libraries would fail with a traceback, at the first question, or after hours of building layers.
 """
 
 import json
@@ -28,12 +28,12 @@ SIZES = (
     "projector_num_layers",
 )
 MAX_SIZES = {"num_hidden_layers": 1000, "projector_num_layers": 1000}
-"""Far above what any model has; each layer takes a millisecond to build. What else is too large
-does not fit the weights, and takes no time."""
+"""Bounds far above any model's; each layer takes a millisecond to build. Other sizes need no bound:
+if too large they do not fit the weights, which shows at once."""
 
 
 def check_sizes(folder: Path, values: Mapping[str, Any], prefix: str = "") -> None:
-    """Raise CheckpointError where a size in a config.json, or in a section of it, is impossible."""
+    """Raise CheckpointError if a size in a config.json, or in a section of it, is impossible."""
     for key in SIZES:
         size, most = values.get(key), MAX_SIZES.get(key)
         if size is None:
@@ -50,7 +50,7 @@ def check_sizes(folder: Path, values: Mapping[str, Any], prefix: str = "") -> No
 
 
 def check_shapes(folder: Path, config: FlashVLConfig) -> None:
-    """Raise CheckpointError where a model of `config` could be built, but not be used."""
+    """Raise CheckpointError if a model of `config` could be built, but not used."""
     vision, text = config.vision_config, config.text_config
     head_dim = getattr(text, "head_dim", None) or text.hidden_size / text.num_attention_heads
     side = config.tiling_rule.kept_patches
@@ -63,7 +63,7 @@ def check_shapes(folder: Path, config: FlashVLConfig) -> None:
         (
             head_dim % 2,
             f"the LLM's heads have {head_dim:g} channels (hidden_size {text.hidden_size},"
-            f" num_attention_heads {text.num_attention_heads}), no even number",
+            f" num_attention_heads {text.num_attention_heads}), which is not an even number",
         ),
         (
             text.num_attention_heads % text.num_key_value_heads,
@@ -86,7 +86,7 @@ def check_shapes(folder: Path, config: FlashVLConfig) -> None:
 
 @contextmanager
 def usable(what: str) -> Iterator[None]:
-    """Within it, whatever a broken file makes the libraries raise is a CheckpointError."""
+    """Turn whatever the libraries raise about `what`, a broken file, into a CheckpointError."""
     try:
         yield
     except (FlashVLError, MemoryError):
@@ -96,7 +96,7 @@ def usable(what: str) -> Iterator[None]:
 
 
 def shorten(value: Any) -> str:
-    """A value that somebody wrote, for a line of a message."""
+    """A value from a file, in ASCII and at most 80 characters, for an error's line."""
     text = ascii(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
@@ -105,12 +105,12 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        CheckpointError: no file, or none that holds an object.
+        CheckpointError: the file cannot be read, or does not hold an object.
     """
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is no readable JSON object; download the folder anew")
+        raise CheckpointError(f"{path} is not a readable JSON object; download the folder anew")
     return content

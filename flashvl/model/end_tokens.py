@@ -1,8 +1,8 @@
-"""Where an answer ends: one list of tokens that `generate` and the engine obey.
+"""The tokens at which an answer ends, in `generate` and in the engine.
 
-Of an LLM's own generation_config.json the end tokens and the pad token are kept. Its makers' advice
-on sampling (temperature, top_p, repetition_penalty, lengths) is for their chats, not for answers
-about images, and stays behind: an answer is the likeliest one unless its asker says otherwise.
+From an LLM's own generation_config.json the end tokens and the pad token are taken. Its defaults of
+sampling (temperature, top_p, repetition_penalty, lengths) are meant for chats, not for answers
+about images, and are dropped: an answer is the likeliest one unless the request says otherwise.
 """
 
 from collections.abc import Sequence
@@ -22,14 +22,14 @@ FILE = "generation_config.json"
 def build_generation_config(
     config: FlashVLConfig, tokenizer: PreTrainedTokenizerBase, llm: Path | None = None
 ) -> GenerationConfig:
-    """Answers end at the chat template's end token, or at any at which the LLM's own end.
+    """A generation config whose answers end at the chat template's end token, or at the LLM's own.
 
     Args:
-        tokenizer: a processor's; its end token is the chat template's.
-        llm: folder of the language model, whose generation_config.json goes before its config.json.
+        tokenizer: the processor's; its end token is the chat template's.
+        llm: folder of the language model; its generation_config.json overrides its config.json.
 
     Raises:
-        CheckpointError: that file is unreadable, or a token is none of the vocabulary's.
+        CheckpointError: that file is unreadable, or a token is outside the vocabulary.
     """
     stored: dict[str, Any] = {}
     if llm is not None and (llm / FILE).is_file():
@@ -50,17 +50,17 @@ def build_generation_config(
 
 
 def end_at(token: int, others: int | Sequence[int] | None) -> list[int]:
-    """`token` first, then the others, each once."""
+    """End tokens: `token` first, then the others, each once."""
     return list(dict.fromkeys([token, *_as_list(others)]))
 
 
 def find_end_token(folder: Path, llm_type: str) -> int | None:
-    """The id of the chat template's end token; None if the folder has no such tokenizer."""
+    """The id of the chat template's end token; None if the folder's tokenizer does not have it."""
     try:
         tokens = read_json(folder / "tokenizer.json")["added_tokens"]
         ids: dict[str, int] = {token["content"]: token["id"] for token in tokens}
         return ids.get(CHAT_FORMATS[llm_type].end_token)
-    except (CheckpointError, KeyError, TypeError):  # `load_processor` says what is wrong with it
+    except (CheckpointError, KeyError, TypeError):  # `load_processor` reports the error
         return None
 
 

@@ -1,7 +1,7 @@
 """Image processor of Flash-VL: image -> tiles -> `pixel_values`, without torchvision.
 
-Pixels stay uint8 until they are scaled: `cut_tiles` is all that a CPU has to do for each image, and
-the scaling can wait until the tiles are on the accelerator.
+Pixels stay uint8 until they are scaled. `cut_tiles` is all that the CPU has to do for an image; the
+scaling can follow when the tiles are on the accelerator.
 """
 
 import os
@@ -22,7 +22,7 @@ from .tiling import Size, Tiling
 
 
 class FlashVLImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
-    """What a call may set on top of the library's own."""
+    """Arguments of a call besides those of transformers."""
 
     patch_size: int
     tiling: dict[str, Any] | None
@@ -31,22 +31,21 @@ class FlashVLImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
 
 
 class FlashVLImageProcessor(PilBackend):
-    """Cut into tiles, scale to [0, 1], normalise; SigLIP2's settings unless others are given.
+    """Cuts images into tiles, scales them to [0, 1] and normalises; by default as SigLIP2 needs it.
 
-    A PIL image of any mode, and a file that is named by its path, become RGB by `to_rgb`, as the
-    engine does it: turned upright, transparency on white, grey of more than 8 bits scaled to 8. Of
-    others the library makes RGB before they come here. A URL, base64 text, and whatever
-    `pipeline(images=...)` is given as text it turns upright, but drops their transparency and clips
-    their 16 bits at 255. An array or a tensor has no orientation and no palette; its fourth channel
-    is laid on white.
+    PIL images of any mode, and files given by their paths, become RGB by `to_rgb`, as in the
+    engine: upright, transparency on white, grey of more than 8 bits scaled to 8. transformers
+    itself makes RGB of other inputs. It turns URLs, base64 texts and whatever text
+    `pipeline(images=...)` is given upright, but drops transparency and clips 16 bits at 255. Arrays
+    and tensors have no orientation and no palette; a fourth channel is laid on white.
 
     Returns `pixel_values`, (tiles of all images, 3, height, width); `image_grid_thw`, (images, 3),
-    whose rows are (tiles of the image, 1, 1), for whoever splits `pixel_values` by image; and
-    `num_patches`, (images,), InternVL's name for the same number, which TRL's GRPO asks for.
+    with the rows (tiles of the image, 1, 1), by which `pixel_values` can be split into images; and
+    `num_patches`, (images,), the same number under InternVL's name, which TRL's GRPO expects.
 
-    `crop_to_patches` False makes one tile of every image, whatever `tiling` says. `reducing_gap`,
-    Pillow's name for it, lets a JPEG be decoded at a fraction of its size if that is so many times
-    what its tiles need, or more; None: at its whole size.
+    With `crop_to_patches` False every image becomes one tile, whatever `tiling` says.
+    `reducing_gap` (Pillow's name) lets a JPEG be decoded at a fraction of its size, if each side
+    then still has this many times the pixels that its tiles need; None decodes its whole size.
     """
 
     valid_kwargs = FlashVLImagesKwargs
@@ -68,33 +67,33 @@ class FlashVLImageProcessor(PilBackend):
 
     @property
     def tiling_rule(self) -> Tiling:
-        """How images are cut; equals that of the model's configuration."""
+        """The rule by which images are cut; it equals that of the model's configuration."""
         return _rule(self.size, self.patch_size, self.tiling)
 
     def cut_tiles(self, image: Image.Image, size: Size | None = None) -> np.ndarray:
         """RGB image -> (tiles, 3, height, width) uint8, neither scaled nor normalised.
 
         Args:
-            size: of the image before it was decoded at a fraction of it, if it was; the tiles are
-                those of that size.
+            size: size of the whole image, if it was decoded at a fraction of it; the tiles are
+                those of the whole size.
         """
         return _cut(image, size or image.size, self.tiling_rule, self.resample)
 
     def least_size(self, size: Size) -> Size:
-        """What a JPEG of `size` may be decoded at: `reducing_gap` times what its tiles need."""
+        """Least size at which a JPEG of `size` may be decoded, by `reducing_gap`."""
         if self.reducing_gap is None:
             return size
         width, height = self.tiling_rule.needed_size(size)
         return round(width * self.reducing_gap), round(height * self.reducing_gap)
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """As the library's, but files come as they are: `process_image` makes them RGB."""
+        """Fetch images like the base class, but leave the RGB of files to `process_image`."""
         if isinstance(image_url_or_urls, str) and os.path.isfile(image_url_or_urls):
             return Image.open(image_url_or_urls)
         return super().fetch_images(image_url_or_urls)
 
     def process_image(self, image: Any, **kwargs) -> Image.Image:
-        """Whatever the library takes for an image -> RGB image, transparent parts white."""
+        """Any input that transformers takes for an image -> RGB image, transparent parts white."""
         if isinstance(image, Image.Image):
             return to_rgb(image)
         channels_first = super().process_image(image, **kwargs)
@@ -154,10 +153,10 @@ def _cut(image: Image.Image, size: Size, rule: Tiling, resample: int) -> np.ndar
 def _resize(
     image: Image.Image, source: tuple[float, float, float, float], size: Size, resample: int
 ) -> torch.Tensor:
-    """A part of an RGB image -> (3, height, width) uint8, as Pillow resizes it."""
+    """The part `source` of an RGB image, resized as by Pillow -> (3, height, width) uint8."""
     if resample == PILImageResampling.BILINEAR and source == (0, 0, *image.size):
-        # torch has Pillow's filter with vector instructions: half of the time, and hardly a pixel
-        # differs, by one grey level. Its bicubic one is off by two.
+        # torch has Pillow's filter with vector instructions: it takes half of the time, and a few
+        # pixels differ by one grey level. torch's bicubic filter differs by two levels.
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
         return F.interpolate(pixels, size[::-1], mode="bilinear", antialias=True)[0]
     resized = image.resize(size, PILImageResampling(resample), box=source)

@@ -1,4 +1,4 @@
-"""A model's name or folder -> the model and its processor."""
+"""Loads a model and its processor from a folder or by a shipped name."""
 
 import functools
 import hashlib
@@ -17,7 +17,7 @@ from flashvl.model.modeling_flashvl import FlashVLForConditionalGeneration
 from flashvl.model.processing_flashvl import FlashVLProcessor
 
 SHIPPED = Path(__file__).parent.parent / "checkpoints"
-"""Folders of the checkpoints inside the package, called by their names."""
+"""Folder of the checkpoints inside the package; their folder names are the shipped names."""
 
 
 def resolve_checkpoint(model: str | Path) -> Path:
@@ -26,7 +26,7 @@ def resolve_checkpoint(model: str | Path) -> Path:
     Published checkpoints are refused: `parts.prepare.prepare_model` converts them at entry points.
 
     Raises:
-        CheckpointError: there is no such folder, or it holds no Flash-VL model.
+        CheckpointError: the folder does not exist, or holds no Flash-VL model.
     """
     shipped = sorted(path.parent.name for path in SHIPPED.glob("*/config.json"))
     folder = SHIPPED / model if str(model) in shipped else Path(model)
@@ -65,10 +65,15 @@ def is_published(model_type: Any) -> bool:
 
 
 def load_processor(model: str | Path) -> FlashVLProcessor:
-    """The processor of a shipped model or of a folder, as `load_model` finds it."""
+    """The processor of a model, given as a shipped name or a folder.
+
+    Raises:
+        CheckpointError: as in `resolve_checkpoint`; or the processor is incomplete, broken, or
+            contradicts the model's config.json.
+    """
     folder = resolve_checkpoint(model)
     for name in ("processor_config.json", "tokenizer.json"):
-        if not (folder / name).is_file():  # without it the library makes an empty tokenizer
+        if not (folder / name).is_file():  # transformers would make an empty tokenizer
             raise CheckpointError(
                 f"{folder} has no {name}, so no usable processor; save the folder anew"
             )
@@ -95,10 +100,11 @@ def load_model(
 ) -> FlashVLForConditionalGeneration:
     """The model, in evaluation mode on the CPU; every weight comes from the folder.
 
-    Its `generation_config` has the chat template's end token first, whoever wrote the folder.
+    The chat template's end token is the first one of its `generation_config`, even if the folder
+    does not say so.
 
     Raises:
-        CheckpointError: see `resolve_checkpoint`; or a weight is missing, unknown or misshapen.
+        CheckpointError: as in `resolve_checkpoint`; or a weight is missing, unknown or misshapen.
     """
     folder = resolve_checkpoint(model)
     try:
@@ -122,9 +128,9 @@ def load_model(
 
 
 def inference_dtype() -> torch.dtype:
-    """bf16 where the hardware multiplies it (a GPU, a CPU with AMX or AVX512-BF16), else fp32.
+    """bf16 if the hardware multiplies it (a GPU, a CPU with AMX or AVX512-BF16), else fp32.
 
-    Emulated bf16 on a CPU without it is several times slower than fp32.
+    A CPU that must emulate bf16 is several times slower with it than with fp32.
     """
     if torch.cuda.is_available():
         return torch.bfloat16
@@ -133,12 +139,12 @@ def inference_dtype() -> torch.dtype:
 
 
 def model_id(model: str | Path) -> str:
-    """What clients call a model: its name, or its folder's."""
+    """The name by which clients ask for a model: its shipped name, or that of its folder."""
     return Path(model).name
 
 
 def hash_folder(folder: Path) -> str:
-    """Of the contents of the files in a model's folder, and of their names."""
+    """A hash of the names and contents of the files in a model's folder."""
     files = sorted(path for path in folder.iterdir() if path.is_file())
     return _hash_files(
         tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
@@ -147,7 +153,7 @@ def hash_folder(folder: Path) -> str:
 
 @functools.lru_cache(maxsize=4)
 def _hash_files(files: tuple[tuple[Path, int, int], ...]) -> str:
-    """Asked again before the job starts, and then known: the weights of a 2B model take seconds."""
+    """The hash, kept for the next call: hashing the weights of a 2B model takes seconds."""
     whole = hashlib.blake2b(digest_size=16)
     for path, _, _ in files:
         with path.open("rb") as file:

@@ -1,8 +1,9 @@
 """Flash-VL: vision tower -> pixel shuffle -> adapter -> language model (paper, section 3.1).
 
-Tower and LLM are transformers' own classes; only the adapter and the wiring are here. Module names
-are the library's (`model.vision_tower`, `model.multi_modal_projector`, `model.language_model`), so
-PEFT, TRL, `pipeline("image-text-to-text")` and vLLM's Transformers backend find what they expect.
+Tower and LLM are classes of transformers; only the adapter and the connections are defined here.
+Modules are called as in transformers (`model.vision_tower`, `model.multi_modal_projector`,
+`model.language_model`), so that PEFT, TRL, `pipeline("image-text-to-text")` and vLLM's Transformers
+backend work.
 
 Dimensions: N tiles of all images, S patches a side, C tower channels, L text length, D LLM width.
 """
@@ -40,11 +41,11 @@ def pixel_shuffle(
 
     Args:
         features_NSSC: patch grid, row-major: (tiles, rows, columns, channels).
-        order: of the tokens, `row_major` or `column_major`: InternVL's version 2 or 1.
+        order: order of the tokens, `row_major` or `column_major` (InternVL's version 2 or 1).
 
     Returns:
-        (tiles, rows * ratio * columns * ratio, channels / ratio^2); the channels of a token are its
-        block's patches in row-major order.
+        (tiles, rows * ratio * columns * ratio, channels / ratio^2); the channels of a token are
+        those of its block's patches in row-major order.
     """
     factor = round(1 / downsample_ratio)
     tiles, rows, columns, channels = features_NSSC.shape
@@ -59,8 +60,8 @@ def pixel_shuffle(
 class FlashVLMultiModalProjector(nn.Sequential):
     """The adapter, paper equations (2)-(5): LayerNorm, Linear, GELU, Linear, GELU, Linear.
 
-    4608 -> 7168 -> 7168 -> 1536 in the static preset: 95,445,504 parameters. With
-    `projector_num_layers` 2 it is the conventional one of the paper's Table 8.
+    In the static preset the widths are 4608 -> 7168 -> 7168 -> 1536, with 95,445,504 parameters.
+    With `projector_num_layers` 2 it is the conventional adapter of the paper's Table 8.
     """
 
     def __init__(self, config: FlashVLConfig):
@@ -76,16 +77,18 @@ class FlashVLMultiModalProjector(nn.Sequential):
 
 @dataclass
 class FlashVLModelOutputWithPast(BaseModelOutputWithPast):
-    """`image_hidden_states`: (tiles, tokens, D), the adapter's output; None without images."""
+    """Outputs of the model without its head."""
 
     image_hidden_states: torch.Tensor | None = None
+    """(tiles, tokens, D), the adapter's output; None without images."""
 
 
 @dataclass
 class FlashVLCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """`image_hidden_states`: (tiles, tokens, D), the adapter's output; None without images."""
+    """Outputs of the model with its head."""
 
     image_hidden_states: torch.Tensor | None = None
+    """(tiles, tokens, D), the adapter's output; None without images."""
 
 
 class FlashVLPreTrainedModel(PreTrainedModel):
@@ -101,13 +104,13 @@ class FlashVLPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args, **kwargs) -> None:
-        """As the library's; the umask says who may read it."""
+        """Save like the base class, with the file permissions that the umask says."""
         super().save_pretrained(save_directory, *args, **kwargs)
         share_mode(save_directory, "config.json")
 
 
 class FlashVLModel(FlashVLPreTrainedModel):
-    """Flash-VL without its language modelling head."""
+    """Flash-VL without its language modelling head; `AutoModel` loads it."""
 
     def __init__(self, config: FlashVLConfig):
         super().__init__(config)
@@ -126,12 +129,12 @@ class FlashVLModel(FlashVLPreTrainedModel):
 
         Args:
             pixel_values: (tiles of all images, 3, height, width), normalised.
-            image_grid_thw: (images, 3); a row's product is the number of its image's tiles.
+            image_grid_thw: (images, 3); the product of a row is the number of that image's tiles.
 
         Returns:
-            `pooler_output`: the projected visual tokens, (tiles, image_seq_length, D); given
-            `image_grid_thw`, a tuple of one (tokens, D) an image, whose lengths may differ;
-            `last_hidden_state`: (tiles, patches, C), the tower's own features.
+            `pooler_output`: the projected visual tokens, (tiles, image_seq_length, D), or with
+            `image_grid_thw` a tuple of a (tokens, D) for each image; `last_hidden_state`: (tiles,
+            patches, C), the tower's output.
         """
         kwargs.pop("return_dict", None)
         config = self.config
@@ -160,10 +163,10 @@ class FlashVLModel(FlashVLPreTrainedModel):
         inputs_embeds: torch.Tensor,
         image_features: torch.Tensor,
     ) -> torch.BoolTensor:
-        """(batch, L, 1): True where one of `image_features`, (tokens, D), goes.
+        """(batch, L, 1): True at the placeholders that `image_features`, (tokens, D), replace.
 
         Raises:
-            ValueError: the placeholders and the visual tokens differ in number.
+            ValueError: the numbers of placeholders and of visual tokens differ.
         """
         if input_ids is None:
             image_id = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
@@ -191,10 +194,11 @@ class FlashVLModel(FlashVLPreTrainedModel):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs,
     ) -> FlashVLModelOutputWithPast:
-        """Args as in every transformers image-text model.
+        """Hidden states of a batch; the arguments are those of transformers' image-text models.
 
-        `pixel_values`: (tiles of all images, 3, H, W), in the order of the placeholders; so
-        `image_grid_thw`, which says how many are each image's, is not needed here.
+        Args:
+            pixel_values: (tiles of all images, 3, H, W), in the order of the placeholders.
+            image_grid_thw: ignored, as the order of the tiles is enough.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -231,10 +235,10 @@ class FlashVLModel(FlashVLPreTrainedModel):
         )
 
     def _no_image(self) -> torch.Tensor:
-        """Zero, made by tower and adapter, for a training batch without images.
+        """Zero, computed by tower and adapter, for a training batch without images.
 
-        Every parameter then takes part in every step, with a gradient of zero. Without it the ranks
-        of ZeRO would disagree on what to reduce, and hang or mix up gradients.
+        Adding it gives their parameters a gradient of zero. Otherwise the ranks of ZeRO, some with
+        images and some without, would disagree on what to reduce, and hang or mix up gradients.
         """
         side = self.config.vision_config.image_size
         pixel_values = torch.zeros((1, 3, side, side), device=self.device)
@@ -242,29 +246,29 @@ class FlashVLModel(FlashVLPreTrainedModel):
 
 
 def _flatten_features(features: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
-    """What `get_image_features` returns for several images -> (tokens of all, D)."""
+    """The `pooler_output` of `get_image_features`, of either form -> (tokens of all images, D)."""
     if isinstance(features, torch.Tensor):
         return features.flatten(0, -2)
     return torch.cat([part.flatten(0, -2) for part in features])
 
 
 class ImageTokenSuppressor(SuppressTokensLogitsProcessor):
-    """Keeps the image's own placeholder from being chosen.
+    """Prevents `generate` from choosing the image's placeholder.
 
-    A type of its own, for a caller's processor replaces the library's of the same type.
+    It is a class of its own because a caller's processor replaces the library's of the same class.
     """
 
     supports_continuous_batching = True
 
 
 class FlashVLForConditionalGeneration(FlashVLPreTrainedModel, GenerationMixin):
-    """Flash-VL with its head: answers about images, `AutoModelForImageTextToText`."""
+    """Flash-VL with its language modelling head; `AutoModelForImageTextToText` loads it."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
 
     def __init__(self, config: FlashVLConfig):
         super().__init__(config)
-        # Saving adds this class; vLLM's Transformers backend asks for the base model too.
+        # Saving adds this class to the map; vLLM's Transformers backend needs the base model too.
         config.auto_map = {"AutoModel": "modeling_flashvl.FlashVLModel"}
         self.model = FlashVLModel(config)
         text_config = config.text_config
@@ -282,10 +286,10 @@ class FlashVLForConditionalGeneration(FlashVLPreTrainedModel, GenerationMixin):
         device: str | torch.device | None = None,
         **kwargs,
     ) -> LogitsProcessorList:
-        """As the library's, with `ImageTokenSuppressor`.
+        """The processors of the base class and `ImageTokenSuppressor`.
 
-        Here every way to generate passes; what `self.generation_config` suppresses, a caller's own
-        would forget.
+        Every way to generate calls this method. Suppressing the token in `self.generation_config`
+        would fail where a caller passes another one.
         """
         suppressor = ImageTokenSuppressor([self.config.image_token_id], device=device)
         return super()._get_logits_processor(
@@ -302,7 +306,7 @@ class FlashVLForConditionalGeneration(FlashVLPreTrainedModel, GenerationMixin):
         image_grid_thw: torch.LongTensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
-        """As `FlashVLModel.get_image_features`."""
+        """Encode images for the LLM, as `FlashVLModel.get_image_features` does."""
         return self.model.get_image_features(pixel_values, image_grid_thw, **kwargs)
 
     def forward(
@@ -319,10 +323,12 @@ class FlashVLForConditionalGeneration(FlashVLPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
     ) -> FlashVLCausalLMOutputWithPast:
-        """Args as in every transformers image-text model.
+        """Logits and loss of a batch; the arguments are those of transformers' image-text models.
 
-        `labels`: (batch, L), -100 where no loss is taken; the shift by one happens inside.
-        `logits_to_keep`: logits of the last so many positions only (0: all).
+        Args:
+            labels: (batch, L), -100 where no loss is taken; they are shifted by one here.
+            logits_to_keep: number of last positions whose logits are computed (0: all), or a tensor
+                of positions.
         """
         outputs = self.model(
             input_ids=input_ids,

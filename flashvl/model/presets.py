@@ -1,4 +1,4 @@
-"""Configurations by name: those of the paper, and `tiny`, which is shipped trained."""
+"""Model configurations by name: those of the paper, and the small ones that are shipped trained."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +19,7 @@ from flashvl.model.tiling import TilingMode
 
 
 def tiling_fields(mode: TilingMode, vision_config: PreTrainedConfig) -> dict[str, Any]:
-    """What `mode` sets of a `FlashVLConfig`: ISS, which drops patches, folds none together."""
+    """Fields of `FlashVLConfig` for a tiling `mode`; ISS drops patches, and shuffles no pixels."""
     return {
         "tiling": _tiling(mode, vision_config),
         "downsample_ratio": 1.0 if mode == "iss" else 0.5,
@@ -27,7 +27,7 @@ def tiling_fields(mode: TilingMode, vision_config: PreTrainedConfig) -> dict[str
 
 
 def _tiling(mode: TilingMode, vision_config: PreTrainedConfig) -> dict[str, Any] | None:
-    """`FlashVLConfig.tiling` for `mode`; the margin is the paper's 12.5% of a tile, in patches."""
+    """`FlashVLConfig.tiling` for `mode`; the margin is the paper's 12.5%, in whole patches."""
     if mode == "static":
         return None
     if mode == "dynamic":
@@ -37,7 +37,7 @@ def _tiling(mode: TilingMode, vision_config: PreTrainedConfig) -> dict[str, Any]
 
 
 def siglip2_so400m_512() -> SiglipVisionConfig:
-    """google/siglip2-so400m-patch16-512: the paper's default tower."""
+    """The configuration of google/siglip2-so400m-patch16-512, the paper's default tower."""
     return SiglipVisionConfig(
         hidden_size=1152,
         intermediate_size=4304,
@@ -50,7 +50,7 @@ def siglip2_so400m_512() -> SiglipVisionConfig:
 
 
 def siglip2_large_384() -> SiglipVisionConfig:
-    """google/siglip2-large-patch16-384 (paper, Table 3)."""
+    """The configuration of google/siglip2-large-patch16-384 (paper, Table 3)."""
     return SiglipVisionConfig(
         hidden_size=1024,
         intermediate_size=4096,
@@ -63,7 +63,7 @@ def siglip2_large_384() -> SiglipVisionConfig:
 
 
 def aimv2_huge_448() -> Aimv2VisionConfig:
-    """apple/aimv2-huge-patch14-448: the tower of the dynamic variants."""
+    """The configuration of apple/aimv2-huge-patch14-448, the tower of the dynamic variants."""
     return Aimv2VisionConfig(
         hidden_size=1536,
         intermediate_size=4096,
@@ -76,7 +76,7 @@ def aimv2_huge_448() -> Aimv2VisionConfig:
 
 
 def qwen2_1_5b() -> Qwen2Config:
-    """Qwen/Qwen2.5-1.5B-Instruct; Qwen2-1.5B-Instruct differs in its weights alone."""
+    """The configuration of Qwen/Qwen2.5-1.5B-Instruct, and of Qwen2-1.5B-Instruct."""
     return Qwen2Config(
         vocab_size=151936,
         hidden_size=1536,
@@ -93,7 +93,7 @@ def qwen2_1_5b() -> Qwen2Config:
 
 
 def llama3_2_1b() -> LlamaConfig:
-    """meta-llama/Llama-3.2-1B-Instruct (paper, Table 9)."""
+    """The configuration of meta-llama/Llama-3.2-1B-Instruct (paper, Table 9)."""
     return LlamaConfig(
         vocab_size=128256,
         hidden_size=2048,
@@ -135,7 +135,7 @@ def _flash_vl(
 def _tiny(
     mode: TilingMode = "static", overlap: dict[str, int] | None = None
 ) -> Callable[[], FlashVLConfig]:
-    """The architecture at 1/400 of its size, for the procedural world on a CPU."""
+    """A builder of the architecture at 1/400 of its size, for the procedural world on a CPU."""
 
     def tower() -> SiglipVisionConfig:
         return SiglipVisionConfig(
@@ -156,8 +156,8 @@ def _tiny(
             num_hidden_layers=4,
             num_attention_heads=6,
             num_key_value_heads=2,
-            # At the usual 0.02 the embeddings of words that share their places (colours) fall
-            # together while they still differ little, and the model never tells them apart.
+            # At the usual 0.02, the embeddings of words that occur in the same places (colours)
+            # become equal while they still differ little, and the model never tells them apart.
             initializer_range=0.07,
             max_position_embeddings=1024,
             tie_word_embeddings=True,
@@ -170,13 +170,13 @@ def _tiny(
     return _flash_vl(tower, llm, mode, image_token_id=3, projector_hidden_size=512, **options)
 
 
-# The tiles of a square picture join where the world's cells do: each is 24 pixels wide in them, two
-# patches, as the tower has learnt it. So they overlap by more than the paper's eighth.
+# The tiles of a square picture meet at the borders of the world's cells: a cell is 24 pixels (two
+# patches) wide in them, as the tower has learnt it. So tiles overlap by more than in the paper.
 _TINY_OVERLAP = {"margin": 24, "grid_size": 48}
 
 
 PRESETS: dict[str, Callable[[], FlashVLConfig]] = {
-    # The released models (Table 2).
+    # The published models (Table 2).
     "static": _flash_vl(siglip2_so400m_512),
     "dynamic": _flash_vl(aimv2_huge_448, mode="dynamic"),
     "iss": _flash_vl(aimv2_huge_448, mode="iss"),
@@ -194,7 +194,7 @@ PRESETS: dict[str, Callable[[], FlashVLConfig]] = {
     "static-llama": _flash_vl(siglip2_so400m_512, llama3_2_1b, image_token_id=128002),
     # Table 10: tilings of SigLIP2.
     "dynamic-siglip2": _flash_vl(siglip2_so400m_512, mode="dynamic"),
-    # The procedural world's.
+    # Models of the procedural world.
     "tiny": _tiny(),
     "tiny-dynamic": _tiny("dynamic"),
     "tiny-overlap": _tiny("overlap", _TINY_OVERLAP),
@@ -203,10 +203,10 @@ PRESETS: dict[str, Callable[[], FlashVLConfig]] = {
 
 
 def build_config(preset: str) -> FlashVLConfig:
-    """The configuration called `preset`.
+    """A new configuration of the preset called `preset`.
 
     Raises:
-        ConfigError: no preset has that name.
+        ConfigError: the preset does not exist.
     """
     if preset not in PRESETS:
         raise ConfigError(f"unknown preset {preset!r}; known presets: {', '.join(PRESETS)}")
@@ -214,10 +214,10 @@ def build_config(preset: str) -> FlashVLConfig:
 
 
 def count_parameters(preset: str) -> dict[str, int]:
-    """Parameters of each part of `preset`, built at full size on the meta device; no memory taken.
+    """Number of parameters of each part of `preset`, built at full size without taking memory.
 
-    The tower is without its pooling head, the LLM with its embedding, which is its head too where
-    the two are tied.
+    The tower is counted without its pooling head, the LLM with its embedding; a head that is tied
+    to the embedding is not counted again.
     """
     with torch.device("meta"):
         model = FlashVLModel(build_config(preset))

@@ -7,7 +7,7 @@ from transformers.processing_utils import MultiModalData
 
 from .saving import share_mode
 
-# As Qwen2.5 and the published checkpoints; a system message is put first where none is given.
+# The template of Qwen2.5 and the published checkpoints; it adds a system message if there is none.
 CHAT_TEMPLATE = (
     "{%- if messages[0]['role'] != 'system' -%}"
     "{{- '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' -}}"
@@ -35,15 +35,15 @@ CHAT_TEMPLATE = (
 
 
 class FlashVLProcessor(ProcessorMixin):
-    """One `<|image_pad|>` an image in the text becomes that image's run of placeholders.
+    """Replaces the one `<|image_pad|>` of each image in the text by that image's placeholders.
 
-    The run is `image_seq_length` placeholders for each of the image's tiles, without anything in
-    between, as vLLM needs it, unless `tile_wrappers` is set. The text is expanded by the base
-    class, which calls `replace_image_token` for every image, and so can report the replacement
-    offsets that vLLM's Transformers backend asks for.
+    An image has `image_seq_length` placeholders for each of its tiles, with nothing in between, as
+    vLLM requires, unless `tile_wrappers` is set. The base class expands the text: it calls
+    `replace_image_token` for each image, so that it can report the offsets of the replacements to
+    vLLM's Transformers backend.
 
-    Batches are padded on the left, where a prompt does not end, and `tokenizer` is set to it: what
-    it says itself goes before what a processor says, and `pipeline` asks nobody else.
+    Batches are padded on the left, so that every prompt ends where its answer begins. This is set
+    in `tokenizer`, because its own setting precedes a processor's, and `pipeline` reads only that.
     """
 
     text_kwargs = {"padding": False}
@@ -61,10 +61,10 @@ class FlashVLProcessor(ProcessorMixin):
         """
         Args:
             image_seq_length: placeholders for one tile.
-            image_token: a token of the tokenizer's; Qwen2.5's own by default.
-            tile_wrappers: two texts, before and after each tile's run, or None. The published
-                dynamic models' code names `[PLACEHOLDER_0]` and `[PLACEHOLDER_1]`, but it is not
-                known whether they are used.
+            image_token: the placeholder, a token of the tokenizer.
+            tile_wrappers: two texts, put before and after each tile's placeholders, or None. The
+                code of the published dynamic models names `[PLACEHOLDER_0]` and
+                `[PLACEHOLDER_1]`, but whether it uses them is not known.
         """
         super().__init__(
             image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE, **kwargs
@@ -74,24 +74,21 @@ class FlashVLProcessor(ProcessorMixin):
         self.tile_wrappers = tile_wrappers
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         tokenizer.padding_side = "left"
-        tokenizer.init_kwargs["padding_side"] = "left"  # what is saved of it
+        tokenizer.init_kwargs["padding_side"] = "left"  # the value that is saved
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs) -> list[str]:
-        """As the library's; the umask says who may read it."""
+        """Save like the base class, with the file permissions that the umask says."""
         saved = super().save_pretrained(save_directory, **kwargs)
         share_mode(save_directory, "processor_config.json")
         return saved
 
     @property
     def unused_input_names(self) -> list[str]:
-        """What the image processor returns and the model does not take."""
+        """Outputs of the image processor that the model does not take."""
         return ["num_patches"]
 
     def image_text(self, num_tiles: int) -> str:
-        """What stands in the text for an image of `num_tiles` tiles.
-
-        Everything that counts image tokens counts these.
-        """
+        """The text that stands for an image of `num_tiles` tiles; it defines the image's tokens."""
         run = self.image_token * self.image_seq_length
         if self.tile_wrappers:
             start, end = self.tile_wrappers
@@ -99,15 +96,15 @@ class FlashVLProcessor(ProcessorMixin):
         return run * num_tiles
 
     def num_image_tokens(self, size: tuple[int, int]) -> int:
-        """Visual tokens of an image of `size`, (width, height) in pixels."""
+        """Number of visual tokens of an image of `size`, (width, height) in pixels."""
         return self.image_processor.tiling_rule.num_tiles(size) * self.image_seq_length
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
-        """`image_text` of image `image_idx`."""
+        """The `image_text` of the image with index `image_idx`."""
         return self.image_text(int(image_inputs["num_patches"][image_idx]))
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
-        """Visual tokens and tiles of images of `image_sizes` [(height, width), ...]."""
+        """Numbers of visual tokens and tiles of images of `image_sizes`, [(height, width), ...]."""
         sizes = [(width, height) for height, width in image_sizes or []]
         rule = self.image_processor.tiling_rule
         return MultiModalData(

@@ -1,6 +1,6 @@
-"""A picture as Pillow holds it -> upright RGB of 8 bits, on white: what everyone shows the model.
+"""An image of Pillow in any mode -> the upright 8-bit RGB image on white that the model is shown.
 
-It does not know where a picture comes from, nor what size the model wants.
+It does not know where an image comes from, nor what size the model wants.
 """
 
 from typing import Any
@@ -18,29 +18,29 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What makes a picture of each EXIF orientation upright."""
+"""EXIF orientation -> the transposition that turns such an image upright."""
 
 _GREY_16_TO_8 = np.rint(np.arange(65536) / 257).astype(np.uint8)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A new RGB image without metadata; `image` stays as it is, but for being loaded.
+    """A new RGB image without metadata; `image` itself is loaded, but not changed.
 
-    EXIF orientation is applied, transparency lies on white, an animation gives the frame that it is
-    at, and 16-bit, 32-bit and float grey is scaled to 8 bits. Colour profiles are not applied.
+    EXIF orientation is applied, transparency is laid on white, an animation gives its current
+    frame, and 16-bit, 32-bit and float grey is scaled to 8 bits. Colour profiles are not applied.
     """
-    image.load()  # first, as a PNG may have its EXIF behind the pixels
+    image.load()  # first, since a PNG may have its EXIF after the pixels
     turn = _TURNS.get(orientation_of(image))
     rgb = _convert(image)
-    rgb.info.clear()  # else EXIF, XMP and profiles travel with every pickled copy
+    rgb.info.clear()  # EXIF, XMP and profiles would be pickled with every copy
     return rgb if turn is None else rgb.transpose(turn)
 
 
 def orientation_of(image: Image.Image) -> int:
-    """EXIF's orientation, 1 to 8; 1, upright, where none can be read."""
+    """The EXIF orientation, 1 to 8; 1 (upright) if none can be read."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # bytes that are no EXIF make Pillow raise nearly anything
+    except Exception:  # invalid EXIF makes Pillow raise nearly anything
         return 1
     return orientation if orientation in _TURNS else 1
 
@@ -48,13 +48,13 @@ def orientation_of(image: Image.Image) -> int:
 def _convert(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return _grey_to_8bit(image).convert("RGB")
-    if image.mode == "LAB":  # Image.convert cannot
+    if image.mode == "LAB":  # Image.convert cannot convert it
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
-        assert converted is not None  # it is None only when done in place
+        assert converted is not None  # it is None only after a conversion in place
         return converted
     if image.has_transparency_data:
-        # Image.convert has no way from La to RGBA.
+        # Image.convert cannot convert La to RGBA.
         rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         canvas = Image.new("RGB", image.size, "white")
         canvas.paste(rgba, mask=rgba)
@@ -63,7 +63,7 @@ def _convert(image: Image.Image) -> Image.Image:
 
 
 def _grey_to_8bit(image: Image.Image) -> Image.Image:
-    """Scale grey of more than 8 bits, where `Image.convert` would clip it to 255."""
+    """Grey of more than 8 bits, scaled to 8; `Image.convert` would clip it at 255."""
     values: npt.NDArray[Any] = np.asarray(image)
     if image.mode in ("I", "F"):
         return Image.fromarray(_scale(values))
@@ -74,10 +74,10 @@ def _grey_to_8bit(image: Image.Image) -> Image.Image:
 
 
 def _scale(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """int32 or float32 grey -> 8 bits, although no file format says where its white is.
+    """int32 or float32 grey -> 8 bits, although no file format defines its white.
 
-    White is the least of 1, 255 and 65535 that no value exceeds; where a value is negative or
-    greater, all are stretched from the least to the greatest. NaN is black.
+    White is the least of 1, 255 and 65535 that no value exceeds. If a value is negative or greater,
+    the range from the least to the greatest value is stretched instead. NaN is black.
     """
     finite = values[np.isfinite(values)]
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)

@@ -1,14 +1,14 @@
-"""Which pixels of an image the tower sees, and which of its patches the LLM: pure geometry.
+"""The geometry of tiling: how an image is cut into tiles, and which patches of a tile are kept.
 
     static   the whole image becomes one square tile (paper, Figure 3a)
-    dynamic  a grid of tiles that fits the image's shape, an overview first (3b, MiniCPM-V's rule)
-    overlap  the same grid, its tiles overlapping, nothing dropped (3c)
-    iss      Implicit Semantic Stitching: overlapping tiles of the image in a black frame; behind
-             the tower the patches that overlap are dropped, so that those kept, side by side, are
-             the image's own, each once (3d)
+    dynamic  a grid of tiles that fits the image's shape, after an overview (3b, MiniCPM-V's rule)
+    overlap  the same grid with overlapping tiles, all patches kept (3c)
+    iss      Implicit Semantic Stitching: overlapping tiles of the image in a black frame; after the
+             tower the overlapping patches are dropped, so that those kept, put side by side, show
+             every part of the image once (3d)
 
-It knows no pixels, only sizes: every size and box is in pixels, and boxes are PIL's
-(left, top, right, bottom).
+It computes with sizes only and never sees an image. Sizes and boxes are in pixels; boxes are
+(left, top, right, bottom), like PIL's.
 """
 
 import math
@@ -24,41 +24,43 @@ Box = tuple[int, int, int, int]
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """The image (or a part of it) resized, in a black frame, and the tiles cut out of it."""
+    """One step of cutting: a part of the image is resized, framed in black, and cut into tiles."""
 
     source: Box
-    """The part of the image, in the image's own pixels."""
+    """Box of the part, in the pixels of the whole image."""
     resized: Size
-    """What that part is resized to."""
+    """Size to which the part is resized."""
     frame: int
-    """Black pixels on each side, around the resized image."""
+    """Width of the black frame around the resized part."""
     boxes: tuple[Box, ...]
-    """Tiles in row-major order, in coordinates of the framed image; each of the tile's size."""
+    """Boxes of the tiles in row-major order, in the framed part; each has the size of a tile."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tiling:
-    """The rule by which every image of a model is cut; the defaults are the published models'.
+    """The rule by which a model's images are cut; the defaults are those of the published models.
 
-    What the published code does not show is a switch: `has_overview`, `tile_fit`, `grid_size`.
+    `has_overview`, `tile_fit` and `grid_size` are options because the published code does not show
+    what those models use.
     """
 
     mode: TilingMode = "static"
     tile_size: int = 448
     """Side of a tile: the tower's `image_size`."""
     patch_size: int = 14
+    """Side of a patch: the tower's `patch_size`."""
     margin: int = 0
-    """`overlap` and `iss`: a tile shares twice so many pixels with its neighbour. The paper's 12.5%
-    of a tile is 56 of 448."""
+    """Half of the overlap of neighbouring tiles in `overlap` and `iss`. The paper's 12.5% of a tile
+    are 56 pixels of 448."""
     max_tiles: int = 4
-    """Of the grid; the overview comes on top."""
+    """Tiles of the grid at most; the overview is not counted."""
     has_overview: bool = True
-    """A grid of two tiles or more is preceded by the whole image in one tile."""
+    """Whether the whole image in one tile precedes a grid of two tiles or more."""
     tile_fit: TileFit = "resize"
-    """How a part of the image that is not square becomes a tile: squeezed, or its centre."""
+    """How a part that is not square becomes a tile: it is squeezed, or its centre is taken."""
     grid_size: int | None = None
-    """The grid has about as many tiles as squares of this side cover the image. None: the tile's
-    side; ISS may have meant its stride."""
+    """Side of the squares whose number in the image's area is the wanted number of tiles. None: the
+    side of a tile; ISS may have meant its stride."""
 
     def __post_init__(self) -> None:
         if self.tile_size % self.patch_size:
@@ -71,34 +73,34 @@ class Tiling:
                 f" less than half of tile_size ({self.tile_size})"
             )
         if self.margin and self.tile_fit != "resize":
-            raise ValueError("tiles that overlap need tile_fit 'resize': they are to join")
+            raise ValueError("overlapping tiles need tile_fit 'resize'; set it, or set margin to 0")
         if self.max_tiles < 1:
             raise ValueError(f"max_tiles ({self.max_tiles}) must be at least 1")
 
     @property
     def stride(self) -> int:
-        """Pixels from one tile to the next."""
+        """Pixels from the beginning of one tile to that of the next."""
         overlaps = self.mode in ("overlap", "iss")
         return self.tile_size - 2 * self.margin if overlaps else self.tile_size
 
     @property
     def dropped_patches(self) -> int:
-        """Patches that are dropped on each side of a tile, behind the tower."""
+        """Patches that are dropped on each side of a tile after the tower."""
         return self.margin // self.patch_size if self.mode == "iss" else 0
 
     @property
     def kept_patches(self) -> int:
-        """Patches a side that are left of a tile."""
+        """Patches that are kept along each side of a tile."""
         return self.tile_size // self.patch_size - 2 * self.dropped_patches
 
     def num_tiles(self, size: Size) -> int:
-        """Tiles of an image, the overview among them."""
+        """Number of tiles of an image of `size`, the overview included."""
         return sum(len(view.boxes) for view in self.views(size))
 
     def needed_size(self, size: Size) -> Size:
-        """The least size that an image of `size` may have been shrunk to, for its tiles to be cut.
+        """The least size to which an image of `size` may be shrunk before its tiles are cut.
 
-        Below it a tile would be enlarged that need not be.
+        An image shrunk further would have to be enlarged for some tile.
         """
         views = self.views(size)
         width = max(v.resized[0] / (v.source[2] - v.source[0]) for v in views) * size[0]
@@ -106,7 +108,7 @@ class Tiling:
         return math.ceil(width), math.ceil(height)
 
     def views(self, size: Size) -> tuple[View, ...]:
-        """How an image of `size` is resized and cut: the overview first, then the grid."""
+        """The steps that cut an image of `size`: the overview first, then the grid."""
         cols, rows = self.grid(size)
         if cols * rows == 1:
             return self._cut(size, 1, 1)
@@ -116,8 +118,8 @@ class Tiling:
     def grid(self, size: Size) -> tuple[int, int]:
         """(columns, rows) of the tiles: the rule of MiniCPM-V's `slice_image`.
 
-        As many tiles as squares of `grid_size` have the image's area, or one more or less, and
-        among their grids the first whose shape is nearest to the image's.
+        The number of tiles is that of the `grid_size` squares in the image's area, or one more or
+        less. Of all grids with these numbers, the first whose shape is nearest to the image's wins.
         """
         if self.mode == "static":
             return 1, 1
@@ -132,7 +134,7 @@ class Tiling:
         return min(grids, key=lambda grid: abs(shape - math.log(grid[0] / grid[1])))
 
     def _cut(self, size: Size, cols: int, rows: int) -> tuple[View, ...]:
-        """The image in `cols` x `rows` tiles."""
+        """The steps that cut the image into `cols` x `rows` tiles."""
         if self.tile_fit == "center_crop":
             return self._cut_centers(size, cols, rows)
         side, stride = self.tile_size, self.stride
@@ -142,12 +144,12 @@ class Tiling:
             for left in range(0, cols * stride, stride)
         )
         frame = self.margin if self.mode == "iss" else 0
-        # Where there is no frame, the outer tiles end with the image.
+        # Without a frame, the outer tiles end at the image's borders.
         width, height = (n * stride + side - stride - 2 * frame for n in (cols, rows))
         return (View((0, 0, *size), (width, height), frame, boxes),)
 
     def _cut_centers(self, size: Size, cols: int, rows: int) -> tuple[View, ...]:
-        """The largest square in the middle of each part of the image."""
+        """The steps that take the largest square in the centre of each part of the image."""
         part_width, part_height = size[0] / cols, size[1] / rows
         square = max(int(min(part_width, part_height)), 1)
         tile = (self.tile_size, self.tile_size)
@@ -165,7 +167,7 @@ class Tiling:
 
 
 def describe_tiles(size: Size, rule: Tiling, image_seq_length: int) -> dict[str, Any]:
-    """How an image of `size` is cut, in numbers; sizes and boxes as in `Tiling`, in pixels.
+    """How an image of `size` is cut, in numbers for JSON; sizes and boxes are in pixels.
 
     Args:
         image_seq_length: tokens that the LLM gets of each tile.

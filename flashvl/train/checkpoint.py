@@ -1,4 +1,4 @@
-"""What a stage leaves: a Hugging Face folder with the log of its training."""
+"""The checkpoint folder that a stage writes: a Hugging Face folder with the log of the training."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ from flashvl.model import FlashVLForConditionalGeneration, FlashVLProcessor
 from flashvl.train.recipe import Recipe
 
 LOG = "training_log.json"
-"""The recipe and a record a step."""
+"""File in a checkpoint folder that holds the stage's recipe and a record of each step."""
 
 
 def save_checkpoint(
@@ -18,7 +18,7 @@ def save_checkpoint(
     recipe: Recipe,
     log: list[dict[str, float]],
 ) -> None:
-    """Write `recipe.output_dir`; its `config.json` comes last, so a half-written folder is none."""
+    """Write `recipe.output_dir`, `config.json` last, without which a folder is not a checkpoint."""
     partial = recipe.output_dir / "partial"
     save_pretrained(model, processor, partial)
     record: dict[str, Any] = {"recipe": recipe.model_dump(mode="json"), "steps": log}
@@ -31,12 +31,12 @@ def save_checkpoint(
 def save_pretrained(
     model: FlashVLForConditionalGeneration, processor: FlashVLProcessor, folder: Path
 ) -> None:
-    """Model, processor and their code in `folder`, which is emptied first."""
+    """Write model, processor and their code to `folder`, which is removed first."""
     shutil.rmtree(folder, ignore_errors=True)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
 
 
 def read_log(folder: str | Path) -> list[dict[str, float]]:
-    """The records that the stage which wrote `folder` left, one a step."""
+    """The records of the steps of the stage that wrote `folder`."""
     return json.loads((Path(folder) / LOG).read_text())["steps"]

@@ -1,4 +1,4 @@
-"""Where a training begins: random weights, or the tower and the LLM of another model."""
+"""Models to begin a training with: of random weights, or with tower and LLM of another model."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,18 +20,18 @@ ADAPTER = "multi_modal_projector"
 
 
 def create_random(preset: str, output: Path, seed: int = 0) -> None:
-    """Write a random model of `preset` with a tokenizer for the procedural world to `output`.
+    """Write a random model of `preset`, with a tokenizer of the procedural world, to `output`.
 
     Raises:
-        ConfigError: `output` exists, or the preset's vocabulary is not a small one of its own.
+        ConfigError: `output` exists, or the preset is not one of the procedural world.
     """
     config = build_config(preset)
     refuse_existing(output)
     tokenizer = train_tokenizer(world_texts(), config.text_config.vocab_size)
     if tokenizer.convert_tokens_to_ids("<|image_pad|>") != config.image_token_id:
         raise ConfigError(
-            f"preset {preset!r} has Qwen2.5's vocabulary, which cannot be made from nothing;"
-            " use a preset of the procedural world (tiny)"
+            f"preset {preset!r} has Qwen2.5's vocabulary, which is not the procedural world's;"
+            " use a preset such as tiny"
         )
     processor = build_processor(config, tokenizer)
     torch.manual_seed(seed)
@@ -43,11 +43,11 @@ def create_random(preset: str, output: Path, seed: int = 0) -> None:
 def create_variant(model: str | Path, preset: str, output: Path, seed: int = 0) -> None:
     """Write a model of `preset` with the tower, the LLM and the tokenizer of `model` to `output`.
 
-    The adapter is `model`'s too if its shapes are the preset's, else random.
+    The adapter comes from `model` too, if it has the preset's shapes; else it is random.
 
     Raises:
-        CheckpointError: `model` is none.
-        ConfigError: `output` exists, or the preset's tower or LLM is not of the model's shape.
+        CheckpointError: `model` cannot be loaded.
+        ConfigError: `output` exists, or tower or LLM of the preset have other shapes.
     """
     source = load_model(model)
     config = build_config(preset)
@@ -63,8 +63,8 @@ def create_variant(model: str | Path, preset: str, output: Path, seed: int = 0) 
     missing = [name for name in wanted if name not in fitting and ADAPTER not in name]
     if missing:
         raise ConfigError(
-            f"preset {preset!r} has {missing[0]} of another shape than {model};"
-            " use a preset with the same tower and LLM"
+            f"preset {preset!r} and {model} have {missing[0]} of different shapes;"
+            " use a preset with the model's tower and LLM"
         )
     adapter = {name for name in wanted if ADAPTER in name}
     if not adapter <= fitting.keys():
@@ -77,7 +77,7 @@ def create_variant(model: str | Path, preset: str, output: Path, seed: int = 0) 
 
 
 def world_texts() -> Iterator[str]:
-    """The words of the procedural world; no sign's letters, which are to stay one token each."""
+    """Texts of the procedural world without the letters on signs, which stay one token each."""
     for _ in range(100):
         yield "system\nYou are a helpful assistant.\nuser\nassistant\n"
     for drawn in synthetic.samples("train", seed=0, count=3000):

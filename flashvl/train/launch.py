@@ -1,4 +1,4 @@
-"""Start a stage on Ray Train, from a recipe to a finished checkpoint folder."""
+"""Runs a stage on Ray Train, from its recipe to the finished checkpoint folder."""
 
 import contextlib
 import os
@@ -23,20 +23,23 @@ from flashvl.train.rows import training_rows
 from flashvl.train.supervised import train_worker
 
 PROGRESS_INTERVAL_S = 1.0
+"""Seconds between two reports of progress."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageResult:
-    """What a finished stage reports."""
+    """Figures of a finished stage."""
 
     checkpoint: Path
+    """Folder that the stage has written."""
     planned_steps: int
+    """Steps that all rows would make."""
     num_steps: int
-    """Fewer than planned where rows had to be left out."""
+    """Steps that were made: fewer than planned if rows had to be left out."""
     loss: float
-    """Of the last step."""
+    """Loss of the last step."""
     seconds: float
-    """In the training loop, without the start of the workers."""
+    """Time in the training loop, without the start of the workers."""
 
     def __str__(self) -> str:
         return (
@@ -52,7 +55,7 @@ def run(recipe: AnyRecipe, on_progress: ShowProgress = ignore_progress) -> Stage
         on_progress: shows the steps that are done, with the last one's loss as its note.
 
     Raises:
-        ConfigError, CheckpointError: before anything is started.
+        ConfigError, CheckpointError: the recipe cannot be run; nothing was started.
     """
     init_from = resolve_checkpoint(prepare_model(recipe.init_from)).resolve()
     load_processor(init_from)
@@ -61,7 +64,7 @@ def run(recipe: AnyRecipe, on_progress: ShowProgress = ignore_progress) -> Stage
     if num_steps == 0:
         raise ConfigError(
             f"{num_rows} rows are less than one step of global_batch_size"
-            f" ({recipe.global_batch_size}); give more rows or lower it"
+            f" ({recipe.global_batch_size}); give more rows, or lower global_batch_size"
         )
     resources = _resources_of_a_worker(recipe)
     output_dir = _new_folder(recipe.output_dir)
@@ -69,7 +72,7 @@ def run(recipe: AnyRecipe, on_progress: ShowProgress = ignore_progress) -> Stage
     rows = training_rows(
         recipe.data, recipe.init_from, recipe.max_length, recipe.per_device_train_batch_size
     )
-    rows.context.enable_progress_bars = False  # the steps' progress is shown instead
+    rows.context.enable_progress_bars = False  # the progress of the steps is shown instead
     progress = Queue(actor_options={"num_cpus": 0})
     trainer = TorchTrainer(
         train_worker,
@@ -94,8 +97,8 @@ def run(recipe: AnyRecipe, on_progress: ShowProgress = ignore_progress) -> Stage
         trainer.fit()
     if not (output_dir / LOG).exists():
         raise ConfigError(
-            f"none of the {num_rows} rows could be used, so no step was made; the workers' logs say"
-            f" why, for example that conversations are longer than max_length={recipe.max_length}"
+            f"none of the {num_rows} rows could be used; correct them as the workers' logs say, or"
+            f" raise max_length ({recipe.max_length}) if they are too long"
         )
     log = read_log(output_dir)
     return StageResult(
@@ -109,7 +112,7 @@ def run(recipe: AnyRecipe, on_progress: ShowProgress = ignore_progress) -> Stage
 
 @contextlib.contextmanager
 def _show(progress: Queue, num_steps: int, on_progress: ShowProgress) -> Iterator[None]:
-    """Hand what comes through `progress` to `on_progress` meanwhile, then end the queue."""
+    """Pass the records in `progress` to `on_progress` while the block runs; then end the queue."""
     ended = threading.Event()
 
     def watch() -> None:
@@ -129,31 +132,35 @@ def _show(progress: Queue, num_steps: int, on_progress: ShowProgress) -> Iterato
 
 
 def _resources_of_a_worker(recipe: Recipe) -> dict[str, float]:
-    """What Ray is to reserve for each worker.
+    """Resources that Ray reserves for each worker.
 
     Raises:
-        ConfigError: a Ray on this machine alone, which cannot grow, has not enough for all workers
-            and the data tasks; Ray Train would wait for ever.
+        ConfigError: a local Ray, which cannot grow, has too few for all workers and the data tasks;
+            Ray Train would wait for ever.
     """
     resources: dict[str, float] = {"CPU": recipe.threads_per_worker}
     if recipe.use_gpu:
         resources["GPU"] = 1
     if "RAY_ADDRESS" in os.environ:  # a cluster, which may scale up
         return resources
-    there = ray.cluster_resources()
+    available = ray.cluster_resources()
     for name, spare in (("GPU", 0), ("CPU", 1)):
         needed = recipe.num_workers * resources.get(name, 0) + spare
-        if needed > there.get(name, 0):
+        if needed > available.get(name, 0):
             raise ConfigError(
                 f"num_workers ({recipe.num_workers}) needs {needed:.0f} {name}s, this machine's Ray"
-                f" has {there.get(name, 0):.0f}; set RAY_ADDRESS to a cluster, or lower num_workers"
-                " and set use_gpu=false"
+                f" has {available.get(name, 0):.0f}; set RAY_ADDRESS to a cluster, or lower"
+                " num_workers and set use_gpu=false"
             )
     return resources
 
 
 def _new_folder(folder: Path) -> Path:
-    """`folder`, absolute, made and writable; refused when it holds a checkpoint."""
+    """Create `folder`, unless it exists; returns its absolute path.
+
+    Raises:
+        ConfigError: it holds a checkpoint, or cannot be written.
+    """
     folder = folder.absolute()
     if (folder / "config.json").exists():
         raise ConfigError(

@@ -1,8 +1,8 @@
-"""What a stage minimises: a module to train, its batches, and a loss that sums to an exact mean.
+"""Objectives: the module that a stage trains, its batches, and its loss.
 
-Each objective divides its summed loss by `num_items`, the items of the whole global batch shared
-out evenly over micro-batches. The mean over micro-batches and workers, which DeepSpeed takes, is
-then the mean over all items of the global batch, however it is split.
+An objective divides the summed loss of a micro-batch by `num_items`, the mean number of items in
+the micro-batches of the global batch. The mean over micro-batches and workers, which DeepSpeed
+takes, is then the mean over all items of the global batch, however it is split.
 """
 
 from typing import Any, Protocol
@@ -19,24 +19,26 @@ from flashvl.model import FlashVLForConditionalGeneration, FlashVLProcessor
 from flashvl.model.modeling_flashvl import pixel_shuffle
 
 Columns = dict[str, npt.NDArray[Any]]
+"""Columns of training rows, by name."""
 Tensors = dict[str, torch.Tensor]
+"""Tensors of a micro-batch, by name."""
 
 
 class Objective(Protocol):
-    """How a stage turns columns of the pipeline into a loss."""
+    """How a stage turns training rows into a loss."""
 
     @property
     def module(self) -> nn.Module:
-        """What DeepSpeed wraps."""
+        """The module that DeepSpeed wraps and trains."""
 
     def collate(self, columns: Columns) -> Tensors:
-        """A micro-batch from the pipeline -> tensors."""
+        """The tensors of a micro-batch of rows."""
 
     def num_items(self, batch: Tensors) -> int:
-        """Items (tokens, cells) that take a loss."""
+        """Number of items (tokens, cells) in a micro-batch that take a loss."""
 
     def loss(self, engine: nn.Module, batch: Tensors, num_items: torch.Tensor) -> torch.Tensor:
-        """The batch's summed loss / `num_items`."""
+        """The summed loss of a micro-batch, divided by `num_items`."""
 
 
 class Answers:
@@ -65,7 +67,7 @@ class Answers:
 
 
 class CellReader(nn.Module):
-    """A tower with a linear read-out of what lies in each cell; the read-out is thrown away."""
+    """A tower with a linear layer that tells what lies in each cell; only the tower is kept."""
 
     def __init__(self, model: FlashVLForConditionalGeneration):
         super().__init__()
@@ -84,7 +86,7 @@ class CellReader(nn.Module):
 
 
 class Cells:
-    """Cross-entropy of what lies in each cell of a synthetic scene."""
+    """Cross-entropy loss on the labels of each cell of a synthetic scene."""
 
     def __init__(self, model: FlashVLForConditionalGeneration, processor: FlashVLProcessor):
         self.module = CellReader(model)
@@ -115,6 +117,6 @@ OBJECTIVES: dict[str, type[Answers] | type[Cells]] = {"supervised": Answers, "ce
 
 
 def _tiles(column: npt.NDArray[Any], processor: FlashVLProcessor) -> torch.Tensor:
-    """Bytes of the pipeline's `tiles` -> normalised (tiles, 3, height, width)."""
+    """The `tiles` column of rows -> normalised (tiles, 3, height, width)."""
     tiles = tiles_from_bytes(b"".join(column), processor)
     return normalize_tiles(torch.from_numpy(tiles.copy()), processor)

@@ -13,6 +13,7 @@ from flashvl.config import StrictModel, load_config
 from flashvl.train.rows import TrainingData
 
 ModelPart = Literal["vision_tower", "multi_modal_projector", "language_model"]
+"""Part of the model, by the name of its module."""
 
 
 class Recipe(StrictModel):
@@ -23,37 +24,47 @@ class Recipe(StrictModel):
     init_from: str
     """Folder (or shipped name) of the checkpoint that the stage starts from."""
     output_dir: Path
-    """New folder for the Hugging Face checkpoint and its logs; on storage all nodes share."""
+    """New folder for the checkpoint and its logs, on storage that all nodes share."""
     trainable: tuple[ModelPart, ...] = ("vision_tower", "multi_modal_projector", "language_model")
-    """Parts that learn (paper, Table 1); the others stay bit-identical."""
+    """Parts that are trained (paper, Table 1); the others stay bit-identical."""
 
     global_batch_size: PositiveInt = 240
-    """Samples a step: per_device_train_batch_size x accumulation x num_workers."""
+    """Rows in a step: per_device_train_batch_size x accumulation x num_workers."""
     per_device_train_batch_size: PositiveInt = 6
+    """Rows that a worker computes at once."""
     num_workers: PositiveInt = 40
+    """Worker processes, each with a GPU if `use_gpu` is set."""
     use_gpu: bool = True
+    """Whether to train on GPUs; otherwise on CPUs."""
     threads_per_worker: PositiveInt = 1
-    """CPU threads (and logical CPUs) of one worker."""
+    """CPU threads of each worker, and logical CPUs that Ray reserves for it."""
 
     learning_rate: float = Field(default=1e-5, gt=0)
-    """Peak, reached after the warm-up (Table 1: 1e-3 in stage 1, 1e-5 in stages 2-4)."""
+    """Peak learning rate, after the warm-up (Table 1: 1e-3 in stage 1, 1e-5 in stages 2-4)."""
     min_learning_rate: float = Field(default=0.0, ge=0)
-    """Floor of the cosine, reached at the last step (Table 1: 2e-5 in stage 1, else 0)."""
+    """Learning rate at the end of the cosine (Table 1: 2e-5 in stage 1, else 0)."""
     warmup_steps: int = Field(default=400, ge=0)
-    """Linear warm-up. The paper gives 400 for its ablations and nothing for the full runs."""
+    """Steps of linear warm-up. The paper has 400 in its ablations, and no number for full runs."""
     weight_decay: float = Field(default=0.0, ge=0)
+    """Weight decay of AdamW."""
     adam_beta2: float = Field(default=0.999, gt=0, lt=1)
+    """Second beta of AdamW; the first is 0.9."""
     max_grad_norm: float = Field(default=1.0, gt=0)
+    """Norm to which gradients are clipped."""
     zero_stage: Literal[1, 2] = 1
-    """DeepSpeed ZeRO. Stage 1 shards the optimizer's states, and a 2B model then fits 80 GB."""
+    """Stage of DeepSpeed ZeRO: 1 shards the optimizer's states (a 2B model then fits 80 GB), 2 the
+    gradients as well."""
     precision: Literal["bf16", "fp32"] = "bf16"
+    """Number format of the training."""
     max_length: PositiveInt = 4096
-    """Tokens of a conversation, image tokens included (an ISS image has up to 2,880); longer ones
-    are left out and counted."""
+    """Tokens of a conversation at most, with those of images (up to 2,880 for an ISS image); longer
+    conversations are left out with a warning."""
     seed: int = 0
+    """Random seed of the workers."""
 
     @property
     def gradient_accumulation_steps(self) -> int:
+        """Micro-batches of each worker in a step."""
         return self.global_batch_size // (self.per_device_train_batch_size * self.num_workers)
 
     @model_validator(mode="after")
@@ -79,7 +90,7 @@ class SupervisedRecipe(Recipe):
 
     kind: Literal["supervised"]
     data: TrainingData
-    """Conversations to train on; each is seen once."""
+    """Conversations to train on, each once."""
 
 
 class CellsRecipe(Recipe):
@@ -87,16 +98,17 @@ class CellsRecipe(Recipe):
 
     kind: Literal["cells"]
     data: TrainingData
-    """Synthetic scenes to train on; each is seen once."""
+    """Synthetic scenes to train on, each once."""
 
     @model_validator(mode="after")
     def _check_data(self) -> Self:
         if self.data.synthetic is None:
-            raise ValueError("kind 'cells' needs data.synthetic: only its scenes have known cells")
+            raise ValueError("kind 'cells' needs data.synthetic; only synthetic scenes have cells")
         return self
 
 
 AnyRecipe = SupervisedRecipe | CellsRecipe
+"""A recipe of any kind."""
 RECIPES: dict[str, type[AnyRecipe]] = {"supervised": SupervisedRecipe, "cells": CellsRecipe}
 """Recipe classes by their `kind`."""
 
@@ -123,8 +135,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
         overrides: `key=value` or `section.key=value`, as `load_config` takes them.
 
     Raises:
-        ConfigError: there is no such file, `kind` is missing or unknown, a key is unknown, or a
-            value is wrong.
+        ConfigError: the file cannot be read, `kind` is missing or unknown, another key is unknown,
+            or a value is wrong.
     """
     kind = load_config(_Kind, path, overrides).kind
     return load_config(RECIPES[kind], path, overrides)

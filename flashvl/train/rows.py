@@ -1,8 +1,8 @@
-"""Ray Data: conversations -> training rows, in an order that does not depend on the cluster.
+"""Turns conversations into training rows by Ray Data, in an order that no cluster changes.
 
-A row is `row`, `input_ids`, `labels`, `tiles` (uint8 bytes) and, for synthetic scenes, `cells`.
-Blocks hold exactly one micro-batch each and keep their order, so Ray's splitter deals them to the
-workers in turn: step k of two workers sees the same samples as step k of one that accumulates two.
+A row has `row`, `input_ids`, `labels`, `tiles` (uint8 bytes) and, if it is synthetic, `cells`. Each
+block holds one micro-batch, and blocks keep their order, so that Ray deals them to the workers in
+turn: step k of two workers sees the same rows as step k of one worker that accumulates two.
 """
 
 import functools
@@ -25,28 +25,31 @@ from flashvl.model.loading import load_processor
 logger = logging.getLogger(__name__)
 
 ROWS_A_TASK = 256
-"""Rows that one synthetic task draws: tens of milliseconds of work, a few megabytes of output."""
+"""Rows that a task makes: of synthetic ones, tens of milliseconds of work and a few megabytes."""
 
 
 class SyntheticData(StrictModel):
-    """Rows of the procedural world, drawn as they are read."""
+    """Rows of the procedural world, which are drawn as they are read."""
 
     count: PositiveInt
     """Number of rows."""
     seed: int = 0
-    """Stages with different seeds see different scenes."""
+    """Random seed of the scenes; different seeds give different scenes."""
     tasks: tuple[synthetic.Task, ...] = synthetic.TASKS
+    """Tasks that the questions are about."""
     words_share: float = Field(default=0.0, ge=0, le=1)
-    """Share of the rows whose scene is described in text and not shown: all of them for a language
-    model that has no eyes yet, some later on, as Infinity-MM mixes text with pictures."""
+    """Share of the rows whose scene is described in words, not shown: 1 pre-trains an LLM alone, a
+    smaller share mixes text with pictures, as Infinity-MM does."""
 
 
 class TrainingData(StrictModel):
-    """Where the rows come from: exactly one of the two."""
+    """Source of the rows; exactly one field is set."""
 
     parquet: str | None = None
-    """Folder of Parquet files with the schema `flashvl.data.schema.CONVERSATIONS`, shuffled."""
+    """Folder of Parquet files with the schema `flashvl.data.schema.CONVERSATIONS`; its rows, which
+    are read in their order, must be shuffled already."""
     synthetic: SyntheticData | None = None
+    """Rows of the procedural world."""
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:
@@ -55,10 +58,10 @@ class TrainingData(StrictModel):
         return self
 
     def num_rows(self) -> int:
-        """Rows in all.
+        """Number of rows in the source.
 
         Raises:
-            ConfigError: no such Parquet data, or of another schema.
+            ConfigError: the Parquet files do not exist, or have another schema.
         """
         if self.synthetic is not None:
             return self.synthetic.count
@@ -79,11 +82,12 @@ class TrainingData(StrictModel):
 def training_rows(
     data: TrainingData, model: str, max_length: int, micro_batch: int
 ) -> ray.data.Dataset:
-    """The rows as a Ray dataset, one micro-batch a block.
+    """The rows as a Ray dataset with one micro-batch in each block.
 
     Args:
-        model: folder whose processor encodes them.
-        max_length: rows of more tokens are left out, with a warning.
+        model: folder of the model whose processor encodes the rows.
+        max_length: tokens of a row at most; longer rows are left out with a warning.
+        micro_batch: rows in a block.
     """
     if data.synthetic is not None:
         num_blocks = -(-data.synthetic.count // ROWS_A_TASK)
@@ -152,5 +156,5 @@ def _columns(rows: Iterable[dict[str, Any]]) -> dict[str, list[Any]]:
 
 @functools.lru_cache(maxsize=1)
 def _processor(model: str) -> FlashVLProcessor:
-    """One load a worker process, not one a task."""
+    """The model's processor, loaded once in each worker process, not for each task."""
     return load_processor(model)

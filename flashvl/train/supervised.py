@@ -1,6 +1,6 @@
-"""The training loop of stages 1-4 and the pre-trainings: one worker's DeepSpeed engine.
+"""The training loop of a worker: stages 1-4 and the pre-trainings, by a DeepSpeed engine.
 
-Runs inside Ray Train's `TorchTrainer`; `launch.run` starts it.
+It runs inside Ray Train's `TorchTrainer`, which `launch.run` starts.
 """
 
 import itertools
@@ -22,14 +22,14 @@ from flashvl.train.objectives import OBJECTIVES, Objective, Tensors
 from flashvl.train.recipe import AnyRecipe, ModelPart, Recipe
 
 Record = dict[str, float]
-"""Of one step: step, loss, learning_rate, grad_norm, seconds since the first, samples_per_s."""
+"""Figures of one step: step, loss, learning_rate, grad_norm, seconds so far, samples_per_s."""
 
 
 def train_worker(config: dict[str, Any]) -> None:
-    """One worker of a stage.
+    """Run one worker of a stage.
 
     Args:
-        config: `recipe`, `num_steps`, and `progress`, a queue for the steps' records.
+        config: `recipe`, `num_steps`, and `progress`, a queue for the records of the steps.
     """
     recipe: AnyRecipe = config["recipe"]
     num_steps: int = config["num_steps"]
@@ -50,7 +50,7 @@ def train_worker(config: dict[str, Any]) -> None:
     )
     log = train_steps(engine, objective, batches, recipe, config["progress"])
     if not log:
-        return  # the driver says why
+        return  # `launch.run` reports that no row could be used
 
     ray.train.report({"loss": log[-1]["loss"], "step": len(log)})
     if ray.train.get_context().get_world_rank() == 0:
@@ -58,7 +58,7 @@ def train_worker(config: dict[str, Any]) -> None:
 
 
 def freeze_all_but(model: nn.Module, trainable: Iterable[ModelPart]) -> None:
-    """Only the named parts of the model learn. The head is the LLM's, and tied to it where tied."""
+    """Let only the parts `trainable` of the model learn; the head is part of the language model."""
     model.requires_grad_(False)
     for part in trainable:
         model.get_submodule(f"model.{part}").requires_grad_(True)
@@ -67,13 +67,13 @@ def freeze_all_but(model: nn.Module, trainable: Iterable[ModelPart]) -> None:
 
 
 def start_engine(module: nn.Module, recipe: Recipe, num_steps: int) -> Any:
-    """DeepSpeed's engine around `module`, with AdamW and the recipe's cosine."""
+    """A DeepSpeed engine around `module`, with AdamW and the recipe's cosine schedule."""
     if not recipe.use_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed  # here, for on import it chooses the accelerator of its process
+    import deepspeed  # on import it chooses the accelerator, by the variable set above
 
-    # Else its CPU back end compiles a shared-memory all-reduce: half a minute that needs g++, and a
-    # worker killed meanwhile leaves a lock that later runs wait on for ever. Gloo does as well.
+    # Otherwise the CPU back end compiles a shared-memory all-reduce, which takes g++ and half a
+    # minute; a worker killed meanwhile leaves a lock that later runs wait for. Gloo is as good.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
     settings = {
@@ -113,7 +113,7 @@ def train_steps(
     recipe: Recipe,
     progress: Queue,
 ) -> list[Record]:
-    """Train on all of `batches`; returns a record a step. The first worker tells of them."""
+    """Train on all `batches`; returns a record of each step, which the first worker reports too."""
     writer = SummaryWriter(recipe.output_dir / "runs") if distributed.get_rank() == 0 else None
     log: list[Record] = []
     start = time.perf_counter()
@@ -132,21 +132,21 @@ def train_steps(
         if writer is not None:
             for name in ("loss", "learning_rate", "grad_norm", "samples_per_s"):
                 writer.add_scalar(f"train/{name}", record[name], len(log))
-            progress.actor.put_nowait.remote(record)  # nobody waits for it
+            progress.actor.put_nowait.remote(record)  # not waited for
     if writer is not None:
         writer.close()
     return log
 
 
 def _windows(batches: Iterable[Tensors], size: int) -> Iterator[list[Tensors]]:
-    """The micro-batches of one step at a time; what is too few for a last step is left out."""
+    """Groups of `size` micro-batches, one for each step; an incomplete last one is left out."""
     iterator = iter(batches)
     while len(window := list(itertools.islice(iterator, size))) == size:
         yield window
 
 
 def _train_step(engine: Any, objective: Objective, window: list[Tensors]) -> float:
-    """One optimizer step; returns the mean loss over the items of the global batch."""
+    """Make one optimizer step; returns the mean loss over the items of the global batch."""
     local_items = sum(objective.num_items(batch) for batch in window)
     num_items = torch.tensor(float(local_items), device=engine.device)
     distributed.all_reduce(num_items)

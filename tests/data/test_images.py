@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from flashvl.data import images
 from flashvl.data.images import decode_image
-from flashvl.data.limits import ImageLimits
+from flashvl.data.limits import PILLOW_MAX_PIXELS, ImageLimits
 from flashvl.errors import DataError
 from flashvl.model import FlashVLImageProcessor
 from tests.support.damage import png_chunk
@@ -276,8 +276,8 @@ def test_the_default_refuses_tracking_pixels_only() -> None:
 
 
 def test_limits_that_cannot_be_kept_are_refused() -> None:
-    assert images.PILLOW_MAX_PIXELS == 2 * (Image.MAX_IMAGE_PIXELS or 0)
-    for wrong in ({"max_image_pixels": images.PILLOW_MAX_PIXELS + 1}, {"max_image_side": 0}):
+    assert PILLOW_MAX_PIXELS == 2 * (Image.MAX_IMAGE_PIXELS or 0)
+    for wrong in ({"max_image_pixels": PILLOW_MAX_PIXELS + 1}, {"max_image_side": 0}):
         with pytest.raises(ValidationError):
             ImageLimits(**wrong)
 

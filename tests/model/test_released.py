@@ -388,7 +388,7 @@ def test_an_end_token_outside_the_vocabulary_is_refused(static: Path, key: str, 
 
 def test_a_broken_generation_config_is_refused(static: Path) -> None:
     (static / "generation_config.json").write_text("[")
-    assert "generation_config.json is no readable JSON object" in refusal(static)
+    assert "generation_config.json is not a readable JSON object" in refusal(static)
 
 
 def test_without_a_head_the_embedding_is_the_head(static: Path, tmp_path: Path) -> None:
@@ -456,7 +456,7 @@ def test_truncated_weights_are_refused(static: Path, size: int) -> None:
 def test_an_index_without_files_is_refused(static: Path, weight_map: Any) -> None:
     index = {"weight_map": weight_map}
     (static / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "weight_map names no files" in refusal(static)
+    assert "weight_map must name files" in refusal(static)
 
 
 def test_quantised_weights_are_refused(static: Path) -> None:
@@ -472,7 +472,7 @@ def test_quantised_weights_are_refused(static: Path) -> None:
         ("vision_config", {"image_size": 36}, "a grid of 9x9 patches"),
         ("vision_config", {"patch_size": 0}, "vision_config.patch_size 0; it must be"),
         ("vision_config", {"hidden_act": "nonesuch"}, "is not usable"),
-        ("llm_config", {"num_attention_heads": 5}, "no even number"),
+        ("llm_config", {"num_attention_heads": 5}, "not an even number"),
         ("llm_config", {"num_attention_heads": 8, "num_key_value_heads": 4}, "have 3 channels"),
         ("llm_config", {"num_key_value_heads": 3}, "num_key_value_heads (3) does not divide"),
         ("llm_config", {"num_hidden_layers": 10**12}, "num_hidden_layers 1000000000000; it must"),

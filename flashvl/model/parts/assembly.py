@@ -1,6 +1,6 @@
-"""Models and processors from parts: a vision tower, a language model and its tokenizer.
+"""Builds models and processors from parts: a vision tower, a language model and its tokenizer.
 
-It knows what belongs to which tower and to which LLM, and no network: parts are local folders.
+It knows what each kind of tower and of LLM needs. Parts are local folders; nothing is downloaded.
 """
 
 from collections.abc import Mapping
@@ -51,7 +51,7 @@ PREPROCESSING: dict[str, dict[str, Any]] = {
         "image_std": OPENAI_CLIP_STD,
     },
 }
-"""How the tower of each type was trained to see: what differs from `FlashVLImageProcessor`."""
+"""Preprocessing that each type of tower was trained with, where `FlashVLImageProcessor` differs."""
 
 
 def assemble(
@@ -63,18 +63,19 @@ def assemble(
     seed: int = 0,
     **options: Any,
 ) -> None:
-    """Write a model of public parts and a fresh adapter to `output`: where stage 1 begins.
+    """Write a model of public parts and a random adapter to `output`: the start of stage 1.
 
     Args:
         vision: folder of a SigLIP or SigLIP2 (fixed resolution) or of an AIMv2, in transformers'
             or in Apple's own layout; a text tower and a pooling head are left out.
         llm: folder of a Qwen2(.5) or Llama 3 language model with its tokenizer.
-        tiling: `overlap` and `iss` with the paper's margin; `iss` is without a pixel shuffle.
+        tiling: mode of tiling; `overlap` and `iss` have the paper's margin, `iss` no pixel shuffle.
+        seed: random seed of the adapter's weights.
         options: further fields of `FlashVLConfig`, such as `projector_hidden_size`.
 
     Raises:
         ConfigError: `output` exists or cannot be written, or the tower does not fit `tiling`.
-        CheckpointError: a folder is not of these kinds, or incomplete.
+        CheckpointError: a folder holds none of these models, or is incomplete.
     """
     refuse_existing(output)
     vision_config, tower_weights = _load_tower(vision)
@@ -119,7 +120,7 @@ def build_processor(
 ) -> FlashVLProcessor:
     """The processor of a model of `config`, with its LLM's tokenizer.
 
-    The tokenizer's end token becomes the chat template's, so that a base model's ends its answers.
+    The chat template's end token becomes the tokenizer's, so that answers of a base model end too.
 
     Args:
         preprocessing: `resample`, `image_mean` and `image_std`; None: those of `PREPROCESSING`.
@@ -146,7 +147,7 @@ def build_processor(
 
 
 def read_preprocessing(folder: Path, vision_config: PreTrainedConfig) -> dict[str, Any]:
-    """The settings of `folder`'s preprocessor_config.json, else those of `PREPROCESSING`.
+    """Preprocessing by the tower's `PREPROCESSING` and its folder's preprocessor_config.json.
 
     Raises:
         CheckpointError: the file is unreadable, its size is not the tower's, or a value is
@@ -176,7 +177,7 @@ Channels = Annotated[list[FiniteFloat], Field(min_length=3, max_length=3)]
 
 
 class _Preprocessing(StrictModel):
-    """What a preprocessor_config.json may say of how its tower was trained to see."""
+    """Fields of a preprocessor_config.json that change the pixels a tower gets."""
 
     resample: PILImageResampling | None = None
     image_mean: Channels | None = None
@@ -194,23 +195,23 @@ def find_image_token(folder: Path, tokenizer: PreTrainedTokenizerBase, llm_type:
     """The id of the image placeholder of an LLM of `llm_type`.
 
     Raises:
-        CheckpointError: the tokenizer of `folder` lacks it, or the end token.
+        CheckpointError: the tokenizer of `folder` lacks the placeholder, or the end token.
     """
     vocab = tokenizer.get_vocab()
     chat = CHAT_FORMATS[llm_type]
     for token in (chat.image_token, chat.end_token):
         if token not in vocab:
             raise CheckpointError(
-                f"{folder}: its tokenizer has no {token}; take that of Qwen2.5 or of Llama 3.2"
+                f"{folder}: its tokenizer has no {token}; use the tokenizer of Qwen2.5 or Llama 3.2"
             )
     return vocab[chat.image_token]
 
 
 def load_tokenizer(folder: Path, tokenizer_class: Any = AutoTokenizer) -> PreTrainedTokenizerBase:
-    """The tokenizer of `folder`, without a chat template: the processor brings one.
+    """The tokenizer of `folder`, without its chat template, since the processor has one.
 
     Raises:
-        CheckpointError: it has no usable tokenizer.
+        CheckpointError: the folder has no usable tokenizer.
     """
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         raise CheckpointError(
@@ -222,16 +223,16 @@ def load_tokenizer(folder: Path, tokenizer_class: Any = AutoTokenizer) -> PreTra
     except Exception as error:  # whatever a broken file makes the libraries raise
         raise CheckpointError(f"{folder} has no usable tokenizer: {one_line(error)}") from error
     tokenizer.chat_template = None
-    # What it would have a processor do with a call, with its images too, is the processor's to say.
+    # A processor takes its call's defaults from here; those for text and images are its own.
     for key in {**TextKwargs.__annotations__, **FlashVLImagesKwargs.__annotations__}:
         tokenizer.init_kwargs.pop(key, None)
     return tokenizer
 
 
 def tower_config(values: Mapping[str, Any], is_aimv2: bool) -> PreTrainedConfig:
-    """The tower's configuration from a section of a config.json; unset fields are transformers'.
+    """The tower's configuration from a section of a config.json, else transformers' defaults.
 
-    What does not shape the tower is left out: the published files keep other things there.
+    Only fields that shape the tower are taken: published files hold others in the same section.
     """
     shape = {key: values[key] for key in _TOWER_KEYS if key in values}
     if is_aimv2:
@@ -254,7 +255,7 @@ _TOWER_KEYS = (
 
 
 def _load_tower(folder: Path) -> tuple[PreTrainedConfig, dict[str, torch.Tensor]]:
-    """A tower's configuration and its weights by transformers' names, without a pooling head."""
+    """A tower's configuration, and its weights by transformers' names, without a pooling head."""
     values = read_json(folder / "config.json")
     check_sizes(folder, values)
     model_type = values.get("model_type")
@@ -273,20 +274,20 @@ def _load_tower(folder: Path) -> tuple[PreTrainedConfig, dict[str, torch.Tensor]
             config.use_head = False
             return config, _load(Aimv2VisionModel, folder, config).state_dict()
     raise CheckpointError(
-        f"{folder} holds a {shorten(model_type)} model, no tower; name a siglip,"
-        " siglip_vision_model, aimv2 or aimv2_vision_model folder"
+        f"{folder} holds a {shorten(model_type)} model, not a vision tower; name a folder of a"
+        " siglip, siglip_vision_model, aimv2 or aimv2_vision_model model"
     )
 
 
 def _load_llm(folder: Path) -> tuple[PreTrainedConfig, dict[str, torch.Tensor]]:
-    """An LLM's configuration and its weights, without a head that is tied."""
+    """An LLM's configuration and its weights, without a head that is tied to the embedding."""
     values = read_json(folder / "config.json")
     check_sizes(folder, values)
     model_type = values.get("model_type")
     if not isinstance(model_type, str) or model_type not in CHAT_FORMATS:
         raise CheckpointError(
-            f"{folder} holds a {shorten(model_type)} model, no LLM that is known;"
-            f" name a folder of type {' or '.join(CHAT_FORMATS)}"
+            f"{folder} holds a {shorten(model_type)} model, not a supported LLM;"
+            f" name a folder of a {' or '.join(CHAT_FORMATS)} model"
         )
     model = _load(AutoModelForCausalLM, folder)
     weights = model.state_dict()
@@ -296,10 +297,10 @@ def _load_llm(folder: Path) -> tuple[PreTrainedConfig, dict[str, torch.Tensor]]:
 
 
 def _load(model_class: Any, folder: Path, config: PreTrainedConfig | None = None) -> Any:
-    """A model in its stored dtype; what it has no place for (text tower, head) stays behind."""
+    """A model in its stored dtype; stored weights that it has no place for are dropped."""
     given = {} if config is None else {"config": config}
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # else a table of all that stays behind, a line a weight
+    logging.set_verbosity_error()  # no table of all dropped weights
     try:
         model, report = model_class.from_pretrained(
             folder, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True, **given

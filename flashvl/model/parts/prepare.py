@@ -69,7 +69,7 @@ def fetch_folder(name: str) -> Path:
     """The folder `name`, or the hub repository `name` downloaded to the hub's own cache.
 
     Raises:
-        CheckpointError: there is no such folder, and no such repository can be reached.
+        CheckpointError: it is not a folder, and the repository cannot be reached.
     """
     if Path(name).is_dir():
         return Path(name)

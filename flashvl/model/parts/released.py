@@ -1,8 +1,8 @@
-"""Published FlashVL/* checkpoints -> model folders of ours.
+"""Converts published FlashVL/* checkpoints to model folders of flashvl.
 
 Four are published: Static and Static-GRPO (SigLIP2), Dynamic and Dynamic-ISS (AIMv2). Their weights
-are called `vit.` (the tower, AIMv2 by Apple's own names), `adp.` (the adapter) and `llm.`; all go
-over as they are stored. Their code and its `trust_remote_code` are not needed.
+are called `vit.` (the tower, AIMv2 by Apple's own names), `adp.` (the adapter) and `llm.`, and are
+copied unchanged. Their code, which needs `trust_remote_code`, is not used.
 
     flashvl import FlashVL/FlashVL-2B-Static --output static/
 """
@@ -43,24 +43,25 @@ ADAPTER_NAMES = {
     "linear_3": "adp.proj",
 }
 LLM_TYPE = "qwen2"
+"""The `model_type` of every published checkpoint's LLM."""
 
 
 def import_released(source: Path, output: Path) -> None:
-    """Write the published checkpoint in the folder `source` to the new folder `output`.
+    """Convert the published checkpoint in the folder `source` to the new folder `output`.
 
-    Weights are mapped and written as stored, so the peak of memory is about the model's own size,
+    Weights are mapped and written as they are stored, so memory peaks at about the model's size,
     most of it pages of `source` that the system may drop.
 
     Raises:
         ConfigError: `output` exists or cannot be written.
-        CheckpointError: `source` is no published checkpoint, contradicts itself, or has a weight
+        CheckpointError: `source` is not a published checkpoint, contradicts itself, or has a weight
             that is missing, unknown or misshapen.
     """
     refuse_existing(output)
     values = read_json(source / "config.json")
     if not is_published(values.get("model_type")):
         raise CheckpointError(
-            f"{source} holds a {shorten(values.get('model_type'))} model, no published one;"
+            f"{source} holds a {shorten(values.get('model_type'))} model, not a published one;"
             " name a folder of a FlashVL/* repository"
         )
     stored = read_weights(source)
@@ -74,7 +75,7 @@ def import_released(source: Path, output: Path) -> None:
     model.generation_config = build_generation_config(config, tokenizer, source)
 
     is_aimv2 = config.vision_config.model_type == "aimv2_vision_model"
-    if not is_aimv2:  # ours has no pooling head: nothing reads what it makes
+    if not is_aimv2:  # FlashVL has no pooling head, as its output is not read
         stored = {
             name: weight for name, weight in stored.items() if not name.startswith("vit.head.")
         }
@@ -97,7 +98,7 @@ def import_released(source: Path, output: Path) -> None:
 def _config(
     source: Path, values: dict[str, Any], stored: dict[str, torch.Tensor], image_token_id: int
 ) -> FlashVLConfig:
-    """Our configuration of a published checkpoint with config.json `values`."""
+    """The `FlashVLConfig` of a published checkpoint, from the `values` of its config.json."""
     for key in ("vision_config", "llm_config", "intermediate_size"):
         if key not in values:
             raise CheckpointError(f"{source}: config.json has no {key}; download it anew")
@@ -109,8 +110,8 @@ def _config(
         llm_type = llm_config.setdefault("model_type", LLM_TYPE)
         if llm_type != LLM_TYPE:
             raise CheckpointError(
-                f"{source}: config.json's llm_config is of a {shorten(llm_type)} model, but a"
-                f" published one's is {LLM_TYPE!r}; correct its model_type"
+                f"{source}: config.json's llm_config has model_type {shorten(llm_type)}, not"
+                f" {LLM_TYPE!r} like every published one; correct it"
             )
         vision_config = tower_config(values["vision_config"], is_aimv2=not is_static)
         mode: TilingMode = "static"
@@ -135,13 +136,13 @@ def _config(
     if values.get("image_token_num", num_tokens) != num_tokens:
         raise CheckpointError(
             f"{source}: config.json has image_token_num {shorten(values['image_token_num'])}, but a"
-            f" tile of its {mode} model makes {num_tokens}; correct the one that is wrong"
+            f" tile of a {mode} model has {num_tokens} tokens; correct the wrong one"
         )
     return config
 
 
 def _is_folded(source: Path, stored: dict[str, torch.Tensor], width: int) -> bool:
-    """Whether the adapter reads four patches a token (pixel shuffle) or one (ISS)."""
+    """Whether the adapter's input tokens hold four patches each (pixel shuffle), not one (ISS)."""
     name = "adp.p0.1.weight"
     if name not in stored:
         raise CheckpointError(f"{source} lacks the weight {name}; download it anew")

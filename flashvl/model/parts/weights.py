@@ -1,4 +1,4 @@
-"""Weights on disk: read without copies, renamed and checked each, written whole or not at all.
+"""Weights on disk: read without copies, renamed and checked, written whole or not at all.
 
 read_weights -> rename_weights -> save_model
 """
@@ -33,22 +33,22 @@ AIMV2_NAMES = {
     "ffn.gate_proj": "mlp.fc1",
     "ffn.down_proj": "mlp.fc2",
     "ffn.up_proj": "mlp.fc3",
-    "rms_norm.": "trunk.post_trunk_norm.",  # the last norm: by now no other has this name
+    "rms_norm.": "trunk.post_trunk_norm.",  # the last norm; the others are renamed by now
 }
-"""transformers' names of AIMv2's weights -> those of Apple's own code, to be applied in order."""
+"""transformers' names in AIMv2's weights -> names of Apple's code, to be replaced in this order."""
 
 
 BUFFERS = re.compile(r"(^|\.)(position_ids|inv_freq|cos_cached|sin_cached)$")
-"""What older transformers stored beside the weights, and a model makes for itself."""
+"""Buffers that older transformers stored with the weights, and that a model computes itself."""
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of `model.safetensors`, or of the shards of its index.
+    """The tensors of `model.safetensors`, or of the shards in its index.
 
-    They are mapped, not read: the system loads a page when it is used, and may drop it again.
+    Files are mapped, not read: the system loads a page when it is used, and may drop it again.
 
     Raises:
-        CheckpointError: a file is missing or broken, or lacks what the index says.
+        CheckpointError: a file is missing or broken, or lacks a tensor that the index names.
     """
     index = folder / "model.safetensors.index.json"
     places: dict[str, str] = {}
@@ -56,7 +56,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     if index.is_file():
         places = read_json(index).get("weight_map", {})
         if not isinstance(places, dict) or not all(isinstance(n, str) for n in places.values()):
-            raise CheckpointError(f"{index}: its weight_map names no files; download it anew")
+            raise CheckpointError(f"{index}: its weight_map must name files; download it anew")
         files = sorted(set(places.values()))
     weights: dict[str, torch.Tensor] = {}
     for name in files:
@@ -69,7 +69,9 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
             ) from None
     for key, name in places.items():
         if key not in weights:
-            raise CheckpointError(f"{folder / name} lacks {key}, which the index has there")
+            raise CheckpointError(
+                f"{folder / name} lacks {key}, which the index names; download the folder anew"
+            )
     return weights
 
 
@@ -79,17 +81,15 @@ def rename_weights(
     wanted: Mapping[str, torch.Tensor],
     stored_name: Callable[[str], str],
 ) -> dict[str, torch.Tensor]:
-    """`stored` under the names of `wanted`, each checked; views, no copies.
+    """The weights `stored`, each checked, under the names of `wanted`; views, not copies.
 
-    `BUFFERS` are left behind.
-
-    Apple's fused attn.qkv, (3 * C, C), is split into q, k and v, and its pos_embed, (1, S, C), into
-    an embedding's weight.
+    `BUFFERS` are dropped. Apple's fused attn.qkv, (3 * C, C), is split into q, k and v, and its
+    pos_embed, (1, S, C), becomes an embedding's weight.
 
     Args:
-        folder: where `stored` comes from, for messages.
+        folder: folder of `stored`, for errors.
         wanted: the weights of the model, on the meta device.
-        stored_name: of a weight that `wanted` calls so.
+        stored_name: name of a weight in `wanted` -> its name in `stored`.
 
     Raises:
         CheckpointError: a weight is missing, unknown, misshapen or of whole numbers.
@@ -114,7 +114,7 @@ def rename_weights(
         if not tensor.is_floating_point():
             raise CheckpointError(
                 f"{folder}: {source} holds {str(tensor.dtype).removeprefix('torch.')} numbers;"
-                " take weights that are not quantised"
+                " use weights that are not quantised"
             )
         if is_fused:
             tensor = tensor.chunk(3)["qkv".index(name.removesuffix("_proj.weight")[-1])]
@@ -123,20 +123,20 @@ def rename_weights(
     if unknown:
         raise CheckpointError(
             f"{folder} holds {len(unknown)} unknown weights, such as {min(unknown)};"
-            " is it another model's?"
+            " name a folder of a supported model"
         )
     return weights
 
 
 def apple_name(name: str) -> str:
-    """transformers' name of a weight of AIMv2 -> Apple's."""
+    """transformers' name of a weight of AIMv2 -> Apple's name."""
     for ours, theirs in AIMV2_NAMES.items():
         name = name.replace(ours, theirs)
     return name
 
 
 def build_empty(config: FlashVLConfig) -> FlashVLForConditionalGeneration:
-    """A model on the meta device, for `save_model` to fill."""
+    """A model on the meta device, which `save_model` fills with weights."""
     with torch.device("meta"):
         return FlashVLForConditionalGeneration(config)
 
@@ -147,9 +147,12 @@ def save_model(
     processor: FlashVLProcessor,
     output: Path,
 ) -> None:
-    """Fill `model` with `weights` (without a head that is tied) and write it to the new `output`.
+    """Fill `model` with `weights` and write it with its processor to the new folder `output`.
 
-    The weights are neither copied nor cast; those that are mapped from files stay so.
+    The weights are neither copied nor cast, so those that are mapped from files stay mapped.
+
+    Args:
+        weights: all weights of the model; a tied head may be left out.
     """
     if model.config.tie_word_embeddings:
         weights = weights | {"lm_head.weight": weights["model.language_model.embed_tokens.weight"]}
@@ -161,18 +164,18 @@ def save_model(
 
 
 def refuse_existing(output: Path) -> None:
-    """Raise ConfigError where `output` exists."""
+    """Raise ConfigError if `output` exists."""
     if output.exists():
         raise ConfigError(f"{output} exists; name a new folder or remove it")
 
 
 @contextmanager
 def _new_folder(output: Path) -> Iterator[Path]:
-    """A folder to write in that becomes `output` at the end, whole or not at all."""
+    """A folder to write to, which is renamed to `output` at the end, or removed after an error."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         partial = output.parent / f".{output.name}-{uuid.uuid4().hex[:8]}"
-        partial.mkdir()  # not tempfile's, which are the owner's alone
+        partial.mkdir()  # tempfile's folders can be read by their owner only
     except OSError as error:
         raise ConfigError(
             f"{output} cannot be written: {error.strerror}; name another folder"
