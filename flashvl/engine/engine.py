@@ -212,8 +212,8 @@ class Engine:
         """Token ids of the request's messages or prompt.
 
         Raises:
-            DataError: the prompt has no token, or an image's placeholder; or the numbers of images
-                and `<image>`s differ.
+            DataError: the prompt has no token, or image tokens other than those of the images; or
+                the numbers of images and `<image>`s differ.
         """
         if request.prompt is None:
             return encode_prompt(request.messages, tiles.counts, self.processor)

@@ -14,7 +14,7 @@ DEPLOYMENT = "EngineReplica"
 
 
 class ServedModel(NamedTuple):
-    """What decides the captions of an engine, as far as the engine does."""
+    """The properties of an engine on which its captions depend."""
 
     folder_hash: str
     """Hash of the model's folder, by `flashvl.model.loading.hash_folder`."""

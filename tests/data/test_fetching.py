@@ -1,4 +1,4 @@
-"""Images by URL: from where they may be fetched, and from where nothing leads."""
+"""Images by URL: which hosts and addresses they may be fetched from."""
 
 import asyncio
 import ipaddress
@@ -62,7 +62,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, ssl.
 
 @pytest.fixture
 def local_is_public(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Count 127.0.0.1 as public: the only server that there is to fetch from."""
+    """Let 127.0.0.1 count as public, as the only server of the tests is there."""
     monkeypatch.setattr(
         fetching, "is_public", lambda address: address == "127.0.0.1" or is_public(address)
     )
@@ -130,7 +130,7 @@ def test_gives_up_on_a_slow_host_and_on_a_ring_of_redirects(
 @pytest.mark.parametrize(
     "target",
     [
-        "https~//127.0.0.1/latest/meta-data",  # not on the list, though public here
+        "https~//127.0.0.1/latest/meta-data",  # public here, but not allowed
         "https~//169.254.169.254/latest/meta-data",
         "http~//localhost/picture",
         "file~///etc/passwd",
@@ -177,7 +177,7 @@ def test_no_host_is_allowed_unless_one_is(server: tuple[int, ssl.SSLContext]) ->
 def test_an_allowed_name_with_a_private_address_is_not_connected_to(
     server: tuple[int, ssl.SSLContext], host: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever DNS says, at whatever time: the address connected to is the one that is checked."""
+    """The address that is connected to is the one that is checked, even if DNS answers change."""
     port, _ = server
     resolve = socket.getaddrinfo
 

@@ -1,4 +1,4 @@
-"""Decoding: pictures come back as they were made; bad bytes give `DataError` and nothing else."""
+"""Decoding: pictures come back as they were made; bad bytes raise `DataError` and nothing else."""
 
 import struct
 import sys
@@ -33,14 +33,14 @@ def flat(mode: str, color: Any, size: tuple[int, int] = (8, 6)) -> Image.Image:
 
 
 def color_of(data: bytes) -> tuple[int, ...]:
-    """The colour of a picture that must have one only."""
+    """The only colour of a picture."""
     pixels = np.asarray(decode_image(data)).reshape(-1, 3)
     assert (pixels == pixels[0]).all()
     return tuple(int(value) for value in pixels[0])
 
 
 def png(width: int, height: int, *chunks: bytes) -> bytes:
-    """An 8-bit grey PNG with whatever chunks, by the specification and without Pillow."""
+    """An 8-bit grey PNG with any chunks, written by the specification, without Pillow."""
     header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + png_chunk(b"IEND", b"")
 
@@ -51,7 +51,7 @@ CORNERS = np.zeros((32, 64, 3), np.uint8)
 CORNERS[:16, :32], CORNERS[:16, 32:] = RED, GREEN
 CORNERS[16:, :32], CORNERS[16:, 32:] = BLUE, YELLOW
 
-# From the EXIF standard's words for each value: where row 0 and column 0 of the stored picture lie.
+# Where row 0 and column 0 of the stored picture are shown, by the EXIF standard's words.
 STORED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     1: lambda upright: upright,  # top, left
     2: lambda upright: upright[:, ::-1],  # top, right
@@ -171,7 +171,7 @@ RAMP_8 = ((2 * RAMP_16.astype(np.int64) + 257) // 514).astype(np.uint8)  # v / 2
 )
 def test_deep_grey_is_scaled_not_clipped(data: bytes) -> None:
     decoded = np.asarray(decode_image(data)).astype(int)
-    assert np.abs(decoded - RAMP_8[:, :, None]).max() <= 1  # 1: float32 may round the other way
+    assert np.abs(decoded - RAMP_8[:, :, None]).max() <= 1  # 1: float32 may round differently
     assert (decoded[0, 0] == 0).all() and (decoded[-1, -1] == 255).all()
 
 
@@ -231,7 +231,7 @@ def test_result_is_a_plain_image_without_metadata() -> None:
 def test_limits_come_before_pixels(file_format: str, limits: ImageLimits, rule: str) -> None:
     whole = encode(noise(size=(64, 48)), file_format)
     half = whole[: len(whole) // 2]
-    # Half a file has no pixels to decode, and still it is the limit that is named.
+    # Half a file has no pixels to decode, but the error names the limit.
     with pytest.raises(DataError, match=rule):
         decode_image(half, limits)
     with pytest.raises(DataError, match="cannot be decoded"):
@@ -251,7 +251,7 @@ def test_limits_are_inclusive() -> None:
 @pytest.mark.parametrize("size", [(10_000, 6_000), (10_000, 10_000), (60_000, 60_000)])
 @pytest.mark.parametrize("action", ["error", "ignore"])
 def test_bombs_are_refused_by_their_header(size: tuple[int, int], action: Any) -> None:
-    # 60 megapixels, then what Pillow warns of, then what Pillow itself refuses.
+    # 60 megapixels; a size that Pillow warns of; a size that Pillow refuses.
     few_pixels = png_chunk(b"IDAT", zlib.compress(bytes(100)))
     start = time.perf_counter()
     with warnings.catch_warnings():
@@ -289,7 +289,12 @@ def test_heif_is_known_by_its_brands() -> None:
     data = encode(noise(size=(64, 48)), "HEIF", quality=90)
     assert data[4:12] == b"ftypheic"
     expected = decode_image(data).tobytes()
-    for brand in (b"mif1", b"heix", b"msf1", b"miaf"):  # what a file begins with; others follow
+    for brand in (
+        b"mif1",
+        b"heix",
+        b"msf1",
+        b"miaf",
+    ):  # the brand that the file begins with; others follow
         assert decode_image(data[:8] + brand + data[12:]).tobytes() == expected
     assert images.read_header(data) == images.ImageHeader("image/heif", (64, 48))
     avif = encode(noise(size=(64, 48)), "AVIF")
@@ -313,7 +318,7 @@ def test_heif_is_refused_in_one_line_where_its_library_is_missing(
 
 
 def test_a_heif_whose_header_lies_about_its_size_is_refused() -> None:
-    """What was checked against the limits, and counted in tiles, must be what is decoded."""
+    """The size that was checked and cut into tiles must be the size that is decoded."""
     data = encode(noise(size=(64, 48)), "HEIF", quality=90)
     size = data.index(b"ispe") + 8
     for width, height in ((32, 24), (640, 480), (65_535, 65_535)):
@@ -336,8 +341,11 @@ def test_a_heif_whose_header_lies_about_its_size_is_refused() -> None:
         (b"<!DOCTYPE html><html></html>", "no known format"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "no known format"),
         (b"%PDF-1.7\n", "no known format"),
-        (encode(flat("RGB", RED), "EPS"), "no known format"),  # would run ghostscript
-        (encode(flat("RGB", RED), "ICO"), "no known format"),  # decodes before it gives its size
+        (encode(flat("RGB", RED), "EPS"), "no known format"),  # Pillow would run ghostscript
+        (
+            encode(flat("RGB", RED), "ICO"),
+            "no known format",
+        ),  # Pillow decodes it before its size is known
         (encode(flat("RGB", RED))[:20], "cannot be decoded"),
         (png(8, 8), "cannot be decoded"),
         (png(0, 8, png_chunk(b"IDAT", zlib.compress(bytes(9)))), "no known format"),
@@ -389,7 +397,7 @@ LIMITS = ImageLimits(max_image_pixels=40_000, max_image_side=1_000)
 def check_outcome(data: bytes) -> None:
     """An RGB image within the limits, or a `DataError` of one line, and nothing else."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns of odd metadata
+        warnings.simplefilter("ignore")  # Pillow warns about odd metadata
         try:
             image = decode_image(data, LIMITS)
         except DataError as error:
@@ -439,11 +447,11 @@ def test_threads_agree_with_one_after_another() -> None:
     assert decoded == expected * 10
 
 
-# Decoding no more of a JPEG than is needed
+# JPEGs at a fraction of their size
 
 
 def photo(width: int, height: int) -> Image.Image:
-    """Smooth, with edges: what a photograph is made of."""
+    """A smooth picture with edges, like a photograph."""
     rows, columns = np.mgrid[:height, :width]
     waves = np.stack([np.sin(columns / 37), np.cos(rows / 23), np.sin((rows + columns) / 51)], -1)
     pixels = (127 + 100 * waves).astype(np.uint8)
@@ -471,7 +479,7 @@ def test_other_formats_are_decoded_whole() -> None:
 
 
 def test_a_reduced_jpeg_gives_the_tiles_of_the_whole_one() -> None:
-    """The same cut, and pixels that differ by hardly more than JPEG itself has changed them."""
+    """The tiles are cut alike, and pixels differ little more than JPEG has changed them."""
     processor = FlashVLImageProcessor(
         size={"height": 96, "width": 96}, patch_size=12, tiling={"mode": "iss", "margin": 12}
     )

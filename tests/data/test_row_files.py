@@ -1,4 +1,4 @@
-"""What comes of the file that a row names is that row's; a store that fails stops the job."""
+"""A file that cannot be read fails its row alone; a store that fails stops the job."""
 
 import errno
 import os
@@ -142,7 +142,7 @@ def test_a_path_of_any_text_is_read_or_refused(path: str) -> None:
 def test_a_broken_disk_stops_the_job(
     number: int, photo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No disk can be broken here: the system's call is made to fail as it would."""
+    """A broken disk is simulated by a system call that fails as with one."""
 
     def fail(*_: object) -> None:
         raise OSError(number, os.strerror(number))
@@ -200,12 +200,12 @@ def test_a_store_that_went_away_stops_the_job(s3: tuple[ThreadedMotoServer, str]
 
 
 def test_a_store_that_never_answered_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It may be one row's invention; when all rows name it, the share of dead letters stops it."""
+    """One row may name a false store; if all do, the share of dead letters stops the job."""
     monkeypatch.setattr(row_files, "_silent", {})
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     uri = f"s3://k:s@bucket/{{}}.png?endpoint_override=http://127.0.0.1:{port}&region=us-east-1"
     refuse(uri.format(0), "NETWORK_CONNECTION")
-    monkeypatch.setattr(row_files, "locate", None)  # it would fail in another way
+    monkeypatch.setattr(row_files, "locate", None)  # it would fail with another error
     refuse(uri.format(1), "NETWORK_CONNECTION")

@@ -1,4 +1,4 @@
-"""Good pixels behind bad metadata are decoded; files damaged anywhere harm nobody."""
+"""Files with damaged metadata but good pixels are decoded; no damage does any harm."""
 
 import io
 import json
@@ -43,7 +43,7 @@ def test_every_format_is_damaged_below() -> None:
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("file_format", DAMAGED)
 def test_bad_metadata_counts_as_absent(file_format: str) -> None:
-    """The pixels are to the bit those of the file without the damage."""
+    """The pixels equal those of the undamaged file."""
     wrong = []
     for name, (clean, damaged) in DAMAGED[file_format]().items():
         expected = decode_image(clean)
@@ -61,13 +61,13 @@ def test_bad_metadata_counts_as_absent(file_format: str) -> None:
 
 @pytest.mark.parametrize("name", damage.whole_files())
 def test_no_pixel_depends_on_metadata(name: str) -> None:
-    """What is left without metadata decodes alike, so the way round loses nothing."""
+    """The file without metadata decodes to the same pixels."""
     data = damage.whole_files()[name]
     bare = strip_metadata(data)
     if bare is None:
         return
     upright, again = decode_image(data), decode_image(bare.data)
-    if upright.size != again.size:  # turned by what was left out, and there handed on
+    if upright.size != again.size:  # turned by the orientation, which was left out and is passed on
         assert bare.info
         again = again.transpose(Image.Transpose.ROTATE_270)
     assert again.tobytes() == upright.tobytes()
@@ -93,7 +93,7 @@ def test_limits_hold_where_metadata_is_left_out() -> None:
 
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "AVIF"])
 def test_pixels_that_are_cut_off_stay_an_error(file_format: str) -> None:
-    """Also where there is metadata to leave out."""
+    """The same for files with metadata."""
     options = {"exif": exif_of(6)} if file_format not in ("GIF", "BMP") else {}
     data = encode(PICTURE.quantize(16) if file_format == "GIF" else PICTURE, file_format, **options)
     for lost in (len(data) // 4, len(data) // 2):
@@ -103,7 +103,7 @@ def test_pixels_that_are_cut_off_stay_an_error(file_format: str) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_rows": 1}])
 def test_a_jpeg_without_its_last_pixels_stays_an_error(options: dict[str, Any]) -> None:
-    """Wherever it is cut: behind the first bytes of a scan only the end mark may be missing."""
+    """A JPEG cut anywhere in its scan is refused, unless only its end mark is missing."""
     data = encode(PICTURE, "JPEG", **options)
     scan = data.index(b"\xff\xda")
     for end in range(scan, len(data) - 4):
@@ -112,7 +112,7 @@ def test_a_jpeg_without_its_last_pixels_stays_an_error(options: dict[str, Any]) 
 
 
 def test_settings_of_the_process_stay_as_they_are() -> None:
-    """Other code in the process may rely on them; and many threads come and go here."""
+    """Other code of the process may rely on Pillow's settings, while many threads decode."""
     before = (PngImagePlugin.MAX_TEXT_CHUNK, Image.MAX_IMAGE_PIXELS, dict(Image.OPEN))
     good, bad = encode(PICTURE, "PNG"), with_text(encode(PICTURE, "PNG"))
     heif = encode(PICTURE, "HEIF")
@@ -125,7 +125,7 @@ def test_settings_of_the_process_stay_as_they_are() -> None:
 
 
 def test_a_header_is_read_without_pixels() -> None:
-    """A PNG's orientation may come after them; Pillow would decode them to look for it."""
+    """Pillow would decode a PNG's pixels to find an orientation that may come after them."""
     whole = encode(PICTURE, "PNG", exif=exif_of(6))
     pixels = whole.index(b"IDAT") + 4
     damaged = whole[:pixels] + bytes(20) + whole[pixels + 20 :]
@@ -147,7 +147,7 @@ def test_a_header_says_the_upright_size(file_format: str, orientation: int) -> N
 
 
 def test_a_jpeg_of_several_pictures_is_one_to_be_reduced() -> None:
-    """As telephones write them: the first counts, and it is a JPEG."""
+    """Telephones write such files: the first picture counts, and the file is a JPEG."""
     photo = PICTURE.resize((800, 600))
     data = encode(photo, "MPO", save_all=True, append_images=[photo.rotate(180)])
     assert read_header(data).media_type == "image/jpeg"
@@ -186,7 +186,7 @@ print(json.dumps(outcomes))
 
 
 def decode_damaged(number: int, tmp_path: Path) -> list[tuple[str, str | None]]:
-    """In a process of its own with 3 GiB to spare, whose death names the file that it died of."""
+    """Decoding runs in a process with 3 GiB of memory; if it dies, the file is named."""
     progress = tmp_path / "progress"
     done = subprocess.run(
         [sys.executable, "-c", DECODE, str(number), str(progress)],
@@ -202,7 +202,7 @@ def decode_damaged(number: int, tmp_path: Path) -> list[tuple[str, str | None]]:
 def check(outcomes: list[tuple[str, str | None]], number: int) -> None:
     assert len(outcomes) == number
     reasons = [reason for _, reason in outcomes if reason]
-    assert number * 0.1 < len(reasons) < number * 0.9  # else the damages prove little
+    assert number * 0.1 < len(reasons) < number * 0.9  # otherwise the damaged files prove little
     assert all(len(reason.splitlines()) == 1 and len(reason) < 400 for reason in reasons)
 
 

@@ -1,4 +1,4 @@
-"""Schemas: what a captioning job accepts, and that a refusal says what to do."""
+"""Schemas: which tables a captioning job accepts, and remedies in its refusals."""
 
 from pathlib import Path
 from typing import Any

@@ -36,7 +36,7 @@ from flashvl.data.synthetic import (
 )
 
 SIDE = 240
-"""Pictures are read at this size: shapes in neighbouring cells stay apart there."""
+"""Size at which pictures are read; shapes in neighbouring cells do not touch at it."""
 CELL = SIDE // 4
 
 PALETTE = {
@@ -63,7 +63,7 @@ SPLITS = st.sampled_from(["train", "heldout"])
 
 @dataclass
 class Seen:
-    """What is in a picture: `things` are ((row, column), what, colour, size or ground)."""
+    """Contents of a picture; `things` are ((row, column), what, colour, size or ground)."""
 
     kind: str
     things: list[tuple[tuple[int, int], str, str, str]]
@@ -100,14 +100,14 @@ def components(ink: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def mask_of(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """The component alone, in its bounding box."""
+    """The pixels of one component, in its bounding box."""
     mask = np.zeros((np.ptp(rows) + 1, np.ptp(columns) + 1), bool)
     mask[rows - rows.min(), columns - columns.min()] = True
     return mask
 
 
 def shape_name(mask: np.ndarray) -> str:
-    """By the widths at a quarter, half and nine tenths of the height."""
+    """The name of a shape, by its widths at a quarter, half and nine tenths of its height."""
     profiles = {
         "square": (1, 1, 1),
         "circle": (0.87, 1, 0.6),
@@ -135,7 +135,7 @@ def printed_glyphs() -> dict[str, np.ndarray]:
 
 
 def difference(mask: np.ndarray, glyph: np.ndarray) -> int:
-    """Pixels that differ where the two lie best on each other."""
+    """Number of pixels that differ when the two are aligned best."""
     page = np.zeros((2, CELL + 20, CELL + 20), bool)
     for layer, part in zip(page, (mask, glyph), strict=True):
         top, left = (
@@ -186,7 +186,7 @@ def look_at_text(pixels: np.ndarray, ground: str) -> Seen:
 
 def look_at_bars(pixels: np.ndarray) -> Seen:
     ink = ink_of(pixels)
-    base = np.flatnonzero(ink[:, 0]).mean()  # no bar reaches the edge: there is only the axis
+    base = np.flatnonzero(ink[:, 0]).mean()  # no bar reaches the edge, only the axis does
     axis = ink[:, 0].sum()
     seen = Seen("chart", [])
     for column in range(4):
@@ -258,7 +258,7 @@ def enlarged(drawn: Sample) -> Image.Image:
     return dataclasses.replace(drawn, size=SIDE).image()
 
 
-# What it says is what is there
+# Answers agree with the pictures
 
 
 def check(drawn: Sample) -> Seen:
@@ -291,7 +291,7 @@ def test_answers_are_in_the_picture_whatever_the_seed(split: Split, seed: int, i
 
 
 def test_the_reader_is_not_easily_pleased() -> None:
-    """The reader of pixels tells pictures apart: mixed-up answers would be noticed."""
+    """The reader tells pictures apart, so that mixed-up answers would be noticed."""
     drawn = list(samples("train", 6, 16, ("caption",)))
     captions = [turn.answer for one in drawn for turn in one.turns]
     others = [describe(look(enlarged(one))) for one in drawn[1:] + drawn[:1]]
@@ -355,7 +355,7 @@ def test_every_class_of_cell_has_a_name_of_its_own() -> None:
 
 @pytest.mark.parametrize("size", range(96, 257, 16))
 def test_draws_at_every_size(size: int) -> None:
-    """The middle of a cell is inked where a shape lies, and nowhere else."""
+    """The centre of a cell has ink if and only if the cell has a shape."""
     for drawn in samples("heldout", size, 6, ("count",)):
         image = dataclasses.replace(drawn, size=size).image()
         assert (image.size, image.mode) == ((size, size), "RGB")
@@ -385,7 +385,7 @@ def test_splits_share_no_scene_whatever_the_seeds() -> None:
     train = {drawn.scene for seed in (0, 1) for drawn in samples("train", seed, 1500)}
     heldout = {drawn.scene for seed in (0, 7) for drawn in samples("heldout", seed, 1500)}
     assert not train & heldout
-    # Both are rich: the disjointness is not that of small or empty sets.
+    # Both sets are large, so that being disjoint means something.
     assert len(train) > 2500
     assert len(heldout) > 2000
     for kind in (
@@ -435,7 +435,7 @@ for drawn in samples("heldout", 4, 20):
 
 
 def test_another_process_draws_the_same() -> None:
-    """Nothing hangs on Python's own hash, which differs from process to process."""
+    """Nothing depends on Python's `hash`, which differs between processes."""
     done = subprocess.run(
         [sys.executable, "-c", DIGEST],
         env=os.environ | {"PYTHONHASHSEED": "12345"},

@@ -1,4 +1,4 @@
-"""The small tokenizer: nothing is lost, and the ids that `tiny` relies on are where it says."""
+"""The small tokenizer: it loses nothing, and has the ids that `tiny` relies on."""
 
 import string
 import unicodedata

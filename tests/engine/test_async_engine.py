@@ -1,4 +1,4 @@
-"""Many coroutines on one engine: each gets its own answer, and what goes wrong reaches it."""
+"""Many coroutines share an engine: each gets its own answer, or its own error."""
 
 import asyncio
 from collections.abc import Iterator
@@ -41,7 +41,7 @@ def test_each_gets_its_own_answer(asynchronous: AsyncEngine, engine: Engine) -> 
 
 
 def test_a_stream_comes_in_pieces() -> None:
-    """Of the shipped model, whose words are text; random weights say halves of characters."""
+    """An engine of the shipped model; random weights would answer with halves of characters."""
     drawn = synthetic.sample("heldout", 0, 1, tasks=("caption",))
     messages = [{"role": "user", "content": "<image>\nDescribe the image."}]
     request = Request(messages=messages, images=[drawn.image()])
@@ -83,7 +83,7 @@ def test_who_goes_away_frees_the_place(asynchronous: AsyncEngine) -> None:
             task.cancel()
         done = await asyncio.gather(*endless, return_exceptions=True)
         assert all(isinstance(each, asyncio.CancelledError) for each in done)
-        await asynchronous.generate(ask(9))  # behind them
+        await asynchronous.generate(ask(9))  # after them
         assert asynchronous.stats().is_idle
 
     asyncio.run(go_away())
@@ -112,7 +112,7 @@ def test_a_closed_engine_answers_nobody(tiny_random: Path) -> None:
 def test_a_caller_whose_event_loop_has_closed_harms_nobody(
     asynchronous: AsyncEngine, engine: Engine
 ) -> None:
-    """`asyncio.run` ends at the time-out, while the engine is in the middle of a step."""
+    """`asyncio.run` ends at the time-out, during a step of the engine."""
 
     async def give_up() -> None:
         request = ask(0, max_new_tokens=400, ignore_eos=True)

@@ -1,4 +1,4 @@
-"""The cache keeps what its rows hold, however they are cut; the scheduler admits by tokens."""
+"""The cache keeps the contents of its rows when it is cut anew; the scheduler admits by tokens."""
 
 import random
 
@@ -82,7 +82,7 @@ def test_as_many_are_admitted_as_have_room_for_their_tokens() -> None:
         scheduler.remove(scheduler.decoding[-1])
     assert [sequence.id for sequence in scheduler.admit()] == [16, 17, 18, 19]
     scheduler.start_decoding()
-    assert scheduler.admit() == []  # two rows of 448 are all that 1024 tokens have room for
+    assert scheduler.admit() == []  # 1024 tokens have room for two rows of 448
     for sequence in scheduler.decoding[1:]:
         scheduler.remove(sequence)
     assert [sequence.id for sequence in scheduler.admit()] == [20]

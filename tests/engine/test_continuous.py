@@ -1,4 +1,4 @@
-"""Continuous batching against `generate`, request by request, and its bookkeeping under stress."""
+"""Continuous batching against `generate`, request by request; and its bookkeeping under stress."""
 
 import random
 from collections.abc import Callable
@@ -22,12 +22,12 @@ from tests.support.images import noise
 from tests.support.models import draw_weights
 
 MAX_LENGTH = 4096
-"""Tokens that the engines of this file take; RoPE has no weights that would have to be learnt."""
+"""Length limit of this file's engines; RoPE needs no weights for it."""
 WORDS = "Describe the image. a large red circle".split()
 
 
 class Subject:
-    """A model to be asked by `generate` alone, and the means to make engines of it."""
+    """A model for plain `generate`, which can also make engines of its weights."""
 
     def __init__(self, folder: Path):
         self.model: FlashVLForConditionalGeneration = load_model(folder)
@@ -42,7 +42,7 @@ class Subject:
         return Engine(model, self.processor, **options)
 
     def by_generate(self, request: Request) -> tuple[list[int], int]:
-        """New tokens without the end token, and the prompt's length."""
+        """New tokens without the end token, and the length of the prompt."""
         images = iter(request.images)
         blocks = []
         for message in request.messages:
@@ -76,7 +76,7 @@ def subject(request: pytest.FixtureRequest, random_folder: Callable[[str], Path]
 
 
 def mixed_requests(count: int, seed: int = 0) -> list[Request]:
-    """No image, one or two, of all numbers of tiles; prompts and answers of many lengths."""
+    """Requests with no image, one or two, of all numbers of tiles, and of many lengths."""
     rng = random.Random(seed)
     made = []
     for index in range(count):
@@ -104,7 +104,7 @@ def assert_is_by_generate(subject: Subject, request: Request, completion: Comple
 
 
 def test_whoever_shares_the_batch_and_however_they_arrive(subject: Subject) -> None:
-    """Few rows, small pieces of prefill: requests wait, join, leave and change rows."""
+    """With few rows and small pieces of prefill, requests wait, join, leave and change rows."""
     requests = mixed_requests(100)
     engine = subject.engine(max_num_seqs=5, max_prefill_tokens=48)
     rng = random.Random(1)
@@ -126,7 +126,7 @@ def test_whoever_shares_the_batch_and_however_they_arrive(subject: Subject) -> N
 
 
 def test_prompts_of_one_to_two_thousand_tokens(subject: Subject) -> None:
-    """The longest is prefilled in pieces, and its row is as long as needed."""
+    """The longest prompt is prefilled in pieces, and its row is as long as it needs."""
     engine = subject.engine(max_prefill_tokens=300)
     requests = [
         Request(messages=[{"role": "user", "content": " ".join(WORDS * count)}], max_new_tokens=3)
@@ -182,10 +182,12 @@ def test_top_k_and_top_p_admit_what_their_definitions_say(
         if before < top_p - 1e-6:
             expected.add(token)
         if abs(before - top_p) < 1e-6:
-            return  # a tie that rounding decides
+            return  # rounding decides between equal logits
         before += share
     found = {token for token, is_kept in enumerate(kept) if is_kept}
-    if len({logits[token] for token in order}) == len(order):  # equal logits may stand either way
+    if len({logits[token] for token in order}) == len(
+        order
+    ):  # equal logits may come in either order
         assert found == expected
 
 
@@ -314,7 +316,7 @@ def test_an_image_seen_again_is_not_encoded_again() -> None:
     assert features.num_bytes <= 100
     assert features.num_bytes == sum(tokens.nbytes for tokens in features.kept.values())
     features([images[0]])
-    assert encoded[-1] == 1  # it had to go
+    assert encoded[-1] == 1  # it was dropped
 
 
 @pytest.mark.parametrize("count", [400, pytest.param(10_000, marks=pytest.mark.slow)])
@@ -362,7 +364,7 @@ def test_arrivals_cancellations_and_refusals_leave_nothing_behind(
 
 
 def test_the_first_token_is_handed_out_before_the_second_is_made(subject: Subject) -> None:
-    """And prefills of others, in pieces, keep nobody waiting for more than one of them."""
+    """Prefills of other requests are cut in pieces, and none waits for more than one piece."""
     engine = subject.engine(max_prefill_tokens=16)
     first = engine.add(Request(messages=[{"role": "user", "content": "circle"}], ignore_eos=True))
     num_tokens = 0

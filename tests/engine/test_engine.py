@@ -23,7 +23,7 @@ MAX_NEW_TOKENS = 8
 
 @pytest.fixture(scope="module")
 def engine(tiny_random: Path) -> Engine:
-    """`tiny_random` with weights under which a short answer differs from image to image."""
+    """`tiny_random` with weights with which short answers differ between images."""
     model = load_model(tiny_random)
     draw_weights(model)
     return Engine(model, load_processor(tiny_random))
@@ -43,7 +43,7 @@ def ask(
 
 
 def requests() -> list[Request]:
-    """With one image, none, two, and a conversation: prompts of different lengths."""
+    """Requests of different lengths: with one image, none, two, and a whole conversation."""
     conversation = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "<image>\nDescribe the image."},
@@ -82,7 +82,7 @@ def test_token_ids_must_have_places_for_their_images(engine: Engine) -> None:
 
 
 def generate_by_hand(engine: Engine, request: Request) -> tuple[list[int], int]:
-    """New tokens, the end token included, and the prompt's length; by the library alone."""
+    """New tokens with the end token, and the length of the prompt, by transformers alone."""
     images = iter(request.images)
     blocks = []
     for message in request.messages:
@@ -118,7 +118,7 @@ def test_a_batch_is_generate_one_by_one(engine: Engine) -> None:
             prompt_tokens=prompt_tokens,
             finish_reason="stop" if stopped else "length",
         )
-    # Different images, different answers: else images could be mixed up unseen.
+    # Answers differ between images; otherwise mixed-up images would go unnoticed.
     assert len({tuple(completion.token_ids) for completion in completions}) == len(completions)
 
 
@@ -155,7 +155,7 @@ def test_no_requests_give_no_completions(engine: Engine) -> None:
 
 
 def always(engine: Engine, token: int) -> Engine:
-    """An engine whose model says `token` and nothing else."""
+    """An engine whose model writes `token` and nothing else."""
     model = deepcopy(engine.model)
     config = model.config.text_config
     model.lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size)
@@ -187,7 +187,7 @@ def test_an_answer_that_ends_at_once_is_empty(engine: Engine) -> None:
 
 
 def test_an_answer_that_ends_at_the_end_token_stops_there(engine: Engine) -> None:
-    """The end token is made one that the model says midway, in one of two answers."""
+    """The end token becomes one that the model writes in the middle of one of two answers."""
     asked = [ask("Describe the image.", picture(seed)) for seed in (1, 4)]
     free = [generate_by_hand(engine, request)[0] for request in asked]
     place, end = next(
@@ -203,7 +203,7 @@ def test_an_answer_that_ends_at_the_end_token_stops_there(engine: Engine) -> Non
     assert full.token_ids == free[1]
     assert full.finish_reason == "length"
 
-    # Its own limit, not the batch's, decides: one token short of the end token, and just at it.
+    # Each request has its own limit: one token before the end token, or exactly at it.
     short, exact, _ = stopping.generate(
         [
             ask("Describe the image.", picture(1), max_new_tokens=place),
@@ -224,7 +224,7 @@ def test_images_that_do_not_fit_the_markers_are_refused(engine: Engine, given: i
 
 
 def test_two_misfits_that_cancel_out_are_refused(engine: Engine) -> None:
-    """Else one request would be answered by another's image."""
+    """Otherwise a request would be answered from another request's image."""
     one_missing = ask("Which of the two?", picture(0), picture(1), **{"images": [picture(0)]})
     one_too_many = ask("Who are you?", images=[picture(1)])
     with pytest.raises(DataError, match="(?i)image"):
@@ -243,7 +243,7 @@ def test_two_misfits_that_cancel_out_are_refused(engine: Engine) -> None:
     ],
 )
 def test_what_a_user_writes_is_text_whatever_it_looks_like(engine: Engine, text: str) -> None:
-    """No control token but the template's own; and the model reads what was written."""
+    """The only control tokens are the template's, and the model reads the text unchanged."""
     processor = engine.processor
     part = {"type": "text", "text": text}
     prompt = encode_prompt([{"role": "user", "content": [part]}], [], processor)

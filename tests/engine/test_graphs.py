@@ -1,4 +1,4 @@
-"""Decoding in recorded shapes: what a replay is fed and gives back, on any machine and on a GPU."""
+"""Decoding by recorded graphs: their inputs and outputs, on any machine and on a GPU."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +14,7 @@ WORDS = "Describe the image. a large red circle".split()
 
 
 class Repeated(DecodingGraphs):
-    """A recording that a CPU can make: the same tensors, computed anew at each replay."""
+    """A recording that works on a CPU: each replay computes the same tensors again."""
 
     def _capture(self, run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
         logits = run().clone()
@@ -33,7 +33,7 @@ def make_requests() -> list[Request]:
 
 
 def make_engine(folder: Path) -> Engine:
-    """Few rows and small pieces: idle rows of a batch are often those that are being prefilled."""
+    """With few rows and small pieces, idle rows of a batch are often being prefilled."""
     return Engine(load_model(folder), load_processor(folder), max_num_seqs=7, max_prefill_tokens=20)
 
 

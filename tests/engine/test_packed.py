@@ -26,7 +26,7 @@ def test_they_equal_the_product_in_fp32_but_for_rounding(
     with torch.inference_mode():
         packed = PackedLinear(linear)(inputs)
     assert packed.dtype == torch.bfloat16
-    # One rounding at the end: half a unit in the last of eight places.
+    # One rounding at the end: half a unit in the last of eight bits.
     torch.testing.assert_close(packed.float(), exact, rtol=2**-8, atol=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""What a request may ask of the choice of its tokens, against vLLM's definitions."""
+"""Sampling parameters against vLLM's definitions."""
 
 import math
 from pathlib import Path
@@ -40,7 +40,7 @@ def test_biases_come_before_penalties_as_in_vllm(
     frequency: float,
     bias: dict[int, float],
 ) -> None:
-    """vLLM's V1 sampler: bias; repetition, over prompt and answer; frequency; presence."""
+    """Logits by vLLM's V1 sampler: bias, repetition (prompt and answer), frequency, presence."""
     prompt = [0, 3, 3]
     request = Request(
         repetition_penalty=repetition,
@@ -56,7 +56,7 @@ def test_biases_come_before_penalties_as_in_vllm(
     for token in set(said):
         scores[token] -= frequency * said.count(token) + presence
     best, second = sorted(scores, reverse=True)[:2]
-    if best - second > 1e-3:  # else rounding decides
+    if best - second > 1e-3:  # otherwise rounding decides
         assert sampler.choose(torch.tensor(logits), len(said)) == scores.index(best)
 
 

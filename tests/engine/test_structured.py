@@ -1,4 +1,4 @@
-"""Answers of a prescribed form: as they must be, and as exact under batching as free ones."""
+"""Answers of a prescribed form have that form, and do not depend on their batch."""
 
 import asyncio
 import json
@@ -34,7 +34,7 @@ FIELDS = {
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    """In float32, so that an answer is the same whoever shares its batch."""
+    """An engine in float32, in which no answer depends on the other requests in its batch."""
     return Engine.from_pretrained("tiny", "float32", max_num_seqs=16)
 
 
@@ -52,7 +52,7 @@ def under(schema: Any) -> StructuredOutputs:
     return StructuredOutputs(json=json.dumps(schema))
 
 
-# Schemas, each with some bound on the answers' lengths
+# Schemas, each of which bounds the length of its answers
 
 NAMES = st.sampled_from(["a", "size", "is it?", 'quo"te', "caf\u00e9", "x_1"])
 STRINGS = st.one_of(
@@ -142,7 +142,7 @@ INNER = st.recursive(
 
 @st.composite
 def schemas(draw: st.DrawFn) -> Any:
-    """A schema, half of them with a definition that is used once or twice."""
+    """Strategy for schemas; half of them have a definition that is used once or twice."""
     schema = draw(INNER)
     if draw(st.booleans()):
         shared = {"$ref": "#/$defs/shared"}
@@ -248,7 +248,7 @@ def test_too_few_tokens_leave_an_answer_incomplete(engine: Engine, pictures: lis
 
 
 def complete(engine: Engine, picture: Any, **outputs: Any) -> list[Completion]:
-    """Greedy, and sampled hot."""
+    """Sampling parameters: greedy, and at a high temperature."""
     made = StructuredOutputs(**outputs)
     options: list[dict[str, Any]] = [{}, {"temperature": 2.0}, {"temperature": 2.0, "seed": 1}]
     return engine.generate(
@@ -340,7 +340,7 @@ def test_any_json_object(engine: Engine, pictures: list[Any]) -> None:
             assert isinstance(json.loads(answer.text), dict)
 
 
-# What cannot be used
+# Refusals
 
 BAD = [
     {"json": "nope"},
@@ -419,7 +419,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("outputs", HOSTILE.values(), ids=HOSTILE)
 def test_what_is_hostile_is_answered_or_refused_before_long(outputs: dict[str, Any]) -> None:
-    """In a process of its own, which lives, whose CPU time and memory are bounded."""
+    """The check runs in a bounded process of its own, and this process survives."""
     program = (
         "import json, resource, sys\n"
         "resource.setrlimit(resource.RLIMIT_CPU, (60, 60))\n"
@@ -442,7 +442,7 @@ def test_what_is_hostile_is_answered_or_refused_before_long(outputs: dict[str, A
 
 
 def test_who_becomes_too_complex_within_an_answer_fails_alone(engine: Engine) -> None:
-    """Nothing is wrong with its first token; the limit is met behind it."""
+    """The limit is met only after the first token."""
     hostile = StructuredOutputs(
         grammar="start: A\nA: ~/(.*a.{30}b.*)/ & ~/(.*b.{37}a.*)/ & ~/(.*c.{41}.*e.*)/"
         " & /.{50,800}/"

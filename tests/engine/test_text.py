@@ -1,4 +1,4 @@
-"""From tokens to text: a token's own bytes, and which stop string ends an answer where."""
+"""From tokens to text: the bytes of single tokens, and where a stop string ends an answer."""
 
 import unicodedata
 from pathlib import Path
@@ -17,12 +17,12 @@ from flashvl.model.loading import load_processor
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerBase:
-    """Whose merges are those of the shipped model: some tokens are words."""
+    """The tokenizer of the shipped model, in which some tokens are words."""
     return load_processor("tiny").tokenizer
 
 
 def tell(tokenizer: PreTrainedTokenizerBase, ids: list[int], stop: list[str]) -> tuple[str, str]:
-    """An answer as it is streamed, joined, and as it is given at once; the rest is never read."""
+    """An answer's streamed pieces, joined, and its text; tokens after its end are not read."""
     answer, streamed = AnswerText(TokenTable(tokenizer), stop), ""
     for token in ids:
         if answer.add(token):
@@ -33,7 +33,7 @@ def tell(tokenizer: PreTrainedTokenizerBase, ids: list[int], stop: list[str]) ->
 
 
 def cut(text: str, stop: list[str]) -> str:
-    """The rule, character by character."""
+    """The rule for stop strings, character by character."""
     for end in range(1, len(text) + 1):
         found = [each for each in stop if text[:end].endswith(each)]
         if found:
@@ -48,8 +48,8 @@ TEXT = st.text(st.sampled_from("ab s\u00e9\u4e2d\U0001f600\ufffd"), max_size=24)
 
 @st.composite
 def text_and_stops(draw: st.DrawFn) -> tuple[str, list[str]]:
-    """Some stop strings are parts of the text, and some are not."""
-    text = unicodedata.normalize("NFC", draw(TEXT))  # as the tokenizer does
+    """Strategy for texts and stop strings, of which some occur in the text."""
+    text = unicodedata.normalize("NFC", draw(TEXT))  # like the tokenizer
     parts = st.tuples(st.integers(0, 24), st.integers(1, 6)).map(lambda at: text[at[0] :][: at[1]])
     stops = draw(st.lists(parts.filter(bool) | TEXT.filter(bool), max_size=4))
     return text, stops
@@ -85,7 +85,7 @@ def _byte_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
 def test_any_tokens_are_the_text_that_the_tokenizer_makes_of_them(
     tokenizer: PreTrainedTokenizerBase, ids: list[int]
 ) -> None:
-    """Halves of characters, control tokens and ids without a token among them."""
+    """Strategy for token ids, also of halves of characters, of control tokens, and of no token."""
     known = [token for token in ids if token < len(tokenizer)]
     expected = tokenizer.decode(known, skip_special_tokens=True)
     assert tell(tokenizer, ids, []) == (expected, expected)
@@ -115,7 +115,7 @@ def test_the_bytes_of_a_texts_tokens_are_its_own(
 
 
 def test_every_token_has_bytes_of_its_own(tiny_random: Path) -> None:
-    """A part of a character has its part's; a control token its name's; a gap none."""
+    """Part of a character has some of its bytes, a control token those of its name, a gap none."""
     tokenizer = load_processor(tiny_random).tokenizer
     found = [token_bytes(tokenizer, number) for number in range(len(tokenizer))]
     assert len(set(found)) == len(found)

@@ -1,4 +1,4 @@
-"""Assembly: a model of public parts computes what its parts do, each on its own."""
+"""Assembly: a model made of public parts computes what the parts compute on their own."""
 
 import json
 import shutil
@@ -56,11 +56,11 @@ LLAMA_TOKENS = (
     "<|end_header_id|>",
     "<|eot_id|>",
 )
-"""As in Llama 3.2's tokenizer; its ids there begin at 128000."""
+"""Control tokens of Llama 3.2's tokenizer, in which their ids begin at 128000."""
 
 
 def llama_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level, with a BOS in front of every text; like the base model's, without a pad token."""
+    """A byte-level tokenizer like the base model's: with a BOS, and without a pad token."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -89,7 +89,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
         config = Qwen2Config(**LLM, tie_word_embeddings=is_tied)
         Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / name)
         tokenizer = train_tokenizer(["a red circle"], 270)
-        tokenizer.eos_token = "<|endoftext|>"  # as the base model's
+        tokenizer.eos_token = "<|endoftext|>"  # like the base model's
         tokenizer.save_pretrained(folder / name)
     LlamaForCausalLM(LlamaConfig(**LLM, tie_word_embeddings=True)).save_pretrained(folder / "llama")
     llama_tokenizer().save_pretrained(folder / "llama")

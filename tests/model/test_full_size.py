@@ -12,8 +12,8 @@ import pytest
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 MAX_GIB = 16
-"""4.3 GiB of random numbers, 4.7 of the same packed for the engine, a cache of a quarter of what is
-free then, the library, and what one forward pass holds."""
+"""Memory at most: 4.3 GiB of random weights, 4.7 GiB of them packed for the engine, a cache of a
+quarter of the rest, the libraries, and the tensors of a forward pass."""
 
 CAPTION = """
 import json, resource, sys, time

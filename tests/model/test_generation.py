@@ -1,4 +1,4 @@
-"""How `generate` answers: in batches, up to the right end, never with an image's placeholder."""
+"""`generate` answers in batches, ends at the right token, and never writes a placeholder."""
 
 import json
 import shutil
@@ -102,7 +102,7 @@ def test_an_older_folder_ends_its_answers_as_the_chat_template_says(
 
 
 class likeliest:
-    """While it lasts, `model` finds `token` the likeliest by far."""
+    """Make `token` by far the likeliest one for `model` inside the block."""
 
     def __init__(self, model: FlashVLForConditionalGeneration, token: int):
         self.bias = torch.zeros(model.config.text_config.vocab_size)
@@ -178,7 +178,7 @@ def test_an_adapter_does_not_choose_it_either(tiny_random: Path) -> None:
 
 
 def test_nothing_else_changes(random: Any) -> None:
-    """What is chosen is what would be chosen without the placeholder's column, step by step."""
+    """Each chosen token is the one that would be chosen without the placeholder's column."""
     model, processor = random
     plain = super(FlashVLForConditionalGeneration, model)._get_logits_processor
     kept = [type(p) for p in plain(model.generation_config)]

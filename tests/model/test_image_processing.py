@@ -1,4 +1,4 @@
-"""The image processor against the library's own for the towers it serves."""
+"""The image processor against transformers' own processors for the same towers."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ ISS = {"mode": "iss", "margin": 56}
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
-    """RGB; smooth, as photographs are at a resize's scale: noise of about 12 waves a side."""
+    """An RGB image as smooth as a photograph at the scale of a resize: noise of 12 waves a side."""
     rng = np.random.default_rng(seed)
     noise = Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8))
     return noise.resize((width, height), Image.Resampling.BICUBIC)
@@ -41,7 +41,7 @@ def aimv2(tiling: dict[str, Any] | None) -> FlashVLImageProcessor:
 
 
 def clip_tile(image: Image.Image, **options: Any) -> np.ndarray:
-    """What CLIP's processor makes of `image` before it scales: (3, height, width) uint8."""
+    """The pixels of CLIP's processor for `image` before it scales: (3, height, width) uint8."""
     clip = CLIPImageProcessorPil(do_rescale=False, do_normalize=False, **options)
     return np.asarray(clip(image, return_tensors="np")["pixel_values"][0])
 
@@ -73,7 +73,10 @@ def test_dynamic_tiles_are_clips_resize_of_each_part(size: Size) -> None:
     image, processor = picture(*size), aimv2(DYNAMIC)
     cols, rows = processor.tiling_rule.grid(size)
     width, height = size[0] // cols, size[1] // rows
-    assert (width * cols, height * rows) == size  # parts of whole pixels, to cut them by hand
+    assert (
+        width * cols,
+        height * rows,
+    ) == size  # parts of whole pixels, so that they can be cut by hand
     squeeze = {"size": {"height": SIDE, "width": SIDE}, "do_center_crop": False}
     overview, *tiles = processor.cut_tiles(image)
     assert_within(overview, clip_tile(image, **squeeze), 1)
@@ -81,9 +84,9 @@ def test_dynamic_tiles_are_clips_resize_of_each_part(size: Size) -> None:
     for index, tile in enumerate(tiles):
         left, top = index % cols * width, index // cols * height
         part = image.crop((left, top, left + width, top + height))
-        # Near a seam ours also sees what lies behind it, as the image is resized before it is cut.
+        # Ours resizes before it cuts, so that pixels near a seam depend on those beyond it.
         inner = (slice(None), slice(8, -8), slice(8, -8))
-        # Pillow rounds twice, and otherwise for a part than for the whole.
+        # Pillow rounds twice, and differently for a part than for the whole.
         assert_within(tile[inner], clip_tile(part, **squeeze)[inner], 2)
 
 
@@ -112,7 +115,7 @@ def test_center_crop_is_clips_own_on_each_part(size: Size) -> None:
 def test_center_crop_of_a_line_is_a_tile(size: Size) -> None:
     image, processor = picture(*size), aimv2({**DYNAMIC, "tile_fit": "center_crop"})
     assert processor.cut_tiles(image).shape == (1, 3, SIDE, SIDE)
-    smaller = image.resize((max(size[0] // 8, 1), max(size[1] // 8, 1)))  # as a JPEG is decoded
+    smaller = image.resize((max(size[0] // 8, 1), max(size[1] // 8, 1)))  # like a decoded JPEG
     assert processor.cut_tiles(smaller, size).shape == (1, 3, SIDE, SIDE)
 
 
@@ -135,7 +138,7 @@ def test_iss_tiles_are_the_framed_image() -> None:
         assert_within(tile, cut.transpose(2, 0, 1), 1)
     is_frame = np.ones((SIDE, SIDE), bool)
     is_frame[56:-56, 56:-56] = False
-    assert not tiles[0][:, is_frame].any()  # the overview has the frame all round
+    assert not tiles[0][:, is_frame].any()  # the overview has a frame on all sides
 
 
 @pytest.mark.parametrize("tiling", [None, DYNAMIC, OVERLAP, ISS], ids=str)

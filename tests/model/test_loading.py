@@ -1,4 +1,4 @@
-"""Loading: a name or a folder that is no complete Flash-VL model gives one line that says why."""
+"""Loading: a name or folder that is not a complete Flash-VL model gives a one-line reason."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ WEIGHT = "model.multi_modal_projector.linear_2.weight"
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole model folder, smaller than `tiny`."""
+    """A complete model folder, smaller than `tiny`."""
     vision_config = SiglipVisionConfig(
         hidden_size=8,
         intermediate_size=16,
@@ -63,7 +63,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(saved: Path, tmp_path: Path) -> Path:
-    """A copy to be broken."""
+    """A copy of the model folder for tests to break."""
     return Path(shutil.copytree(saved, tmp_path / "broken"))
 
 

@@ -1,4 +1,4 @@
-"""The model against second implementations: plain loops, arithmetic and the library's own parts."""
+"""The model against second implementations: plain loops, arithmetic and transformers' parts."""
 
 import json
 import os
@@ -51,7 +51,7 @@ class Subject:
     folder: Path
 
     def inputs(self, *prompts: list[str | Image.Image], padding: bool = False) -> dict[str, Any]:
-        """What the processor makes of user messages of texts and pictures."""
+        """The processor's outputs for user messages of texts and pictures."""
         conversations = [
             [{"role": "user", "content": [block(part) for part in prompt]}] for prompt in prompts
         ]
@@ -73,7 +73,7 @@ def block(part: str | Image.Image) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def subject(tiny_random: Path, tmp_path_factory: pytest.TempPathFactory) -> Subject:
-    """`tiny_random` with weights under which a short answer differs from image to image."""
+    """`tiny_random` with weights with which short answers differ between images."""
     model = FlashVLForConditionalGeneration.from_pretrained(tiny_random)
     torch.manual_seed(1)
     with torch.no_grad():
@@ -82,7 +82,7 @@ def subject(tiny_random: Path, tmp_path_factory: pytest.TempPathFactory) -> Subj
                 weight.normal_(std=(2 / weight[0].numel()) ** 0.5)
             else:
                 weight.add_(torch.randn_like(weight) * 0.1)
-        model.get_input_embeddings().weight[model.config.image_token_id] = 0  # never said
+        model.get_input_embeddings().weight[model.config.image_token_id] = 0  # never chosen
     processor = FlashVLProcessor.from_pretrained(tiny_random)
     folder = tmp_path_factory.mktemp("lively")
     model.save_pretrained(folder)
@@ -92,7 +92,7 @@ def subject(tiny_random: Path, tmp_path_factory: pytest.TempPathFactory) -> Subj
 
 @pytest.fixture
 def fresh(subject: Subject) -> FlashVLForConditionalGeneration:
-    """A model of its own for tests that change or train it."""
+    """A fresh model for tests that change or train it."""
     return FlashVLForConditionalGeneration.from_pretrained(subject.folder)
 
 
@@ -109,7 +109,7 @@ def assert_near(actual: torch.Tensor, expected: torch.Tensor, tolerance: float =
 
 @pytest.fixture(scope="module")
 def static() -> FlashVLForConditionalGeneration:
-    """The paper's model, without memory for its weights."""
+    """The paper's model on the meta device, which takes no memory."""
     with torch.device("meta"):
         return FlashVLForConditionalGeneration(build_config("static"))
 
@@ -126,7 +126,7 @@ def test_adapter_has_the_papers_size(static: FlashVLForConditionalGeneration) ->
     channels, hidden, out = 4 * 1152, 7168, 1536
     by_hand = 2 * channels + linear(channels, hidden) + linear(hidden, hidden) + linear(hidden, out)
     assert count(static.model.multi_modal_projector) == by_hand == 95_445_504
-    assert round(by_hand / 2**20, 2) == 91.02  # as the paper prints it
+    assert round(by_hand / 2**20, 2) == 91.02  # the number in the paper
 
 
 def test_tower_has_the_published_size(static: FlashVLForConditionalGeneration) -> None:
@@ -143,7 +143,7 @@ def test_llm_has_the_published_size(static: FlashVLForConditionalGeneration) -> 
     block = attention + 3 * linear(width, mlp, bias=False) + 2 * width
     by_hand = vocab * width + 28 * block + width
     assert count(static.model.language_model) == by_hand == 1_543_714_304
-    # The head is the embedding: the whole is no more than its three parts.
+    # The head is tied to the embedding, so the whole has no more parameters than its three parts.
     assert count(static) == 95_445_504 + 413_534_448 + 1_543_714_304
 
 
@@ -156,7 +156,7 @@ def test_llm_has_the_published_size(static: FlashVLForConditionalGeneration) -> 
     ],
 )
 def test_adapters_have_the_published_sizes(preset: str, channels: int, published: int) -> None:
-    """Known from the sizes of the published files; ISS folds no patches together."""
+    """Widths known from the sizes of the published files; ISS has no pixel shuffle."""
     hidden, out = 7168, 1536
     by_hand = 2 * channels + linear(channels, hidden) + linear(hidden, hidden) + linear(hidden, out)
     assert count_parameters(preset)["multi_modal_projector"] == by_hand == published
@@ -250,7 +250,7 @@ def test_pixel_shuffle_is_internvls(
 
 
 class HandWired:
-    """Flash-VL from the library's classes and a plain Sequential, tokens placed by a loop."""
+    """Flash-VL from transformers' classes and a plain Sequential; a loop places the tokens."""
 
     def __init__(self, model: FlashVLForConditionalGeneration):
         config = model.config
@@ -294,7 +294,7 @@ class HandWired:
         return self.adapter(shuffle_by_loops(grid, 2)).flatten(0, 1)
 
     def logits(self, input_ids: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
-        """`input_ids`: (L,), one conversation."""
+        """Logits of one conversation, whose `input_ids` are (L,)."""
         embeddings = self.llm.get_input_embeddings()(input_ids).clone()
         waiting = list(self.visual_tokens(pixel_values))
         for position, token in enumerate(input_ids.tolist()):
@@ -313,7 +313,7 @@ def test_forward_is_the_hand_wired_model(subject: Subject) -> None:
     assert_near(outputs.logits[0], expected)
     visual_tokens = by_hand.visual_tokens(inputs["pixel_values"])
     assert_near(outputs.image_hidden_states.flatten(0, 1), visual_tokens)
-    # The comparison has teeth: the images, and their order, move the logits far more than that.
+    # The images, and their order, change the logits by far more than the tolerance.
     swapped = subject.model(**{**inputs, "pixel_values": inputs["pixel_values"].flip(0)}).logits
     assert (swapped[0, -1] - expected[-1]).abs().max() > 0.05
 
@@ -339,7 +339,7 @@ def test_base_model_gives_the_states_under_the_head(subject: Subject) -> None:
 
 @torch.no_grad()
 def test_embeddings_or_encoded_images_instead_of_ids_and_pixels(subject: Subject) -> None:
-    """What TRL and vLLM pass: embeddings with the placeholder's rows, images encoded before."""
+    """TRL and vLLM pass embeddings with the placeholders' rows, and images encoded before."""
     inputs = subject.inputs([picture(), "Describe"])
     expected = subject.model(**inputs).logits
     embeddings = subject.model.get_input_embeddings()(inputs["input_ids"])
@@ -385,7 +385,7 @@ def test_loss_is_the_cross_entropy_of_the_next_token(subject: Subject) -> None:
                 total -= row[position, label].item()
                 tokens += 1
     assert outputs.loss.item() == pytest.approx(total / tokens, rel=1e-5)
-    # The Trainer's way over accumulated batches: divided by a number that it gives.
+    # The Trainer divides losses of accumulated batches by a number that it passes.
     scaled = subject.model(**inputs, num_items_in_batch=torch.tensor(1000))
     assert scaled.loss.item() == pytest.approx(total / 1000, rel=1e-5)
 
@@ -400,7 +400,7 @@ def test_gradients_reach_every_weight(
     subject: Subject, fresh: FlashVLForConditionalGeneration
 ) -> None:
     found = gradients(fresh, labelled(subject))
-    # To add one vector to all keys does not change a softmax over them: no gradient in theory.
+    # Adding one vector to all keys does not change a softmax: its gradient is zero in theory.
     indifferent = {name for name in found if "vision_tower" in name and "k_proj.bias" in name}
     assert indifferent
     for name, gradient in found.items():
@@ -427,7 +427,10 @@ def test_gradient_checkpointing_changes_no_gradient(
     assert calls == {"tower": 1, "llm": 1}
     fresh.gradient_checkpointing_enable()
     checkpointed = gradients(fresh, inputs)
-    assert calls == {"tower": 3, "llm": 3}  # once more in the backward pass: it is really on
+    assert calls == {
+        "tower": 3,
+        "llm": 3,
+    }  # called again in the backward pass, so checkpointing is on
     for name, gradient in plain.items():
         assert_near(checkpointed[name], gradient, tolerance=1e-5)
 
@@ -524,7 +527,7 @@ def test_generate_is_the_argmax_step_by_step(subject: Subject, number: int) -> N
 
 
 def test_answers_depend_on_the_image(subject: Subject) -> None:
-    """Else the tests of generation here would prove nothing about images."""
+    """Without this the tests of generation would prove nothing about images."""
     answers = [tuple(generate(subject, subject.inputs(prompt))[0]) for prompt in PROMPTS[:2]]
     assert len(set(answers)) == 2
     assert len(set(answers[0])) > 2
@@ -546,7 +549,7 @@ def test_padding_on_the_left_changes_nothing(subject: Subject) -> None:
 @torch.no_grad()
 def test_a_batch_is_its_rows_one_by_one(subject: Subject) -> None:
     batch = subject.inputs(*PROMPTS, padding=True)
-    assert batch["attention_mask"].sum(1).unique().numel() > 1  # so that there is padding
+    assert batch["attention_mask"].sum(1).unique().numel() > 1  # needs padding
     together = subject.model(**batch).logits
     generated = generate(subject, batch)
     end = subject.processor.tokenizer.eos_token_id
@@ -573,7 +576,7 @@ def test_save_and_load_give_bit_identical_logits(subject: Subject, tmp_path: Pat
     assert not any(report[problem] for problem in ("missing_keys", "unexpected_keys"))
     assert torch.equal(loaded.eval()(**inputs).logits, expected)
     kept = [model.config.to_dict() for model in (loaded, subject.model)]
-    for values in kept:  # where it lies, and which code of the folder's is whose
+    for values in kept:  # the path, and which code of the folder belongs to which class
         values.pop("_name_or_path")
         values.pop("auto_map", None)
     assert kept[0] == kept[1]
@@ -621,7 +624,7 @@ def test_pipeline_answers_a_chat(subject: Subject, by: str) -> None:
     assert answer[0]["generated_text"] == decoded
 
 
-# A process that knows no flashvl: what the folder's own code, named by `auto_map`, can do.
+# A process without flashvl, which runs the folder's own code, named by `auto_map`.
 
 STRANGER = """
 import json, sys

@@ -1,4 +1,4 @@
-"""Processor: the prompt, the pixels and the labels that the model sees, to the character."""
+"""Processor: the exact prompt, pixels and labels that the model gets."""
 
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ def user(*parts: str | Image.Image) -> dict[str, Any]:
     return {"role": "user", "content": blocks}
 
 
-# The template: every expected string is written out, as the fact sheet on the releases gives it.
+# The template: every expected string is written out.
 
 IMAGE = {"type": "image"}
 CONVERSATIONS = {
@@ -105,7 +105,7 @@ def test_template_renders_the_published_format(
 
 
 def test_template_matches_qwens_own_for_text(processor: FlashVLProcessor) -> None:
-    """The same text, taken apart by hand: role, newline, content, end mark, newline."""
+    """The same text, composed by hand: role, newline, content, end token, newline."""
     messages = [
         {"role": role, "content": f"{role} says"} for role in ("system", "user", "assistant")
     ]
@@ -182,7 +182,7 @@ def test_replacement_offsets_are_those_of_the_strings(processor: FlashVLProcesso
 
 
 def test_what_trl_and_vllm_look_for(processor: FlashVLProcessor) -> None:
-    assert isinstance(processor, ProcessorMixin)  # how TRL recognises a vision-language model
+    assert isinstance(processor, ProcessorMixin)  # by this TRL recognises a vision-language model
     assert "{%- generation -%}" in processor.chat_template  # for its assistant_only_loss
     assert (processor.image_token, processor.image_token_id) == (PAD, 3)
     counts = processor._get_num_multimodal_tokens(image_sizes=[(10, 20), (SIDE, SIDE), (999, 1)])
@@ -200,7 +200,7 @@ def test_what_trl_and_vllm_look_for(processor: FlashVLProcessor) -> None:
 
 
 def pixels_by_hand(image: Image.Image) -> np.ndarray:
-    if image.mode in ("RGBA", "P"):  # laid on white; the palette here is one of RGBA
+    if image.mode in ("RGBA", "P"):  # laid on white; this palette is of RGBA
         pixels = np.asarray(image.convert("RGBA")).astype(np.float64)
         alpha = pixels[:, :, 3:] / 255
         opaque = pixels[:, :, :3] * alpha + 255 * (1 - alpha)
@@ -285,7 +285,7 @@ def test_encode_prompt_is_the_processors_own_encoding(
 
 
 def segments(input_ids: list[int], labels: list[int]) -> list[list[int]]:
-    """The runs of tokens that take loss."""
+    """The texts of the runs of tokens that take loss."""
     runs: list[list[int]] = [[]]
     for token, label in zip(input_ids, labels, strict=True):
         if label == IGNORE_INDEX:

@@ -1,6 +1,6 @@
-"""Published checkpoints: what the facts say they compute is what the import computes.
+"""Published checkpoints: the import computes what a second implementation of them computes.
 
-The reference is written here from the published layout alone, by its own names: it shares no code
+The reference here is written from the published layout alone, with its names; it shares no code
 with the model.
 """
 
@@ -38,7 +38,7 @@ LAYOUTS = {
     "iss": "FlashVLDynamicISSConfig",
 }
 WIDTH, HEADS, LAYERS, SIDE, PATCH = 16, 2, 2, 8, 4
-"""Of the towers; an image has SIDE x SIDE patches."""
+"""Sizes of the towers; an image has SIDE x SIDE patches."""
 LLM = {
     "model_type": "qwen2",
     "vocab_size": 300,
@@ -49,14 +49,14 @@ LLM = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
     "rope_theta": 1000000.0,
-    "tie_word_embeddings": True,  # what it says does not count: the head is stored
+    "tie_word_embeddings": True,  # is ignored, since the head is stored
     "torch_dtype": "bfloat16",
 }
 PIXELS = {"size": {"height": 32, "width": 32}, "resample": 2, "image_mean": [0.4, 0.5, 0.6]}
 
 
 def write_published(folder: Path, layout: str, hidden: int = 20) -> Path:
-    """A random checkpoint as published: config, weights (two shards for AIMv2), tokenizer."""
+    """Write a random checkpoint in a published layout; AIMv2's has two shards of weights."""
     torch.manual_seed(1)
     is_static = layout in ("static", "grpo")
     weights = siglip_weights() if is_static else aimv2_weights()
@@ -78,7 +78,7 @@ def write_published(folder: Path, layout: str, hidden: int = 20) -> Path:
     folder.mkdir()
     if is_static:
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    else:  # the adapter is last, as in the published shards; ISS's are cut inside it
+    else:  # the adapter is last, as in the published shards; those of ISS are cut inside it
         cut = list(weights).index("adp.p0.3.weight" if layout == "iss" else "adp.p0.0.weight")
         names = list(weights)
         places = {}
@@ -177,7 +177,7 @@ def rms_norm(weights: Weights, name: str, x: torch.Tensor) -> torch.Tensor:
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Softmax attention of (tiles, patches, width) in heads that follow each other."""
+    """Softmax attention of (tiles, patches, width), whose heads follow each other."""
     q, k, v = (x.unflatten(-1, (HEADS, -1)).transpose(1, 2) for x in (q, k, v))
     scores = (q @ k.transpose(-1, -2)) / q.shape[-1] ** 0.5
     return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
@@ -217,7 +217,7 @@ def aimv2(weights: Weights, pixels: torch.Tensor) -> torch.Tensor:
 
 
 def fold(x: torch.Tensor) -> torch.Tensor:
-    """Pixel shuffle to half the side: a token for every 2 x 2 patches, side by side in it."""
+    """Pixel shuffle to half the side: a token holds 2 x 2 patches, one after the other."""
     rows = x.unflatten(1, (SIDE, SIDE))
     tokens = [
         torch.cat([rows[:, r, c], rows[:, r, c + 1], rows[:, r + 1, c], rows[:, r + 1, c + 1]], -1)
@@ -230,10 +230,10 @@ def fold(x: torch.Tensor) -> torch.Tensor:
 def reference_logits(
     folder: Path, layout: str, input_ids: torch.Tensor, pixels: torch.Tensor
 ) -> torch.Tensor:
-    """What the published model computes: tower, pixel shuffle or ISS's cut, adapter, LLM."""
+    """Logits of the published model: tower, pixel shuffle or ISS's cut, adapter, LLM."""
     weights = stored_weights(folder)
     x = siglip(weights, pixels) if layout in ("static", "grpo") else aimv2(weights, pixels)
-    if layout == "iss":  # an eighth of the tile, one patch here, goes on each side
+    if layout == "iss":  # an eighth of the tile, here one patch, is cut off on each side
         x = x.unflatten(1, (SIDE, SIDE))[:, 1:-1, 1:-1].flatten(1, 2)
     else:
         x = fold(x)
@@ -252,7 +252,7 @@ def reference_logits(
 
 
 def edit(folder: Path, change: Callable[[Weights], Any]) -> None:
-    """Change the weights of a folder with a single file."""
+    """Change the weights of a folder that has them in a single file."""
     weights = {name: weight.clone() for name, weight in stored_weights(folder).items()}
     change(weights)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -265,7 +265,7 @@ def edit_config(folder: Path, name: str = "config.json", **values: Any) -> None:
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One folder for each layout."""
+    """A folder of published checkpoints, one for each layout."""
     folder = tmp_path_factory.mktemp("published")
     for layout in LAYOUTS:
         write_published(folder / layout, layout)
@@ -274,12 +274,12 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def static(published: Path, tmp_path: Path) -> Path:
-    """A copy of the static one, to be broken."""
+    """A copy of the static checkpoint, for tests to break."""
     return Path(shutil.copytree(published / "static", tmp_path / "static"))
 
 
 def refusal(source: Path) -> str:
-    """The one line with which the import of `source` is refused; nothing is left behind."""
+    """The one-line error of importing `source`, which must leave no files."""
     output = source.parent / "refused"
     with pytest.raises(CheckpointError) as caught:
         import_released(source, output)
@@ -509,7 +509,7 @@ FILES = [f"{name}config.json" for name in ("", "preprocessor_", "generation_", "
 def test_whatever_a_config_says_is_imported_or_refused_in_one_line(
     static: Path, data: st.DataObject
 ) -> None:
-    """And what is imported can be asked."""
+    """The imported model can also be asked."""
     name = data.draw(st.sampled_from(FILES))
     path, output = static / name, static.parent / "fuzzed"
     whole = json.loads(path.read_text()) if path.exists() else {}
@@ -553,7 +553,7 @@ MORE = {
     "layer_types": ["full_attention", "full_attention"],
     "attention_dropout": 0.0,
 }
-"""What the published one may say besides; to be fuzzed."""
+"""Further fields that a published config may have, for fuzzing."""
 
 
 def test_a_missing_shard_is_named(published: Path, tmp_path: Path) -> None:

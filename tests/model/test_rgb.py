@@ -1,4 +1,4 @@
-"""The Hugging Face path sees the pixels that the engine sees, whatever Pillow holds."""
+"""The Hugging Face processor gives the same pixels as the engine, for images of every mode."""
 
 import io
 from pathlib import Path
@@ -85,7 +85,7 @@ def test_every_mode_of_pillow_becomes_rgb(mode: str) -> None:
     assert (rgb.mode, rgb.size, rgb.info) == ("RGB", (3, 5), {})
     assert (image.mode, image.size, image.tobytes()) == (mode, (5, 3), before.tobytes())
     assert orientation_of(image) == 6
-    # An empty picture is black, where it is seen at all and black is zero.
+    # An empty picture is black wherever it is opaque and black is zero.
     seen = rgb.getpixel((0, 0))
     if mode in ("RGBA", "LA", "PA", "RGBa", "La", "CMYK"):
         assert seen == (255, 255, 255)

@@ -1,4 +1,4 @@
-"""Whoever the umask lets read may read all that is saved: a service, say, another user's model."""
+"""Saved files have the umask's permissions, so that a service may read another user's model."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +19,7 @@ def test_a_model_that_is_saved(
     assert len(list(folder.glob("model-*.safetensors"))) > 1
     assert (folder / "modeling_flashvl.py").is_file()
     assert_obeys_umask(tmp_path / "saved")
-    model.save_pretrained(folder)  # over what is there
+    model.save_pretrained(folder)  # over the files that exist
     assert_obeys_umask(tmp_path / "saved")
 
 

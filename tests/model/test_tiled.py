@@ -1,4 +1,4 @@
-"""Models that cut images into tiles: several images, any place in a turn, text alone, padding."""
+"""Models with tiled images: several images, images anywhere in a turn, text alone, padding."""
 
 import inspect
 from pathlib import Path
@@ -16,7 +16,7 @@ from flashvl.model.loading import load_model, load_processor
 from tests.support.images import noise
 
 TOKENS = 16
-"""Of a tile of `tiny-iss`: 8 x 8 patches, of which the two outermost on each side are dropped."""
+"""Patches of a tile of `tiny-iss`: 8 x 8, of which two on each side are dropped."""
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def processor(tiny_iss_random: Path) -> FlashVLProcessor:
 
 
 ONE, THREE, FIVE = (40, 48), (96, 45), (192, 192)
-"""Sizes of images of so many tiles, the overview among them."""
+"""Number of tiles, the overview included -> size of an image that has it."""
 
 
 def prompt(processor: FlashVLProcessor, *parts: str | Image.Image, **options: Any) -> Any:
@@ -64,13 +64,13 @@ def test_all_who_count_image_tokens_agree(
     assert inputs["pixel_values"].shape == (num_tiles, 3, 96, 96)
     assert inputs["image_grid_thw"].tolist() == [[num_tiles, 1, 1]]
     assert "num_patches" not in inputs
-    # The processor's promise to vLLM, by (height, width); ours, by (width, height); the planner's.
+    # What the processor tells vLLM, by (height, width); its own method, by (width, height); Tiling.
     counted = processor._get_num_multimodal_tokens(image_sizes=[size[::-1]])
     assert counted.num_image_tokens == [placeholders]
     assert counted.num_image_patches == [num_tiles]
     assert processor.num_image_tokens(size) == placeholders
     assert model.config.tiling_rule.num_tiles(size) == num_tiles
-    # The pipeline's and the model's.
+    # The tokens in the prompt, and those from the model.
     tiles = make_tiles([image], processor)
     messages = [
         {"role": "user", "content": "<image>\nWhat?"},
@@ -88,7 +88,7 @@ def test_all_who_count_image_tokens_agree(
 def test_iss_is_the_tower_the_middle_and_the_adapter(
     model: FlashVLForConditionalGeneration, processor: FlashVLProcessor
 ) -> None:
-    """By a loop over the patches that are kept, without pixel shuffle."""
+    """Visual tokens by a loop over the patches that are kept, without pixel shuffle."""
     pixel_values = prompt(processor, noise(size=THREE), "What?")["pixel_values"]
     patches = model.model.vision_tower(pixel_values=pixel_values).last_hidden_state
     by_hand = [
@@ -147,13 +147,13 @@ def gradients(model: FlashVLForConditionalGeneration, inputs: dict[str, Any]) ->
 def test_text_alone_gives_every_weight_a_gradient(
     tiny_iss_random: Path, processor: FlashVLProcessor
 ) -> None:
-    """Of zero in the tower and the adapter; the LLM's are those of the LLM by itself."""
+    """Gradients are zero in tower and adapter; those of the LLM are as without images."""
     model = load_model(tiny_iss_random)
     inputs = dict(prompt(processor, "Describe the image."))
     inputs["labels"] = inputs["input_ids"]
     assert any(
         gradient is None for gradient in gradients(model.eval(), inputs).values()
-    )  # what is to be avoided in training
+    )  # the case that training must avoid
     found = gradients(model.train(), inputs)
     for name, gradient in found.items():
         assert gradient is not None, name
@@ -176,7 +176,7 @@ def test_vllm_finds_what_its_rules_ask_for(
     """https://docs.vllm.ai/en/latest/models/supported_models.html#writing-custom-models"""
     config = AutoConfig.from_pretrained(tiny_iss_random)
     assert set(config.auto_map) >= {"AutoConfig", "AutoModel", "AutoModelForImageTextToText"}
-    assert config.get_text_config() is not config  # else it is taken for a text model
+    assert config.get_text_config() is not config  # otherwise vLLM takes it for a text model
     assert "kwargs" in inspect.signature(model.model.forward).parameters
     assert model._supports_attention_backend
     assert model.input_modalities == ("image", "text")
@@ -186,7 +186,7 @@ def test_vllm_finds_what_its_rules_ask_for(
     inputs = processor(
         images=images, text=[text], return_tensors="pt", return_text_replacement_offsets=True
     )
-    # One tensor an image, as their lengths differ; `image_grid_thw` has a row an image.
+    # Images have tensors of their own, as lengths differ; `image_grid_thw` has a row for each.
     features = model.get_image_features(
         inputs["pixel_values"], image_grid_thw=inputs["image_grid_thw"], return_dict=True
     ).pooler_output

@@ -1,4 +1,4 @@
-"""Tiling: the grid against exact arithmetic, stitching against a tower that only copies pixels."""
+"""Tiling: grids against exact arithmetic, stitching against a tower that only copies pixels."""
 
 from dataclasses import replace
 from typing import Any
@@ -18,7 +18,7 @@ ISS = Tiling(mode="iss", margin=56)
 
 
 def all_sides(tile_size: int) -> np.ndarray:
-    """Sides from 1 to 4,000 px: evenly spread, and around those where the rule changes."""
+    """Sides from 1 to 4,000 pixels: evenly spread, and near those at which the rule changes."""
     turns = [tile_size * n**0.5 for n in (0.5, 1, 2, 3, 4, 5, 6, 9, 16)] + [1, 2, 14, 4000]
     near = {int(turn) + step for turn in turns for step in (-1, 0, 1)}
     return np.array(sorted({*range(1, 4001, 29), *near} & set(range(1, 4001))))
@@ -35,11 +35,11 @@ def grid_error(sides: np.ndarray, cols: Any, rows: Any) -> tuple[np.ndarray, np.
 
 
 def exact_grids(sides: np.ndarray, max_tiles: int, tile_size: int) -> np.ndarray:
-    """MiniCPM-V's rule in whole numbers: [columns, rows] of every width x height, (n, n, 2)."""
+    """MiniCPM-V's rule in integers: [columns, rows] for every width x height, (n, n, 2)."""
     widths, heights = np.meshgrid(sides, sides, indexing="ij")
     wanted = np.minimum(-(-widths * heights // tile_size**2), max_tiles)
     best = np.ones((*wanted.shape, 2), np.int64)
-    # Worse than any grid: the error as a fraction, infinity to begin with.
+    # The error of the best grid as a fraction; it begins as infinity.
     error = np.ones_like(wanted), np.zeros_like(wanted)
     for count_offset in (-1, 0, 1):
         for cols in range(1, max_tiles + 1):
@@ -81,13 +81,13 @@ def test_grid_is_minicpmvs_in_exact_arithmetic(max_tiles: int, tile_size: int) -
     ("size", "grid"),
     [
         ((448, 448), (1, 1)),
-        ((449, 449), (1, 2)),  # two tiles are wanted: of two equally wrong grids the first
+        ((449, 449), (1, 2)),  # two tiles are wanted; the first of two equally bad grids wins
         ((640, 480), (2, 1)),
         ((1024, 768), (2, 2)),
         ((2000, 600), (3, 1)),
         ((2000, 500), (4, 1)),
         ((600, 1300), (1, 3)),
-        ((4000, 1), (1, 1)),  # less than a tile's area
+        ((4000, 1), (1, 1)),  # less than the area of a tile
         ((1, 4000), (1, 1)),
         ((4000, 60), (3, 1)),
         ((4000, 4000), (2, 2)),
@@ -111,7 +111,7 @@ def test_grid_size_replaces_the_tiles_side() -> None:
 # Tokens
 
 SIZES = {1: (400, 300), 2: (640, 480), 3: (600, 1300), 4: (1024, 768)}
-"""An image whose grid has so many tiles."""
+"""The size of an image whose grid has `num_tiles` tiles."""
 
 
 @pytest.mark.parametrize(
@@ -149,12 +149,12 @@ def test_iss_has_the_papers_numbers() -> None:
     )
 
 
-# Stitching: the tower is one that copies pixels
+# Stitching, with a tower that copies pixels
 
 
 @st.composite
 def rules(draw: st.DrawFn, mode: str, min_margin: int = 0) -> Tiling:
-    """Any rule of `mode`; `min_margin` is in patches."""
+    """Strategy for rules of `mode`; `min_margin` is in patches."""
     patch_size = draw(st.integers(1, 6))
     patches = draw(st.integers(2 * min_margin + 1, 9))
     margin = draw(st.integers(min_margin, (patches - 1) // 2))
@@ -173,7 +173,7 @@ SIDE = st.integers(1, 300)
 
 
 def numbered(view: View) -> np.ndarray:
-    """The resized image, each pixel another number from 1 on, (height, width)."""
+    """The resized image, (height, width), whose pixels are numbered from 1."""
     width, height = view.resized
     return np.arange(1, width * height + 1).reshape(height, width)
 
@@ -186,7 +186,7 @@ def patches_of(pixels: np.ndarray, patch_size: int) -> np.ndarray:
 
 
 def kept_of_grid(rule: Tiling, size: Size) -> tuple[View, list[np.ndarray]]:
-    """The view that is the grid, and for each of its tiles what is left behind the tower."""
+    """The view of the grid, and the patches of each tile that are kept after the tower."""
     view = rule.views(size)[-1]
     framed = np.pad(numbered(view), view.frame)  # the frame is 0
     kept = []
@@ -198,7 +198,7 @@ def kept_of_grid(rule: Tiling, size: Size) -> tuple[View, list[np.ndarray]]:
 
 
 def side_by_side(tiles: list[np.ndarray], cols: int) -> np.ndarray:
-    """Tiles in row-major order -> one sheet of patches."""
+    """The patches of tiles in row-major order, put side by side."""
     rows = [tiles[start : start + cols] for start in range(0, len(tiles), cols)]
     return np.concatenate([np.concatenate(row, axis=1) for row in rows])
 
@@ -208,7 +208,7 @@ def side_by_side(tiles: list[np.ndarray], cols: int) -> np.ndarray:
 def test_kept_patches_side_by_side_are_the_image(rule: Tiling, size: Size) -> None:
     view, kept = kept_of_grid(rule, size)
     stitched = side_by_side(kept, rule.grid(size)[0])
-    # Equal to the image's own patches, so each of them once, and nothing of the frame.
+    # Equal to the patches of the image: each occurs once, and none of the frame.
     np.testing.assert_array_equal(stitched, patches_of(numbered(view), rule.patch_size))
 
 
@@ -218,12 +218,12 @@ def test_without_dropping_patches_are_repeated(rule: Tiling, size: Size) -> None
     cols, rows = rule.grid(size)
     assume(cols * rows > 1)
     view, kept = kept_of_grid(rule, size)
-    corners = np.concatenate([tile[:, :, 0, 0].ravel() for tile in kept])  # a patch's number
+    corners = np.concatenate([tile[:, :, 0, 0].ravel() for tile in kept])  # the number of a patch
     seen, times = np.unique(corners, return_counts=True)
     everything = patches_of(numbered(view), rule.patch_size)[:, :, 0, 0]
     np.testing.assert_array_equal(seen, np.sort(everything.ravel()))
     assert times.max() > 1
-    # By length: neighbours share twice the margin, and the image ends where the tiles end.
+    # Neighbours share twice the margin, and the image ends where the tiles end.
     shared = 2 * rule.margin // rule.patch_size
     side = rule.tile_size // rule.patch_size
     assert everything.shape == tuple(n * side - (n - 1) * shared for n in (rows, cols))

@@ -1,4 +1,4 @@
-"""TRL's own trainers on our model and processor: what DPO, GRPO and SFT ask of a custom VLM."""
+"""TRL's own trainers for DPO, GRPO and SFT work with Flash-VL's model and processor."""
 
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ def lora(request: pytest.FixtureRequest) -> LoraConfig | None:
 
 
 def rows(count: int = 4) -> list[dict[str, Any]]:
-    """Questions about scenes of different sizes, and so of different numbers of tiles."""
+    """Questions about scenes of different sizes, which have different numbers of tiles."""
     drawn = list(synthetic.samples("train", 7, count))
     assert len({sample.size for sample in drawn}) > 1
     return [
@@ -66,7 +66,7 @@ def changed(before: dict[str, torch.Tensor], model: torch.nn.Module) -> set[str]
 
 
 def assert_learnt(trainer: Any, before: dict[str, torch.Tensor], lora: LoraConfig | None) -> None:
-    """The step moved what is to learn, in every part of a full fine-tuning, and nothing else."""
+    """The step changed the weights that are trained, in every part, and no others."""
     assert trainer.state.global_step == 1
     names = changed(before, trainer.model)
     if lora is None:
@@ -99,7 +99,7 @@ def test_dpo_takes_a_step(folder: Path, lora: LoraConfig | None, tmp_path: Path)
     trainer.train()
     assert_learnt(trainer, before, lora)
     losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
-    # Before the first step the policy is the reference: log-sigmoid of nothing.
+    # Before the first step policy and reference are equal, so the loss is log-sigmoid of zero.
     assert losses == pytest.approx([0.6931], abs=1e-3)
 
 

@@ -1,8 +1,8 @@
-"""The folder that `save_pretrained` writes, in environments of others: vLLM, other transformers.
+"""The folder that `save_pretrained` writes works with vLLM and with other versions of transformers.
 
-None has our package; all run the code that lies in the folder. What they answer is what our engine
-answers. The environments are made here, which takes minutes and hundreds of megabytes; where
-FLASHVL_TEST_ENVIRONMENTS names a folder they are kept in it.
+They run in environments without the package, by the code in the folder, and give the engine's
+answers. The tests make the environments, which takes minutes and hundreds of megabytes; a folder
+named by FLASHVL_TEST_ENVIRONMENTS keeps them.
 """
 
 import json
@@ -24,16 +24,16 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 MODELS = ("tiny", "tiny-iss", "tiny-dynamic")
 SIZES = ((96, 96), (250, 90), (90, 250), (200, 200), (640, 480), (31, 47))
-"""Of the pictures, in pixels: from one tile to as many as there can be."""
+"""Sizes of the pictures in pixels: from one tile to the most that are possible."""
 MAX_TOKENS = 48
 
 Conversation = list[dict[str, Any]]
-"""Messages as transformers has them; an image is the path of its file."""
+"""Messages in transformers' format; an image is given as the path of its file."""
 
 
 @pytest.fixture(scope="module")
 def conversations(tmp_path_factory: pytest.TempPathFactory) -> list[Conversation]:
-    """Every task's questions about held-out scenes in every size; two images; and none."""
+    """Questions of every task about held-out scenes of every size, two images, or none."""
     folder = tmp_path_factory.mktemp("pictures")
     asked: list[Conversation] = []
     for task in synthetic.TASKS:
@@ -54,7 +54,7 @@ def user(image: Path | str | None, text: str) -> dict[str, Any]:
 
 
 def answers_of_the_engine(model: str | Path, conversations: list[Conversation]) -> list[str]:
-    """fp32, greedy, all at once."""
+    """The engine's answers in fp32, greedy, all in one batch."""
     engine = Engine(load_model(model), load_processor(model))
     requests = []
     for messages in conversations:
@@ -65,7 +65,7 @@ def answers_of_the_engine(model: str | Path, conversations: list[Conversation]) 
 
 
 def export(model: str, folder: Path) -> Path:
-    """With the code beside the weights, as users hand a model on."""
+    """A folder with the code beside the weights, as users publish a model."""
     load_model(model).save_pretrained(folder)
     load_processor(model).save_pretrained(folder)
     return folder
@@ -74,10 +74,10 @@ def export(model: str, folder: Path) -> Path:
 def answers_of(
     python: Path, script: str, folder: Path, conversations: list[Conversation], home: Path
 ) -> list[str]:
-    """What `script`, run by `python`, answers about the model in `folder`."""
+    """The answers of the model in `folder` by `script`, run by `python`."""
     asked, answered = home / "asked.json", home / "answered.json"
     asked.write_text(json.dumps(conversations))
-    # Neither our package nor what the tests set for our own process reaches it.
+    # The process sees neither the package nor the environment of the tests.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
@@ -175,14 +175,14 @@ def test_transformers_of_another_version_answer_as_the_engine(
     make_environment: Callable[..., Path],
     tmp_path: Path,
 ) -> None:
-    """The oldest that is supported, and the newest there is, both without our package."""
+    """The oldest supported transformers and the newest one, both without the package."""
     python = make_environment(transformers, "torch==2.13.0", "pillow", "jinja2")
     for model in MODELS:
         home = tmp_path / model
         folder = export(model, home / "exported")
         answers = answers_of(python, TRANSFORMERS, folder, conversations, home)
         assert answers == answers_of_the_engine(model, conversations)
-        # What that version saves is still the same model, for us and for whoever has only the code.
+        # A folder that this version saves holds the same model, with and without the package.
         ours, theirs = (
             json.loads((path / "config.json").read_text()) for path in (folder, home / "again")
         )

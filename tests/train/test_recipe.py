@@ -1,4 +1,4 @@
-"""Recipes: every file loads, the paper's numbers stand in them, and bad ones say what is wrong."""
+"""Recipes: every file loads, holds the paper's numbers, and is refused in one line if wrong."""
 
 from pathlib import Path
 

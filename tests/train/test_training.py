@@ -1,4 +1,4 @@
-"""Real stages on Ray Train and DeepSpeed, against a loop in plain PyTorch and each other."""
+"""Real stages on Ray Train and DeepSpeed, compared with plain PyTorch and with each other."""
 
 import math
 from collections.abc import Callable
@@ -57,7 +57,7 @@ def stage(ray_cluster: None, tiny_random: Path, tmp_path_factory: pytest.TempPat
 
 @pytest.fixture(scope="module")
 def two_workers(stage: Stage) -> StageResult:
-    """Accumulation 1 on two workers."""
+    """A stage on two workers without accumulation."""
     return stage(num_workers=2)
 
 
@@ -66,7 +66,7 @@ def losses(result: StageResult) -> list[float]:
 
 
 def plain_pytorch_losses(folder: Path) -> list[float]:
-    """The same stage 1 without Ray, DeepSpeed or our pipeline and objective."""
+    """Losses of the same stage 1 without Ray, DeepSpeed, `train.rows` or an objective."""
     processor, model = load_processor(folder), load_model(folder)
     adapter = model.model.multi_modal_projector
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-3, weight_decay=0.0)
@@ -144,7 +144,7 @@ def test_a_checkpoint_is_a_hugging_face_folder_with_logs(two_workers: StageResul
 
 @pytest.fixture(scope="module")
 def conversations(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Parquet table of sixteen good rows and three that no model can learn from."""
+    """A Parquet table of sixteen good rows and three bad ones."""
     rows = [
         synthetic.conversation(synthetic.sample("train", 9, index), index) for index in range(16)
     ]
