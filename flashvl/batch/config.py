@@ -57,8 +57,9 @@ class CaptionJob(StrictModel):
     """Images that an engine captions at the same time."""
     replicas: Replicas = "1"
     """Engines: their number, or MIN:MAX, between which their number follows the work."""
-    gpus_per_replica: Annotated[float, Field(gt=0)] = 1.0
-    """GPUs of each engine, where the cluster has any; with 0.5, two engines share a GPU."""
+    gpus_per_replica: Annotated[float, Field(ge=0)] | None = None
+    """GPUs of each engine; with 0.5, two engines share a GPU, and 0 uses CPUs. By default one where
+    the cluster has GPUs."""
     via_serve: str | None = None
     """Serve application (flashvl) whose engines caption, when they have no online requests to
     answer; `replicas` is then for how many engines' slots images are sent."""

@@ -41,7 +41,7 @@ from flashvl.batch.progress import Meter, OnProgress
 from flashvl.batch.report import build_report
 from flashvl.batch.service import check_service
 from flashvl.batch.stopping import stopped_by_sigterm
-from flashvl.config import StrictModel, pool_of
+from flashvl.config import StrictModel
 from flashvl.data.features import ask_about_image, encode_prompt
 from flashvl.data.storage import Location, locate
 from flashvl.engine.engine import longest_conversation
@@ -198,7 +198,7 @@ def run_plan(plan: Plan, on_progress: OnProgress | None = None) -> Summary:
     if (summary := plan.finished_summary()) is not None:
         return summary
     if job.via_serve is None:
-        check_pool(pool_of(job.replicas))
+        check_pool(job)
     else:
         check_service(job.via_serve, str(plan.fingerprint["model"]), job.dtype)
     with held(plan.output):

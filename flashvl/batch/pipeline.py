@@ -7,6 +7,7 @@ to an engine, as uint8; nothing decoded goes further.
 import functools
 import math
 from collections.abc import Generator
+from typing import Any
 
 import pyarrow as pa
 import ray
@@ -17,6 +18,7 @@ from ray.exceptions import RayTaskError
 from flashvl.batch.captioner import Captioner
 from flashvl.batch.config import CaptionJob
 from flashvl.batch.decoding import tile_images
+from flashvl.batch.gpus import engine_environment, gpus_per_engine, warn_of_missing_gpus
 from flashvl.batch.inputs.source import Done, Source
 from flashvl.config import pool_of
 from flashvl.errors import ConfigError, FlashVLError
@@ -32,21 +34,32 @@ CALLS_AHEAD = 2
 """Blocks on their way to an engine that has all its calls."""
 
 
-def check_pool(pool: tuple[int, int]) -> None:
-    """
+def check_pool(job: CaptionJob) -> None:
+    """Check that the cluster has room for the job's engines.
+
     Raises:
         ConfigError: engines on CPUs would leave none to read and decode with.
     """
+    num_gpus = gpus_per_engine(job.gpus_per_replica)
     num_cpus = int(ray.cluster_resources().get("CPU", 0))
-    if not _has_gpus() and pool[0] >= num_cpus:
+    least, _ = pool_of(job.replicas)
+    if not num_gpus and least >= num_cpus:
         raise ConfigError(
-            f"replicas ({pool[0]}) must be less than the cluster's CPUs ({num_cpus}), as it has no"
-            " GPU; lower it"
+            f"replicas ({least}) must be less than the cluster's CPUs ({num_cpus}), as the engines"
+            " have no GPU; lower it"
         )
+    warn_of_missing_gpus(num_gpus)
 
 
-def _has_gpus() -> bool:
-    return bool(ray.cluster_resources().get("GPU", 0))
+def _engine_options(job: CaptionJob) -> dict[str, Any]:
+    """Ray's options of the actors that caption."""
+    if job.via_serve is not None:
+        return {"num_gpus": 0}
+    num_gpus = gpus_per_engine(job.gpus_per_replica)
+    environment = engine_environment(num_gpus)
+    return {"num_gpus": num_gpus} | (
+        {"runtime_env": {"env_vars": environment}} if environment else {}
+    )
 
 
 def captioned(
@@ -99,7 +112,7 @@ def captioned(
                 max_concurrent_calls_per_actor=CALLS_PER_ENGINE,
                 max_tasks_in_flight_per_actor=CALLS_PER_ENGINE + CALLS_AHEAD,
             ),
-            num_gpus=job.gpus_per_replica if _has_gpus() and job.via_serve is None else 0,
+            **_engine_options(job),
         )
     )
     # Another engine when blocks wait for those that are there. Ray's own threshold is more than an

@@ -14,6 +14,7 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig
 from ray.serve.handle import DeploymentHandle
 
+from flashvl.batch.gpus import engine_environment, gpus_per_engine, warn_of_missing_gpus
 from flashvl.config import pool_of
 from flashvl.engine.remote import DEPLOYMENT
 from flashvl.model.parts.prepare import prepare_model
@@ -52,6 +53,8 @@ def build_app(config: ServiceConfig) -> serve.Application:
     config = config.model_copy(update={"model": str(prepare_model(config.model))})
     least, most = pool_of(config.replicas)
     num_nodes = sum(node["Alive"] for node in ray.nodes())
+    num_gpus = gpus_per_engine(config.gpus_per_replica)
+    warn_of_missing_gpus(num_gpus)
     scaling: dict[str, Any] = {"num_replicas": least}
     if least < most:
         scaling["num_replicas"] = None
@@ -64,16 +67,21 @@ def build_app(config: ServiceConfig) -> serve.Application:
             upscale_delay_s=3.0,
             downscale_delay_s=60.0,
         )
-    largest_ask = config.max_images * config.limits.max_image_bytes + config.max_body_bytes
+    largest_request = (
+        config.max_images * config.image_limits.max_image_bytes + config.max_body_bytes
+    )
     engines = serve.deployment(
         name=DEPLOYMENT,
         max_ongoing_requests=UNBOUNDED,
         ray_actor_options={
             "num_cpus": 1,
-            "num_gpus": config.gpus_per_replica,
-            # Of Serve's gRPC, which would take 4 MiB; set before the replica's process starts.
+            "num_gpus": num_gpus,
+            # Serve's gRPC would take 4 MiB. Read when the replica's process starts.
             "runtime_env": {
-                "env_vars": {"RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(largest_ask)}
+                "env_vars": {
+                    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(largest_request),
+                    **engine_environment(num_gpus),
+                }
             },
         },
         health_check_period_s=10,

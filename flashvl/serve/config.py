@@ -9,42 +9,47 @@ from flashvl.data.limits import ImageLimits
 
 
 class ServiceConfig(StrictModel):
-    """One model, answered for by replicas that follow the load."""
+    """One model, and the replicas of its engine that answer for it."""
 
     model: str = "tiny"
-    """Shipped model's name, or a Flash-VL folder that every node sees; clients name it so."""
+    """Name of a shipped model, or a Flash-VL folder that every node sees; clients ask for its last
+    part."""
     dtype: Dtype = "auto"
-    """float32: an answer is the same whoever shares its batch, on any machine."""
+    """Number format of the model. With float32 an answer does not depend on the requests beside it
+    or on the machine."""
     replicas: Replicas = "1"
-    """Engines: their number, or the least and the most, between which they follow the load."""
-    gpus_per_replica: Annotated[float, Field(ge=0)] = 0.0
-    """Of an engine; a part of one lets engines share it."""
+    """Engines: their number, or MIN:MAX, between which their number follows the load."""
+    gpus_per_replica: Annotated[float, Field(ge=0)] | None = None
+    """GPUs of each engine; with 0.5, two engines share a GPU, and 0 uses CPUs. By default one where
+    the cluster has GPUs."""
     max_num_seqs: PositiveInt = 64
     """Requests that an engine answers at once."""
     max_waiting: NonNegativeInt = 64
-    """Requests that may wait for one of its slots; the next is refused with status 429."""
-    limits: ImageLimits = ImageLimits(max_image_bytes=16 * 2**20)
-    """Of an image; checked before it is decoded."""
+    """Requests that may queue for each engine; further ones get HTTP 429."""
+    image_limits: ImageLimits = ImageLimits(max_image_bytes=16 * 2**20)
+    """Bounds of an image, checked before it is decoded; an image outside them is refused."""
     max_images: PositiveInt = 16
-    """Of one request."""
+    """Images in one request at most."""
     max_new_tokens: PositiveInt = 2048
-    """That a request may ask for; what it gets if it does not say is `default_new_tokens`."""
+    """Tokens of an answer at most; a request that asks for more is refused."""
     default_new_tokens: PositiveInt = 256
+    """Tokens of an answer at most where a chat, response or caption request sets no bound."""
     max_body_bytes: PositiveInt = 32 * 2**20
-    """Of one HTTP request, base64 and all."""
+    """Bytes of one HTTP request at most, its images as base64 included."""
     body_timeout_s: PositiveFloat = 20.0
-    """In which a client must have sent it."""
+    """Seconds within which a client must have sent its request."""
     request_timeout_s: PositiveFloat = 300.0
-    """For the whole answer."""
+    """Seconds within which an answer must be complete; a later one ends with HTTP 504."""
     graceful_shutdown_timeout_s: Annotated[float, Field(ge=0)] = 60.0
-    """For requests under way to end, when the service or a replica of it is to end."""
+    """Seconds that answers under way have to end when the service or a replica of it stops."""
     media_hosts: tuple[str, ...] = ()
-    """Hosts (`name`, or `name:port`) that images may be fetched from by https; none: only data URLs
-    are taken."""
+    """Hosts, as NAME or NAME:PORT, from which image URLs are fetched by https; without any, images
+    must come as data URLs."""
     api_keys_file: str | None = None
-    """One key a line. The environment's FLASHVL_API_KEYS, separated by commas, count too; where
-    there are none at all, none is asked for."""
+    """File with one API key a line, which count with those in FLASHVL_API_KEYS, separated by
+    commas; without any key, everyone may use the service."""
     batch_roots: tuple[str, ...] = ()
-    """Folders and URIs that `/v1/batches` may read and write below; none: no batches."""
+    """Folders and URIs below which /v1/batches may read and write; without any, it is off."""
     cors_origins: tuple[str, ...] = ()
-    """Web pages of these origins may call the service from a browser."""
+    """Origins whose web pages may call the service from a browser, such as
+    https://app.example.com."""

@@ -234,11 +234,11 @@ class Prompts:
 
     def _encode(self, messages: list[Message], images: list[bytes]) -> list[int]:
         rule = self.processor.image_processor.tiling_rule
-        sizes = [read_header(image, self.config.limits).size for image in images]
+        sizes = [read_header(image, self.config.image_limits).size for image in images]
         return encode_prompt(messages, [rule.num_tiles(size) for size in sizes], self.processor)
 
     async def _get(self, url: str, place: str) -> bytes:
-        limits = self.config.limits
+        limits = self.config.image_limits
         try:
             if not is_data_url(url):
                 return await self.fetcher.fetch(url, limits.max_image_bytes)

@@ -102,7 +102,7 @@ class EngineReplica(RemoteEngine):
         try:
             try:  # beside the event loop, which others' tokens go through
                 tiles = await asyncio.to_thread(
-                    decode_tiles, asked.images, self.engine.processor, config.limits
+                    decode_tiles, asked.images, self.engine.processor, config.image_limits
                 )
             except DataError as error:
                 yield Refusal(reason="invalid_image", message=str(error))

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import ray
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
@@ -95,8 +94,6 @@ def _deploy(config: ServiceConfig, host: str, port: int) -> str:
     Raises:
         ConfigError: Serve cannot listen there.
     """
-    if not ray.cluster_resources().get("GPU"):
-        config = config.model_copy(update={"gpus_per_replica": 0.0})
     # This process has nothing to tell; the service's own have their logs.
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:

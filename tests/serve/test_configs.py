@@ -35,7 +35,7 @@ def test_each_builds_an_application(path: Path, ray_cluster: None) -> None:
         if hasattr(value, "_bound_deployment")
     ]
     deployment = engines._bound_deployment
-    assert deployment.ray_actor_options["num_gpus"] == config.gpus_per_replica
+    assert deployment.ray_actor_options["num_gpus"] == (config.gpus_per_replica or 0)
     least, most = pool_of(config.replicas)
     if least == most:
         assert deployment.num_replicas == least
