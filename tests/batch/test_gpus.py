@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from tests.support.jobs import PICTURES
 
 pytestmark = pytest.mark.usefixtures("starts_ray")

@@ -9,7 +9,8 @@ from flashvl.engine import Request
 from flashvl.serve.config import ServiceConfig
 from flashvl.serve.prompts import Prompts
 from flashvl.serve.protocol.chat import ChatCompletionRequest
-from tests.serve.conftest import ask, encode, noise
+from tests.support.images import encode, noise
+from tests.support.serving import ask
 
 
 @pytest.fixture(scope="module", params=["tiny", "tiny-iss"])
