@@ -12,8 +12,8 @@ from flashvl.model.tiling import describe_tiles
 from flashvl.serve.admission import Admission, read_api_keys
 from flashvl.serve.answers import Served
 from flashvl.serve.batches import Batch, Batches, BatchList, BatchRequest
-from flashvl.serve.chat import Chat
-from flashvl.serve.completions import Texts
+from flashvl.serve.chat import ChatHandler
+from flashvl.serve.completions import TextHandler
 from flashvl.serve.config import ServiceConfig
 from flashvl.serve.dispatch import Engines
 from flashvl.serve.errors import ERRORS, answer_errors_as_openai_does
@@ -37,7 +37,7 @@ from flashvl.serve.protocol.service import (
     TokenizeRequest,
     Version,
 )
-from flashvl.serve.responses import Responses
+from flashvl.serve.responses import ResponseHandler
 from flashvl.serve.streaming import EVENTS
 
 READY_TIMEOUT_S = 5.0
@@ -59,7 +59,7 @@ def make_api(config: ServiceConfig, engines: Engines) -> FastAPI:
     )
     served = Served(name=model_id(config.model), prompts=Prompts(config), engines=engines)
     prompts = served.prompts
-    chat, texts, responses = Chat(served), Texts(served), Responses(served)
+    chat, texts, responses = ChatHandler(served), TextHandler(served), ResponseHandler(served)
 
     @api.post("/v1/chat/completions", response_model=ChatCompletion, responses=EVENTS)
     async def create_chat_completion(request: ChatCompletionRequest) -> Any:

@@ -34,10 +34,12 @@ SUBMIT_S = 30.0
 
 BATCH_ID = re.compile(r"batch-[0-9a-f]{32}")
 
-Place = Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=r"^[^\x00-\x1f]+$")]
-Status = Literal["validating", "in_progress", "completed", "failed", "cancelled"]
+PathOrURI = Annotated[
+    str, StringConstraints(min_length=1, max_length=4096, pattern=r"^[^\x00-\x1f]+$")
+]
+BatchStatus = Literal["validating", "in_progress", "completed", "failed", "cancelled"]
 
-STATUS: dict[JobStatus, Status] = {
+STATUS: dict[JobStatus, BatchStatus] = {
     JobStatus.PENDING: "validating",
     JobStatus.RUNNING: "in_progress",
     JobStatus.SUCCEEDED: "completed",
@@ -47,9 +49,9 @@ STATUS: dict[JobStatus, Status] = {
 
 
 class BatchRequest(Closed):
-    input: Place
+    input: PathOrURI
     """Parquet or a folder of images, below one of the service's `batch_roots`."""
-    output: Place
+    output: PathOrURI
     """Folder that is new or a batch's to go on with, below one of them."""
     prompt: Annotated[str, StringConstraints(max_length=100_000)] = DEFAULT_PROMPT
     prompt_column: str | None = None
@@ -71,7 +73,7 @@ class RequestCounts(BaseModel):
 class Batch(BaseModel):
     id: str
     object: Literal["batch"] = "batch"
-    status: Status
+    status: BatchStatus
     created_at: int | None
     completed_at: int | None
     request: BatchRequest

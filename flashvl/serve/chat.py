@@ -24,7 +24,7 @@ from flashvl.serve.streaming import DONE, Answers, EventStream, answer_whole, ev
 from flashvl.serve.tools import AnswerReader, Piece, ToolUse
 
 
-class Chat:
+class ChatHandler:
     """Answers `/v1/chat/completions` and `/v1/captions`."""
 
     def __init__(self, served: Served):

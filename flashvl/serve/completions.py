@@ -20,7 +20,7 @@ from flashvl.serve.replica import ReplicaRequest
 from flashvl.serve.streaming import DONE, Answers, EventStream, answer_whole, event
 
 
-class Texts:
+class TextHandler:
     """Answers `/v1/completions`."""
 
     def __init__(self, served: Served):

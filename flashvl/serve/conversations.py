@@ -16,12 +16,12 @@ from flashvl.serve.tools import ToolUse, calls_of, write_call, write_response
 DEFAULT_SYSTEM = "You are a helpful assistant."
 """The chat template's own, where a conversation has none."""
 
-Parts = list[dict[str, str]]
+TemplateParts = list[dict[str, str]]
 
 
 def as_conversation(messages: list[ChatMessage], tools: ToolUse | None) -> list[Message]:
     """The turns in order; what tools gave back is the user's turn, that of several calls one."""
-    turns: list[tuple[str, Parts]] = []
+    turns: list[tuple[str, TemplateParts]] = []
     is_tools = False
     for message in messages:
         role, parts = _as_turn(message)
@@ -37,7 +37,7 @@ def as_conversation(messages: list[ChatMessage], tools: ToolUse | None) -> list[
     return [{"role": role, "content": parts} for role, parts in turns]
 
 
-def _as_turn(message: ChatMessage) -> tuple[str, Parts]:
+def _as_turn(message: ChatMessage) -> tuple[str, TemplateParts]:
     parts = _as_parts(message.content)
     if isinstance(message, ToolMessage):
         return "user", [_text(write_response("".join(part["text"] for part in parts)))]
@@ -50,7 +50,7 @@ def _as_turn(message: ChatMessage) -> tuple[str, Parts]:
     return "system" if message.role == "developer" else message.role, parts
 
 
-def _as_parts(content: str | Sequence[TextPart | ImagePart | RefusalPart]) -> Parts:
+def _as_parts(content: str | Sequence[TextPart | ImagePart | RefusalPart]) -> TemplateParts:
     """The images before the text if they stood behind all of it.
 
     The model learnt to read a question that follows its picture.

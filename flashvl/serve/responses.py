@@ -36,8 +36,8 @@ from flashvl.serve.protocol.responses import (
     Response,
     ResponseError,
     ResponseRequest,
+    ResponseStatus,
     ResponseUsage,
-    Status,
     SystemItem,
     UserItem,
 )
@@ -56,7 +56,7 @@ from flashvl.serve.streaming import Answers, EventStream, answer_whole, event
 from flashvl.serve.tools import AnswerReader, Piece, ToolUse
 
 
-class Responses:
+class ResponseHandler:
     """Answers `/v1/responses`."""
 
     def __init__(self, served: Served):
@@ -156,7 +156,7 @@ class ResponseWriter:
     def end(self, completion: Completion) -> Iterator[dict[str, Any]]:
         """Behind the last of the text."""
         is_whole = completion.finish_reason == "stop"
-        status: Status = "completed" if is_whole else "incomplete"
+        status: ResponseStatus = "completed" if is_whole else "incomplete"
         if not self.response.output:
             yield from self._turn_to(Piece())
         yield from self._close(status)
@@ -213,7 +213,7 @@ class ResponseWriter:
                 "response.function_call_arguments.delta", item_id=self._item.id, delta=piece.text
             )
 
-    def _close(self, status: Status) -> Iterator[dict[str, Any]]:
+    def _close(self, status: ResponseStatus) -> Iterator[dict[str, Any]]:
         item = self._item
         if item is None:
             return

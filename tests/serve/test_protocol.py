@@ -18,7 +18,7 @@ from flashvl.serve.protocol.chat import ChatCompletionRequest
 from flashvl.serve.protocol.completions import CompletionRequest
 from flashvl.serve.protocol.parts import Only, StreamOptions
 from flashvl.serve.protocol.responses import ResponseRequest
-from flashvl.serve.protocol.sampling import Choices, Lacking, Sampling
+from flashvl.serve.protocol.sampling import CompletionOptions, Lacking, Sampling
 from flashvl.serve.protocol.structured import (
     JSONObjectFormat,
     JSONSchema,
@@ -35,7 +35,7 @@ LEAST: dict[type[Closed], dict[str, Any]] = {
     # Of each kind of object that clients send, the shortest.
     BatchRequest: {"input": "/a", "output": "/b"},
     ChatCompletionRequest: {"model": "tiny", "messages": [USER]},
-    Choices: {},
+    CompletionOptions: {},
     CompletionRequest: {"model": "tiny", "prompt": "Hi"},
     JSONObjectFormat: {"type": "json_object"},
     JSONSchema: {"schema": {}},
@@ -52,7 +52,7 @@ LEAST: dict[type[Closed], dict[str, Any]] = {
     messages.ImagePart: {"type": "image_url", "image_url": IMAGE},
     messages.ImageURL: IMAGE,
     messages.Marked: {},
-    messages.Message: {},
+    messages.MessageBase: {},
     messages.RefusalPart: {"type": "refusal", "refusal": "No."},
     messages.SystemMessage: {"role": "system", "content": "Hi"},
     messages.TextPart: {"type": "text", "text": "Hi"},

@@ -7,8 +7,7 @@ from pydantic import BaseModel, Field, PositiveInt
 from flashvl.serve.protocol.answers import ChoiceLogprobs, Timings, Usage, new_id, now
 from flashvl.serve.protocol.messages import MAX_MESSAGES, ChatMessage
 from flashvl.serve.protocol.parts import Only
-from flashvl.serve.protocol.sampling import Choices, Lacking, Sampling
-from flashvl.serve.protocol.structured import ResponseFormat
+from flashvl.serve.protocol.sampling import CompletionOptions, Lacking, Sampling
 from flashvl.serve.protocol.tools import ToolChoice, Tools
 
 ChatFinishReason = Literal["stop", "length", "tool_calls"]
@@ -40,21 +39,18 @@ class LackingInChat(Lacking):
     web_search_options: Annotated[Any, Only()] = None
 
 
-class ChatCompletionRequest(Sampling, Choices, LackingInChat):
+class ChatCompletionRequest(Sampling, CompletionOptions, LackingInChat):
     model: str
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: PositiveInt | None = None
     max_tokens: PositiveInt | None = None
     """The older name of `max_completion_tokens`."""
-    response_format: ResponseFormat | None = None
     tools: Tools = []
     tool_choice: ToolChoice = "auto"
     parallel_tool_calls: bool = True
     """Whether the model may call several tools at once."""
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
-    include_timing: bool = False
-    """Have the answer tell how long its parts took."""
 
 
 class AnswerFunction(BaseModel):

@@ -7,8 +7,7 @@ from pydantic import BaseModel, Discriminator, Field, PositiveInt, Tag
 from flashvl.engine.request import FinishReason
 from flashvl.serve.protocol.answers import Timings, Usage, new_id, now
 from flashvl.serve.protocol.parts import Only, Text, TokenId
-from flashvl.serve.protocol.sampling import Choices, Lacking, Sampling
-from flashvl.serve.protocol.structured import ResponseFormat
+from flashvl.serve.protocol.sampling import CompletionOptions, Lacking, Sampling
 
 MAX_PROMPTS = 64
 MAX_PROMPT_TOKENS = 100_000
@@ -36,7 +35,7 @@ Prompt = Annotated[
 ]
 
 
-class CompletionRequest(Sampling, Choices, Lacking):
+class CompletionRequest(Sampling, CompletionOptions, Lacking):
     model: str
     prompt: Prompt
     """A text, token ids, or several of either. Control tokens in a text are control tokens; images
@@ -47,13 +46,10 @@ class CompletionRequest(Sampling, Choices, Lacking):
     """Have each answer begin with its prompt."""
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     """So many of the likeliest tokens at each place; 0: the chosen one only."""
-    response_format: ResponseFormat | None = None
     suffix: Annotated[Any, Only("")] = None
     add_special_tokens: bool = True
     """Those of the tokenizer, to a text."""
     prompt_embeds: Annotated[Any, Only([])] = None
-    include_timing: bool = False
-    """Have the answer tell how long its parts took."""
 
     @property
     def prompts(self) -> list[str | list[int]]:

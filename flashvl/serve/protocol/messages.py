@@ -80,7 +80,7 @@ AnswerContent = Annotated[
 ]
 
 
-class Message(Marked):
+class MessageBase(Marked):
     """Of anyone."""
 
     name: str | None = None
@@ -88,12 +88,12 @@ class Message(Marked):
     id: str | None = None
 
 
-class SystemMessage(Message):
+class SystemMessage(MessageBase):
     role: Literal["system", "developer"]
     content: TextContent
 
 
-class UserMessage(Message):
+class UserMessage(MessageBase):
     role: Literal["user"]
     content: Content
 
@@ -114,7 +114,7 @@ class ToolCall(Closed):
     """Taken and ignored: clients keep it of a stream."""
 
 
-class AssistantMessage(Message):
+class AssistantMessage(MessageBase):
     role: Literal["assistant"]
     content: AnswerContent = ""
     tool_calls: Annotated[list[ToolCall], Field(max_length=128)] = []
@@ -136,7 +136,7 @@ class AssistantMessage(Message):
     prefix: Annotated[Any, Only(False)] = None
 
 
-class ToolMessage(Message):
+class ToolMessage(MessageBase):
     """What a called tool gave back."""
 
     role: Literal["tool", "function"]

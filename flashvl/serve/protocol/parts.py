@@ -46,11 +46,7 @@ class Closed(BaseModel):
         for name, field in told.get("properties", {}).items():
             is_required = name in told.get("required", ())
             if not is_required and {"type": "null"} not in field.get("anyOf", ()):
-                notes = {
-                    key: field.pop(key)
-                    for key in ("title", "description", "default")
-                    if key in field
-                }
+                notes = {key: field.pop(key) for key in NOTES if key in field}
                 told["properties"][name] = {"anyOf": [field, {"type": "null"}], **notes}
         return told
 

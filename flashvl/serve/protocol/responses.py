@@ -15,7 +15,7 @@ from flashvl.serve.protocol.messages import (
 from flashvl.serve.protocol.parts import Closed, Only, Text, form
 from flashvl.serve.protocol.sampling import Lacking, Sampling
 from flashvl.serve.protocol.structured import JSONObjectFormat, Schema, TextFormat
-from flashvl.serve.protocol.tools import MAX_TOOLS, Choice, Function, ToolName
+from flashvl.serve.protocol.tools import MAX_TOOLS, Function, ToolMode, ToolName
 
 # What clients send
 
@@ -153,7 +153,7 @@ def _choice_form(choice: Any) -> str:
 
 
 FunctionChoice = Annotated[
-    Annotated[Choice, Tag("[text]")]
+    Annotated[ToolMode, Tag("[text]")]
     | Annotated[
         Annotated[NamedFunction | AllowedFunctions, Field(discriminator="type")], Tag("[tool]")
     ],
@@ -232,7 +232,7 @@ class ResponseRequest(Sampling, Lacking):
 
 # What comes back
 
-Status = Literal["in_progress", "completed", "incomplete", "failed"]
+ResponseStatus = Literal["in_progress", "completed", "incomplete", "failed"]
 
 
 class OutputText(BaseModel):
@@ -246,7 +246,7 @@ class OutputMessage(BaseModel):
     id: str = Field(default_factory=lambda: new_id("msg_"))
     type: Literal["message"] = "message"
     role: Literal["assistant"] = "assistant"
-    status: Status = "in_progress"
+    status: ResponseStatus = "in_progress"
     content: list[OutputText] = []
 
 
@@ -257,7 +257,7 @@ class OutputCall(BaseModel):
     name: str
     arguments: str = ""
     """A JSON object, as text."""
-    status: Status = "in_progress"
+    status: ResponseStatus = "in_progress"
 
 
 class InputTokensDetails(BaseModel):
@@ -291,7 +291,7 @@ class Response(BaseModel):
     object: Literal["response"] = "response"
     created_at: int = Field(default_factory=now)
     completed_at: int | None = None
-    status: Status = "in_progress"
+    status: ResponseStatus = "in_progress"
     error: ResponseError | None = None
     incomplete_details: IncompleteDetails | None = None
     model: str

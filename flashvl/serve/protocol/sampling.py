@@ -6,7 +6,7 @@ from pydantic import Discriminator, Field, StringConstraints, Tag, ValidationInf
 from pydantic_core import PydanticCustomError
 
 from flashvl.serve.protocol.parts import Closed, Only, StreamOptions, TokenId, form
-from flashvl.serve.protocol.structured import StructuredOutputsRequest
+from flashvl.serve.protocol.structured import ResponseFormat, StructuredOutputsRequest
 
 MAX_ANSWERS = 8
 """To one prompt."""
@@ -53,14 +53,18 @@ class Sampling(Closed):
         return [text for text in stop if text]
 
 
-class Choices(Closed):
-    """The parameters of requests that can want several answers to one prompt."""
+class CompletionOptions(Closed):
+    """Fields that `/v1/chat/completions` and `/v1/completions` share, and `/v1/responses` lacks."""
 
     n: Annotated[int, Field(ge=1, le=MAX_ANSWERS)] = 1
     """Answers; the i-th has the seed `seed + i`."""
     best_of: int | None = None
     """1, or as many as `n`."""
     stream_options: StreamOptions = StreamOptions()
+    response_format: ResponseFormat | None = None
+    """Form of the answers: text, a JSON object, or JSON under a schema."""
+    include_timing: bool = False
+    """Whether the answer tells how long its parts took."""
 
     @field_validator("best_of")
     @classmethod

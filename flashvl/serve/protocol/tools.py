@@ -53,7 +53,7 @@ class AllowedToolChoice(Closed):
     allowed_tools: AllowedTools
 
 
-Choice = Literal["none", "auto", "required"]
+ToolMode = Literal["none", "auto", "required"]
 
 
 def _form(choice: Any) -> str:
@@ -61,7 +61,7 @@ def _form(choice: Any) -> str:
 
 
 ToolChoice = Annotated[
-    Annotated[Choice, Tag("[text]")]
+    Annotated[ToolMode, Tag("[text]")]
     | Annotated[
         Annotated[NamedTool | AllowedToolChoice, Field(discriminator="type")], Tag("[tool]")
     ],
