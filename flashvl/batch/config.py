@@ -63,9 +63,9 @@ class CaptionJob(StrictModel):
     via_serve: str | None = None
     """Serve application (flashvl) whose engines caption, when they have no online requests to
     answer; `replicas` is then for how many engines' slots images are sent."""
-    limits: ImageLimits = ImageLimits()
+    image_limits: ImageLimits = ImageLimits()
     """Sizes of images that are captioned; others become dead letters."""
-    limit: PositiveInt | None = None
+    max_rows: PositiveInt | None = None
     """Rows to caption, the first ones, as a trial; without this option, the same job captions the
     rest."""
     max_error_rate: Annotated[float, Field(ge=0, le=1)] = 0.01

@@ -36,7 +36,7 @@ def tile_images(
     rows: pa.Table,
     *,
     model: str,
-    limits: ImageLimits,
+    image_limits: ImageLimits,
     store: AbstractFileSystem,
     media_hosts: tuple[str, ...] = (),
 ) -> pa.Table:
@@ -48,7 +48,7 @@ def tile_images(
     """
     processor = _processor(model)
     found = without_kept(rows).to_pylist()
-    reader = ImageReader(found, limits, store, media_hosts)
+    reader = ImageReader(found, image_limits, store, media_hosts)
     tiled = [_tile_row(row, processor, reader) for row in found]
     keys = [name for name in ("id", "row", "prompt", "kept") if name in rows.column_names]
     return append_columns(rows.select(keys), pa.Table.from_pylist(tiled, schema=TILED))
@@ -80,7 +80,7 @@ def _tile_row(
         tiles = []
         for image in reader.read(row):
             step = "decode"
-            tiles.append(decode_tiles([image], processor, reader.limits))
+            tiles.append(decode_tiles([image], processor, reader.image_limits))
             step = "read"
     except DataError as error:
         return failure(step, error)
@@ -103,11 +103,11 @@ class ImageReader:
     def __init__(
         self,
         rows: list[dict[str, Any]],
-        limits: ImageLimits,
+        image_limits: ImageLimits,
         store: AbstractFileSystem,
         media_hosts: tuple[str, ...],
     ):
-        self.limits, self._store = limits, store
+        self.image_limits, self._store = image_limits, store
         paths = [
             os.fsdecode(image["path"])
             for row in rows
@@ -117,7 +117,7 @@ class ImageReader:
         ]
         if urls := [path for path in paths if is_web_url(path)]:
             fetcher = Fetcher(media_hosts, remedy="allow it with --media-host HOST")
-            self._fetched = fetch_all(urls, fetcher, limits.max_image_bytes)
+            self._fetched = fetch_all(urls, fetcher, image_limits.max_image_bytes)
 
     def read(self, row: dict[str, Any]) -> Iterator[bytes | None]:
         """A row's images, one at a time: in the row, in files, or from URLs.
@@ -136,9 +136,9 @@ class ImageReader:
 
     def _read(self, path: str) -> bytes:
         if is_data_url(path):
-            return decode_data_url(path, self.limits.max_image_bytes)
+            return decode_data_url(path, self.image_limits.max_image_bytes)
         if not is_web_url(path):
-            return read_row_file(path, self._store, self.limits.max_image_bytes)
+            return read_row_file(path, self._store, self.image_limits.max_image_bytes)
         found = self._fetched[path]
         if isinstance(found, DataError):
             raise found

@@ -61,7 +61,7 @@ class Summary(StrictModel):
     """The closing audit, as in `_summary.json`: `input == written + dead`."""
 
     input: int
-    """Rows in the input, by its Parquet footers or its list of files; or `limit`."""
+    """Rows in the input, by its Parquet footers or its list of files; or `max_rows`."""
     written: int
     """Rows in the files of captions."""
     dead: int
@@ -92,7 +92,7 @@ class Plan:
     @property
     def num_rows(self) -> int:
         """To caption: those of the input, or its first ones."""
-        return min(self.source.num_rows, self.job.limit or self.source.num_rows)
+        return min(self.source.num_rows, self.job.max_rows or self.source.num_rows)
 
     def describe(self) -> dict[str, str | int]:
         """What would be done, and what has been."""
@@ -147,7 +147,7 @@ def check_caption_job(job: CaptionJob) -> Plan:
         prompt_column=job.prompt_column,
         keep=job.keep,
         follow_paths=job.follow_paths,
-        limits=job.limits,
+        image_limits=job.image_limits,
         known=known,
     )
     _check_prompt(job)
@@ -162,7 +162,7 @@ def check_caption_job(job: CaptionJob) -> Plan:
         "temperature": job.temperature,
         "top_p": job.top_p,
         "seed": job.seed,
-        "limits": job.limits.model_dump_json(),
+        "limits": job.image_limits.model_dump_json(),
         "columns": source.describe(),
         "num_rows": source.num_rows,
         "input": hash_listed(source.files),
@@ -210,8 +210,8 @@ def run_plan(plan: Plan, on_progress: OnProgress | None = None) -> Summary:
         num_found = output.num_done
         if num_found > plan.num_rows:
             raise ConfigError(
-                f"output {plan.output} holds {num_found} rows, more than limit ({plan.num_rows});"
-                " leave out the limit, or name another output"
+                f"output {plan.output} holds {num_found} rows, more than max_rows"
+                f" ({plan.num_rows}); leave out max_rows, or name another output"
             )
         _caption_rest(plan, output, on_progress)
         output.finish_rows()

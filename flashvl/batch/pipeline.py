@@ -87,7 +87,7 @@ def captioned(
             functools.partial(
                 tile_images,
                 model=model,
-                limits=job.limits,
+                image_limits=job.image_limits,
                 store=source.store,
                 media_hosts=job.media_hosts,
             ),

@@ -169,7 +169,7 @@ def _samples(source: Source, job: CaptionJob, output: OutputFolder) -> list[Samp
     is_left_out[list(captions)] = False
     pictures = source.read(is_left_out).map_batches(
         functools.partial(
-            _draw, limits=job.limits, store=source.store, media_hosts=job.media_hosts
+            _draw, image_limits=job.image_limits, store=source.store, media_hosts=job.media_hosts
         ),
         batch_size=1,
         batch_format="pyarrow",
@@ -186,16 +186,16 @@ def _samples(source: Source, job: CaptionJob, output: OutputFolder) -> list[Samp
 def _draw(
     rows: pa.Table,
     *,
-    limits: ImageLimits,
+    image_limits: ImageLimits,
     store: AbstractFileSystem,
     media_hosts: tuple[str, ...],
 ) -> pa.Table:
     drawn = []
     found = without_kept(rows).to_pylist()
-    reader = ImageReader(found, limits, store, media_hosts)
+    reader = ImageReader(found, image_limits, store, media_hosts)
     for row in found:
         try:
-            image = decode_image(next(reader.read(row)), limits)
+            image = decode_image(next(reader.read(row)), image_limits)
         except DataError:
             continue  # it was there when it was captioned
         drawn.append({"row": row["row"], "picture": make_thumbnail(image, THUMBNAIL_SIDE)})

@@ -121,7 +121,7 @@ def _with_image(data: bytes | None, limits: ImageLimits, use: Callable[[Image.Im
     if len(data) > limits.max_image_bytes:
         raise DataError(
             f"image has {len(data)} bytes, more than max_image_bytes={limits.max_image_bytes}; "
-            "compress it or raise the limit"
+            "compress it or raise max_image_bytes"
         )
     try:
         return _use_image(data, {}, limits, use)
@@ -251,15 +251,16 @@ def _check_size(width: int, height: int, limits: ImageLimits) -> None:
     if width * height > limits.max_image_pixels:
         raise DataError(
             f"{size}, {width * height} in all, "
-            f"more than max_image_pixels={limits.max_image_pixels}; shrink it or raise the limit"
+            f"more than max_image_pixels={limits.max_image_pixels}; "
+            "shrink it or raise max_image_pixels"
         )
     if max(width, height) > limits.max_image_side:
         raise DataError(
             f"{size}, longer than max_image_side={limits.max_image_side}; "
-            "shrink it or raise the limit"
+            "shrink it or raise max_image_side"
         )
     if min(width, height) < limits.min_image_side:
         raise DataError(
             f"{size}, shorter than min_image_side={limits.min_image_side}; "
-            "leave it out or lower the limit"
+            "leave it out or lower min_image_side"
         )

@@ -147,7 +147,7 @@ def _check_size(size: int, max_bytes: int) -> None:
     if size > max_bytes:
         raise DataError(
             f"file has {size} bytes, more than max_image_bytes={max_bytes}; "
-            "compress it or raise the limit"
+            "compress it or raise max_image_bytes"
         )
 
 

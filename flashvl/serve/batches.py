@@ -111,7 +111,8 @@ class Batches:
                 raise RequestError(
                     400, f"{name} must lie below one of the service's batch_roots", param=name
                 )
-        options = request.model_dump(exclude_none=True) | {
+        options = request.model_dump(exclude_none=True, exclude={"limit"}) | {
+            **({} if request.limit is None else {"max_rows": request.limit}),
             "model": self.config.model,
             "dtype": self.config.dtype,
             "follow_paths": False,

@@ -175,9 +175,9 @@ def test_damage_and_odd_paths_cost_their_rows_and_a_resume_doubles_none(
     start = pq.read_metadata(file).row_group(1).column(0).data_page_offset
     data[start : start + 40] = bytes(40)
     file.write_bytes(data)
-    job = make_job(tiny_random, file, tmp_path / "out", max_error_rate=1.0, limit=16)
+    job = make_job(tiny_random, file, tmp_path / "out", max_error_rate=1.0, max_rows=16)
     run_caption_job(job)
-    summary = run_caption_job(job.model_copy(update={"limit": None}))
+    summary = run_caption_job(job.model_copy(update={"max_rows": None}))
     assert (summary.written, summary.dead) == (NUM_ROWS, len(odd) + 6)
     rows = rows_of(tmp_path / "out")
     assert {place: rows[place]["caption"] for place in range(NUM_ROWS)} == plain
@@ -224,15 +224,15 @@ def test_a_trial_goes_on_with_the_rest(
 ) -> None:
     table = pa.table({"id": ["a", "b"] * 6, "image": PICTURES})
     pq.write_table(table, tmp_path / "in.parquet", row_group_size=5)
-    job = make_job(tiny_random, tmp_path / "in.parquet", tmp_path / "out", limit=7)
+    job = make_job(tiny_random, tmp_path / "in.parquet", tmp_path / "out", max_rows=7)
     summary = run_caption_job(job)
     assert (summary.input, summary.written, summary.duplicate_ids) == (7, 7, 5)
     assert set(rows_of(tmp_path / "out")) == set(range(7))
     assert run_caption_job(job) == summary
     assert check_caption_job(job).describe()["done"] == 7
-    with pytest.raises(ConfigError, match=r"holds 7 rows, more than limit \(3\)"):
-        run_caption_job(job.model_copy(update={"limit": 3}))
-    summary = run_caption_job(job.model_copy(update={"limit": None}))
+    with pytest.raises(ConfigError, match=r"holds 7 rows, more than max_rows \(3\)"):
+        run_caption_job(job.model_copy(update={"max_rows": 3}))
+    summary = run_caption_job(job.model_copy(update={"max_rows": None}))
     assert (summary.input, summary.duplicate_ids) == (NUM_ROWS, 10)
     assert captions_of(tmp_path / "out") == plain
 
@@ -299,7 +299,7 @@ def test_the_plan_is_printed_and_nothing_started(tiny_random: Path, tmp_path: Pa
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     assert "rows            12" in result.stdout and "group and row" in result.stdout
-    result = CliRunner().invoke(app, [*command, "--json", "--limit", "5"])
+    result = CliRunner().invoke(app, [*command, "--json", "--max-rows", "5"])
     plan = json.loads(result.stdout)
     assert (plan["rows"], plan["done"]) == (5, 0)
     assert not (tmp_path / "out").exists()

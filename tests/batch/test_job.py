@@ -158,7 +158,9 @@ def test_captions_a_folder_of_images(
     source = find_source(str(folder))
     assert source.num_rows == 7
 
-    run_caption_job(job(tiny_random, folder, tmp_path / "out", prompt="What is it?", limits=LIMITS))
+    run_caption_job(
+        job(tiny_random, folder, tmp_path / "out", prompt="What is it?", image_limits=LIMITS)
+    )
 
     captions, dead, _ = read(tmp_path / "out")
     images["gone.png"] = picture(5)
@@ -324,7 +326,7 @@ def test_every_row_comes_out_once_whatever_the_mixture(
 
 
 def tile(rows: pa.Table, model: Path) -> pa.Table:
-    return tile_images(rows, model=str(model), limits=ImageLimits(), store=locate("/").store)
+    return tile_images(rows, model=str(model), image_limits=ImageLimits(), store=locate("/").store)
 
 
 def test_a_file_that_is_gone_when_its_turn_comes_is_a_dead_letter(

@@ -518,7 +518,7 @@ def test_urls_of_rows_are_fetched_from_allowed_hosts_only(
             "path": [url.encode() for url in urls],
         }
     )
-    step = {"model": str(tiny_random), "limits": ImageLimits(), "store": locate("/").store}
+    step = {"model": str(tiny_random), "image_limits": ImageLimits(), "store": locate("/").store}
     tiled = tile_images(rows, **step, media_hosts=(pictures_host,))
     inline = rows.slice(0, NUM_ROWS).set_column(2, "image", pa.array(PICTURES, pa.large_binary()))
     inline = inline.set_column(3, "path", pa.nulls(NUM_ROWS, pa.binary()))
@@ -541,7 +541,7 @@ def test_data_urls_in_a_column_of_paths_are_pictures(tiny_random: Path, tmp_path
     (rows,) = read_row_groups(
         pieces, store=source.store, columns=source.columns, schema=source.tables[0].schema
     )
-    step = {"model": str(tiny_random), "limits": ImageLimits(), "store": source.store}
+    step = {"model": str(tiny_random), "image_limits": ImageLimits(), "store": source.store}
     assert [reason is None for reason in tile_images(rows, **step)["reason"].to_pylist()] == [
         *(True, True, False),
     ]

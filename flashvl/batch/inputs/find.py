@@ -40,7 +40,7 @@ def find_source(
     prompt_column: str | None = None,
     keep: Sequence[str] = (),
     follow_paths: bool = True,
-    limits: ImageLimits = DEFAULT_LIMITS,
+    image_limits: ImageLimits = DEFAULT_LIMITS,
     known: Sequence[ListedFile] = (),
 ) -> Source:
     """The rows that `text` names: of Parquet, tars or JSON Lines, or image files.
@@ -52,7 +52,7 @@ def find_source(
 
     Args:
         follow_paths: read the files that a table's rows name, wherever they are.
-        limits: no larger image need be read.
+        image_limits: no larger image need be read.
         known: files whose rows come first, in this order, so far as they are there.
 
     Raises:
@@ -68,9 +68,11 @@ def find_source(
             )
         return ImageFiles(listing=listing)
     if kind == "tar":
-        return find_tars(listing, **names, kept=keep, limits=limits)
+        return find_tars(listing, **names, kept=keep, image_limits=image_limits)
     if kind == "jsonl":
-        return find_lines(listing, **names, kept=keep, follow_paths=follow_paths, limits=limits)
+        return find_lines(
+            listing, **names, kept=keep, follow_paths=follow_paths, image_limits=image_limits
+        )
     tables = read_footers(listing)
     first = tables[0]
     columns = find_image_columns(

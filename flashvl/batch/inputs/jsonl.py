@@ -85,7 +85,7 @@ class JsonLines(Source):
     lines: list[Lines]
     """Of its files, in their order."""
     columns: ImageColumns
-    limits: ImageLimits
+    image_limits: ImageLimits
 
     @property
     def num_rows(self) -> int:
@@ -115,7 +115,7 @@ class JsonLines(Source):
                 "names": [os.fsencode(self.listing.name(file)) for file in self.files],
                 "columns": self.columns,
                 "kept": self.kept,
-                "limits": self.limits,
+                "image_limits": self.image_limits,
             },
             batch_size=None,
             batch_format="pyarrow",
@@ -158,7 +158,7 @@ def find_lines(
     prompt: str | None,
     kept: Sequence[str],
     follow_paths: bool,
-    limits: ImageLimits,
+    image_limits: ImageLimits,
 ) -> JsonLines:
     """
     Raises:
@@ -168,13 +168,13 @@ def find_lines(
     store = listing.root.store
 
     def read(file: ListedFile) -> Lines:
-        return count_lines(Location(store, file.path), limits)
+        return count_lines(Location(store, file.path), image_limits)
 
     with ThreadPoolExecutor(max_workers=16) as pool:
         lines = list(pool.map(read, listing.files))
     number = next((n for n, each in enumerate(lines) if each.firsts[-1]), 0)
     first = Location(store, listing.files[number].path)
-    fields = _sample(first, min(int(lines[number].firsts[-1]), NUM_SAMPLED), limits)
+    fields = _sample(first, min(int(lines[number].firsts[-1]), NUM_SAMPLED), image_limits)
     if image is None:
         image = next((name for name in IMAGE_COLUMNS if name in fields), None)
     columns = find_image_columns(
@@ -186,10 +186,10 @@ def find_lines(
         kept=kept,
     )
     columns = replace(columns, follows_paths=follow_paths)
-    return JsonLines(listing=listing, lines=lines, columns=columns, limits=limits)
+    return JsonLines(listing=listing, lines=lines, columns=columns, image_limits=image_limits)
 
 
-def _sample(location: Location, num_lines: int, limits: ImageLimits) -> list[str]:
+def _sample(location: Location, num_lines: int, image_limits: ImageLimits) -> list[str]:
     """The fields of the first lines, of which there are so many.
 
     Raises:
@@ -198,7 +198,7 @@ def _sample(location: Location, num_lines: int, limits: ImageLimits) -> list[str
     fields: dict[str, None] = {}
     is_any, start = False, b""
     with open_plain(location) as (stream, _):
-        for _, line in itertools.islice(_read_lines(stream, limits), num_lines):
+        for _, line in itertools.islice(_read_lines(stream, image_limits), num_lines):
             start = start or (line or b"")[:1]
             try:
                 fields |= dict.fromkeys(_parse(line))
@@ -212,7 +212,7 @@ def _sample(location: Location, num_lines: int, limits: ImageLimits) -> list[str
     return [as_text(name) or "" for name in fields] if start else [IMAGE_COLUMNS[0]]
 
 
-def count_lines(location: Location, limits: ImageLimits) -> Lines:
+def count_lines(location: Location, image_limits: ImageLimits) -> Lines:
     """
     Raises:
         ConfigError: it is compressed in a way that is not read.
@@ -223,7 +223,7 @@ def count_lines(location: Location, limits: ImageLimits) -> Lines:
     problem = None
     with open_plain(location) as (stream, is_compressed):
         try:
-            for end, _ in _read_lines(stream, limits):
+            for end, _ in _read_lines(stream, image_limits):
                 count += 1
                 if count - firsts[-1] >= ROWS_PER_PIECE or end - offsets[-1] >= BYTES_PER_PIECE:
                     offsets.append(end)
@@ -247,11 +247,11 @@ def count_lines(location: Location, limits: ImageLimits) -> Lines:
 
 
 def _read_lines(
-    stream: BinaryIO, limits: ImageLimits, end: int | None = None
+    stream: BinaryIO, image_limits: ImageLimits, end: int | None = None
 ) -> Iterator[tuple[int, bytes | None]]:
     """The lines that are not blank, from where the stream is: where each ends, and what is in it;
     None where that is longer than any image."""
-    most = 2 * limits.max_image_bytes + 2**20  # base64, and what is beside it
+    most = 2 * image_limits.max_image_bytes + 2**20  # base64, and what is beside it
     place = stream.tell()
     while end is None or place < end:
         line = stream.readline(most)
@@ -295,13 +295,13 @@ def _read_pieces(
     names: list[bytes],
     columns: ImageColumns,
     kept: pa.Schema,
-    limits: ImageLimits,
+    image_limits: ImageLimits,
 ) -> Iterator[pa.Table]:
     """The rows of some pieces that are not done, a few at a time."""
     has_prompt = columns.prompt is not None
     rows: list[dict[str, Any]] = []
     num_bytes = 0
-    for piece, path, line, place in _left_lines(pieces, store, paths, limits):
+    for piece, path, line, place in _left_lines(pieces, store, paths, image_limits):
         name = names[piece["file"]].decode(errors="replace")
         keys = {"row": piece["first_row"] + place, "id": f"{name}:{piece['first_line'] + place}"}
         if rows and (len(rows) == ROWS_PER_READ or num_bytes + len(line or b"") > BYTES_PER_READ):
@@ -314,7 +314,7 @@ def _read_pieces(
 
 
 def _left_lines(
-    pieces: pa.Table, store: AbstractFileSystem, paths: list[bytes], limits: ImageLimits
+    pieces: pa.Table, store: AbstractFileSystem, paths: list[bytes], image_limits: ImageLimits
 ) -> Iterator[tuple[dict[str, Any], str, bytes | None, int]]:
     """The lines that are not done: their piece, file, content, and place in the piece."""
     for number, group in itertools.groupby(pieces.to_pylist(), key=lambda piece: piece["file"]):
@@ -326,7 +326,7 @@ def _left_lines(
                     continue
                 is_done = np.unpackbits(np.frombuffer(piece["is_done"], np.uint8))
                 stream.seek(piece["begin"])
-                for place, (_, line) in enumerate(_read_lines(stream, limits, piece["end"])):
+                for place, (_, line) in enumerate(_read_lines(stream, image_limits, piece["end"])):
                     if not is_done[place]:
                         yield piece, path, line, place
 

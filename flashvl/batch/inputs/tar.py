@@ -92,7 +92,7 @@ class TarFiles(Source):
     tars: list[Tar]
     """Its files, in their order."""
     columns: ImageColumns
-    limits: ImageLimits
+    image_limits: ImageLimits
 
     @property
     def num_rows(self) -> int:
@@ -121,7 +121,7 @@ class TarFiles(Source):
                 "paths": [os.fsencode(file.path) for file in self.files],
                 "columns": self.columns,
                 "kept": self.kept,
-                "limits": self.limits,
+                "image_limits": self.image_limits,
             },
             batch_size=None,
             batch_format="pyarrow",
@@ -148,7 +148,7 @@ def find_tars(
     id: str | None,
     prompt: str | None,
     kept: Sequence[str],
-    limits: ImageLimits,
+    image_limits: ImageLimits,
 ) -> TarFiles:
     """
     Raises:
@@ -180,7 +180,7 @@ def find_tars(
         prompt=prompt,
         kept=kept,
     )
-    return TarFiles(listing=listing, tars=tars, columns=columns, limits=limits)
+    return TarFiles(listing=listing, tars=tars, columns=columns, image_limits=image_limits)
 
 
 def _heads(column: str) -> list[str]:
@@ -348,15 +348,15 @@ def _read_members(
     paths: list[bytes],
     columns: ImageColumns,
     kept: pa.Schema,
-    limits: ImageLimits,
+    image_limits: ImageLimits,
 ) -> Iterator[pa.Table]:
     """The rows of some pieces, a few at a time."""
     for number, members in itertools.groupby(pieces.to_pylist(), key=lambda row: row["file"]):
         with open_plain(Location(store, os.fsdecode(paths[number]))) as (stream, _):
             for chunk in _chunks(members):
-                spans = {span for member in chunk for span in _spans(member, limits)}
+                spans = {span for member in chunk for span in _spans(member, image_limits)}
                 contents = _read_spans(stream, spans)
-                rows = [_as_row(member, contents, columns, limits) for member in chunk]
+                rows = [_as_row(member, contents, columns, image_limits) for member in chunk]
                 yield as_table(rows, kept, IMAGE, columns.prompt is not None)
 
 
@@ -373,12 +373,12 @@ def _chunks(members: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]
         yield chunk
 
 
-def _spans(member: dict[str, Any], limits: ImageLimits) -> list[_Span]:
+def _spans(member: dict[str, Any], image_limits: ImageLimits) -> list[_Span]:
     """What is to be read for a row: nothing that is too large."""
     spans = [
         (text["offset"], text["size"]) for text in member["texts"] if text["size"] <= MAX_TEXT_BYTES
     ]
-    if member["problem"] is None and member["size"] <= limits.max_image_bytes:
+    if member["problem"] is None and member["size"] <= image_limits.max_image_bytes:
         spans.append((member["offset"], member["size"]))
     return spans
 
@@ -418,17 +418,18 @@ def _as_row(
     member: dict[str, Any],
     contents: dict[_Span, bytes],
     columns: ImageColumns,
-    limits: ImageLimits,
+    image_limits: ImageLimits,
 ) -> dict[str, Any]:
     """Of `rows.as_table`; what is wrong with it is its `problem`."""
     row = {"id": member["id"], "row": member["row"], "problem": member["problem"]}
     if member["problem"] is not None:
         return row
     try:
-        if member["size"] > limits.max_image_bytes:
+        if member["size"] > image_limits.max_image_bytes:
             raise DataError(
                 f"image has {member['size']} bytes, more than"
-                f" max_image_bytes={limits.max_image_bytes}; compress it or raise the limit"
+                f" max_image_bytes={image_limits.max_image_bytes}; compress it or raise"
+                " max_image_bytes"
             )
         row["image"] = _content((member["offset"], member["size"]), contents)
         texts = {text["column"]: (text["offset"], text["size"]) for text in member["texts"]}
