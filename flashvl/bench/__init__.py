@@ -1,1 +1,1 @@
-"""Benchmarks of speed: ours and its peers', interleaved in one run on one machine."""
+"""Benchmarks of speed: Flash-VL and its peers, measured in turn in one run on one machine."""

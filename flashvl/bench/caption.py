@@ -1,17 +1,17 @@
-"""Images a second that are captioned from JPEG bytes in a Parquet file: the job, beside its limit.
+"""Images a second that a captioning job answers from a Parquet file of JPEGs, beside its limit.
 
     flashvl bench caption
 
-The limit is the engine, fed with tiles that are ready, in a process of its own, less what decoding
-must take of the same cores. Beside it, what one would write first: Ray Data's `map_batches` over
-the processor and `generate`. Rates are those of the steady run, from the first rows to the last.
+The limit is the rate of the engine alone, which gets tiles that are ready in a process of its own,
+less the time that decoding takes on the same cores. The comparison is the program that one would
+write first: Ray Data's `map_batches` over the processor and `generate`. Rates leave out the start:
+they are measured from the first rows to the last.
 """
 
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from flashvl.data.features import Tiles, ask_about_image, decode_tiles
 from flashvl.data.images import decode_image
 from flashvl.engine import Engine, Request
 from flashvl.model.loading import inference_dtype, load_model, load_processor
+from flashvl.progress import ShowProgress, ignore_progress
 
 MAX_NEW_TOKENS = 64
 NAIVE_BATCH_SIZE = 32
@@ -43,24 +44,28 @@ class CaptionSpeed:
     engine: float
     """The engine alone on all cores, from tiles."""
     decoding: float
-    """One core, from JPEG bytes to tiles."""
+    """Decoding alone on one core, from JPEG bytes to tiles."""
     limit: float
-    """`1 / (1 / engine + 1 / (decoding * cores))`: both on the same cores."""
+    """`1 / (1 / engine + 1 / (decoding * cores))`: engine and decoding on the same cores."""
     job: float
+    """`flashvl caption`."""
     naive: float
+    """`map_batches` over the processor and `generate`."""
     of_limit: float
-    """`job / limit`; median of the rounds' own ratios."""
+    """`job / limit`, the median of the rounds' own ratios."""
     times_naive: float
+    """`job / naive`, likewise."""
     cores: int
+    """CPU cores that this process may use."""
 
 
 def measure_captioning(
     model: str,
     num_images: int,
     rounds: int,
-    on_progress: Callable[[int, int, str], None] = lambda done, total, note: None,
+    on_progress: ShowProgress = ignore_progress,
 ) -> CaptionSpeed:
-    """Time all four in turn, `rounds` times; Ray must be there."""
+    """Time all four in turn, `rounds` times; Ray must be started already."""
     cores = len(os.sched_getaffinity(0))
     found = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -147,13 +152,13 @@ def _naive(model: str, table: Path) -> float:
         compute=ray.data.ActorPoolStrategy(size=1),
     )
     rows.context.enable_progress_bars = False
-    # All rows come at the end, so each says when it was done.
+    # `take_all` returns all rows at the end, so each row carries the time at which it was done.
     times, counts = np.unique([row["done_s"] for row in rows.take_all()], return_counts=True)
     return _steady(list(zip(times.tolist(), counts.cumsum().tolist(), strict=True)))
 
 
 class _Naive:
-    """As the libraries' pages show it."""
+    """Captions batches in the way that the libraries' own pages show."""
 
     def __init__(self, model: str):
         torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -182,6 +187,6 @@ class _Naive:
 
 
 def _steady(seen: list[tuple[float, int]]) -> float:
-    """Rows a second from the first rows to the last."""
+    """Rows a second from the first report to the last; `seen` has (time, rows done)."""
     (first_s, first), (last_s, last) = seen[0], seen[-1]
     return (last - first) / (last_s - first_s)

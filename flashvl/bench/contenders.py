@@ -1,7 +1,7 @@
-"""Who is timed: ways from a JPEG and a question to an answer of a given number of tokens.
+"""Contenders of the benchmarks: ways from a JPEG and a question to an answer of a given length.
 
-A contender prepares its input, from the JPEG's bytes to tensors, and answers it; the two are timed
-apart, so that one run tells of the model alone and of the whole way.
+A contender first prepares its input, from the JPEG's bytes to tensors, and then answers it. The two
+are timed apart, so that one run measures both the model alone and the whole way.
 """
 
 import time
@@ -31,51 +31,56 @@ WIDTH, HEIGHT, QUALITY = 1024, 768, 90
 
 
 def make_photo(seed: int) -> bytes:
-    """A JPEG of `WIDTH` x `HEIGHT`, with noise as a photograph has it."""
+    """A JPEG of `WIDTH` x `HEIGHT` with the noise of a photograph."""
     picture = Sample(PhotoScene(seed), (), seed, WIDTH).image().resize((WIDTH, HEIGHT))
     return encode_jpeg(picture, QUALITY)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Work:
-    """What an answer takes, whoever computes it; attention is counted without its causal saving."""
+    """The work of one answer, the same for every contender with this model.
+
+    Attention counts in full, also where a causal mask would save half of it.
+    """
 
     prompt_tokens: int
+    """Tokens of the prompt, the image's included."""
     prefill_flops: float
-    """Of matrix products, convolutions and attention, image and prompt together."""
+    """Operations of matrix products, convolutions and attention for image and prompt."""
     weight_bytes: int
-    """That each new token must read: the LLM's matrices."""
+    """The size of the LLM's matrices, all of which each new token must read."""
     cache_bytes_per_token: int
+    """Keys and values of one token in all layers."""
 
     def step_bytes(self, num_tokens: int) -> float:
-        """That a step reads, on average over an answer of `num_tokens`."""
+        """Bytes that a decoding step reads, on average over an answer of `num_tokens`."""
         cached = self.prompt_tokens + num_tokens / 2
         return self.weight_bytes + cached * self.cache_bytes_per_token
 
 
 class Contender(Protocol):
-    """One way, with its model in memory."""
+    """A way to answer, with its model in memory."""
 
     name: str
 
     def prepare(self, jpeg: bytes) -> Any:
-        """JPEG -> what `answer` takes."""
+        """Turn a JPEG into the input of `answer`."""
 
     def answer(self, prepared: Any, num_tokens: int) -> list[float]:
-        """Answer with `num_tokens` tokens; returns when each was there, by `perf_counter`."""
+        """Answer with `num_tokens` tokens; returns each token's time by `perf_counter`."""
 
     def count_work(self, jpeg: bytes) -> Work:
-        """What an answer about that image takes."""
+        """The work of an answer about this image."""
 
 
 @dataclass(kw_only=True, slots=True)
 class GenerateContender:
-    """A model of transformers by its plain `generate`."""
+    """A transformers model that answers by its own `generate`."""
 
     name: str
     model: Any
     make_inputs: Callable[[bytes], dict[str, torch.Tensor]]
-    """JPEG -> keyword arguments of `generate`."""
+    """Turns a JPEG into keyword arguments of `generate`."""
 
     def prepare(self, jpeg: bytes) -> dict[str, torch.Tensor]:
         return {
@@ -103,11 +108,11 @@ class GenerateContender:
 
 @dataclass(kw_only=True, slots=True)
 class EngineContender:
-    """`flashvl`: the engine."""
+    """The engine of `flashvl`."""
 
     engine: Engine
     twin: GenerateContender
-    """The same model without the engine; the work is counted on it."""
+    """The same model without the engine, on which the work is counted."""
     name: str = "flashvl"
 
     def prepare(self, jpeg: bytes) -> Tiles:
@@ -123,7 +128,7 @@ class EngineContender:
 
 
 def build_flashvl(twins: Twins) -> tuple[EngineContender, GenerateContender]:
-    """The engine, and plain `generate` with the same weights."""
+    """The engine, and `generate` with the same weights."""
     processor = twins.processor
 
     def make_inputs(jpeg: bytes) -> dict[str, torch.Tensor]:
@@ -139,15 +144,15 @@ def build_flashvl(twins: Twins) -> tuple[EngineContender, GenerateContender]:
 
 
 def make_request(tiles: Tiles, num_tokens: int) -> Request:
-    """The question about one image, to be answered with exactly `num_tokens`."""
+    """A request about one image whose answer has exactly `num_tokens` tokens."""
     messages = ask_about_image(DEFAULT_PROMPT)
     return Request(messages=messages, images=tiles, max_new_tokens=num_tokens, ignore_eos=True)
 
 
 def generate(model: Any, inputs: dict[str, torch.Tensor], num_tokens: int) -> list[float]:
-    """Greedy `generate` of exactly `num_tokens` for each row; returns when each step was done."""
+    """Greedy `generate` of exactly `num_tokens` for each row; returns the time of each step."""
     clock = _Clock()
-    # Without an end token no answer ends early, and none pays for keeping it from doing so.
+    # Without an end token no answer ends early, and no step spends time on suppressing that token.
     model.generation_config.eos_token_id = None
     with torch.inference_mode():
         model.generate(
@@ -157,7 +162,7 @@ def generate(model: Any, inputs: dict[str, torch.Tensor], num_tokens: int) -> li
 
 
 class _Clock(BaseStreamer):
-    """Notes when `generate` has a token; its first call is the prompt's."""
+    """Records when `generate` has a token; its first call is for the prompt."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -170,10 +175,10 @@ class _Clock(BaseStreamer):
 
 
 def _attention_flops(query: torch.Size, key: torch.Size, *_: Any, **__: Any) -> int:
-    """Two products, of (queries, keys, head_dim) in each head."""
+    """Operations of the two products of (queries, keys, head_dim) in each head."""
     batch, heads, num_queries, head_dim = query
     return 4 * batch * heads * num_queries * key[2] * head_dim
 
 
-# torch counts this one on GPUs alone.
+# torch has a formula for the GPU version of this operator alone.
 _CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}

@@ -1,4 +1,4 @@
-"""Pictures of latency: the paper's Figure 1 (speed and quality) and the bars of its section A.4."""
+"""Charts of latency: the paper's Figure 1 (speed and quality) and the bars of its section A.4."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ from flashvl.bench.machine import Machine
 from flashvl.bench.throughput import Throughput
 
 OURS, THEIRS = "#d1495b", "#7a8699"
-"""The engine, and everything else."""
+"""Colours of the engine and of every other contender."""
 
 
 def plot_latencies(
@@ -21,11 +21,12 @@ def plot_latencies(
     scores: Mapping[str, float] = {},
     at_once: Sequence[Throughput] = (),
 ) -> None:
-    """Write a PNG: bars of TTFT, TPOT and tokens/s, and before them, given `scores`, Figure 1.
+    """Write a PNG: bars of TTFT, TPOT and tokens/s; given `scores`, Figure 1 comes before them.
 
     Args:
-        scores: average of the paper's benchmarks by contender's name; one without is left out.
-        at_once: drawn as bars of their own, all of one width; none, no bars.
+        scores: average of the paper's benchmarks by the contender's name. Figure 1 leaves out a
+            contender without one.
+        at_once: throughputs at one width, which get bars of their own.
     """
     num_panels = 3 + bool(scores) + bool(at_once)
     figure = Figure(figsize=(4.2 * num_panels, 3.4), layout="constrained")

@@ -1,15 +1,14 @@
-"""From JPEG bytes to pixels for the tower: ours against transformers' own, on one core.
+"""JPEGs a second, from bytes to pixels for the vision tower, on one core: ours and transformers'.
 
     flashvl bench images
 
-Ours ends with uint8 tiles, which are normalised on the accelerator; theirs with float pixels. The
-tower's settings are SigLIP2-so400m-patch16-512's.
+Ours ends with uint8 tiles, which are normalised on the accelerator; transformers' ends with float
+pixels. Both have the settings of SigLIP2-so400m-patch16-512.
 """
 
 import io
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,26 +18,27 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from flashvl.bench.contenders import make_photo
 from flashvl.data.images import decode_reduced
 from flashvl.model import FlashVLImageProcessor
+from flashvl.progress import ShowProgress, ignore_progress
 
 NUM_IMAGES = 8
-"""Different ones, so that no cache holds them all."""
+"""Different images in a round; they are too many for a cache."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Contender:
-    """A way from bytes to pixels, and how long it took."""
+class ImageSpeed:
+    """The speed of one way from bytes to pixels."""
 
     name: str
     images_per_s: float
     """Median over the rounds."""
     relative: float
-    """Median of the rounds' ratios to the last contender."""
+    """Speed as a multiple of the last way's; median of the rounds' own ratios."""
 
 
 def compare_image_processing(
-    rounds: int = 20, on_progress: Callable[[int, int], None] = lambda done, total: None
-) -> list[Contender]:
-    """Time each contender on the same JPEGs, in turn, `rounds` times after one that warms up."""
+    rounds: int = 20, on_progress: ShowProgress = ignore_progress
+) -> list[ImageSpeed]:
+    """Time each way on the same JPEGs, in turn, `rounds` times after one round to warm up."""
     files = [make_photo(seed) for seed in range(NUM_IMAGES)]
     ours = FlashVLImageProcessor()
     theirs = SiglipImageProcessorPil(
@@ -68,7 +68,7 @@ def compare_image_processing(
         torch.set_num_threads(threads)
     *_, last = seconds.values()
     return [
-        Contender(
+        ImageSpeed(
             name=name,
             images_per_s=NUM_IMAGES / statistics.median(times),
             relative=statistics.median(b / a for a, b in zip(times, last, strict=True)),

@@ -1,9 +1,9 @@
-"""How long one request takes, alone on the machine: to its first token, and from token to token.
+"""The time that one request takes, alone on the machine: to its first token and between tokens.
 
     flashvl bench latency --preset static --random-weights
 
-The contenders take turns, on the same image and question, and the answer always has the same number
-of tokens.
+The contenders take turns with the same image and question, and every answer has the same number of
+tokens.
 """
 
 import statistics
@@ -13,20 +13,22 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from flashvl.bench.contenders import Contender, Work, make_photo
-from flashvl.bench.machine import Machine
+from flashvl.bench.contenders import Contender, Work, build_flashvl, make_photo
+from flashvl.bench.machine import Machine, measure_machine
+from flashvl.bench.models import load_twins
+from flashvl.progress import ShowProgress, ignore_progress
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Round:
-    """One answer of one contender, in seconds."""
+    """The times of one answer of one contender."""
 
     prepare_s: float
-    """From the JPEG's bytes to tensors."""
+    """Seconds from the JPEG's bytes to tensors."""
     first_s: float
-    """From there to the first token."""
+    """Seconds from tensors to the first token."""
     gaps_s: list[float]
-    """From each token to the next."""
+    """Seconds from each token to the next."""
 
     @property
     def answer_s(self) -> float:
@@ -35,33 +37,73 @@ class Round:
 
 @dataclass(kw_only=True, slots=True)
 class Latency:
-    """Of one contender. Where nothing else is said, of the model alone, and medians over rounds."""
+    """The times of one contender: medians over the rounds, where a field does not say otherwise.
+
+    They are measured from tensors on, so that they leave out the JPEG; fields that include it say
+    so in their names.
+    """
 
     name: str
     prompt_tokens: int
-    """The image's among them."""
+    """Tokens of the prompt, the image's included."""
     ttft_ms: float
-    """Time to the first token, from tensors."""
+    """Time to the first token."""
     ttft_mean_ms: float
+    """Mean time to the first token over the rounds."""
     ttft_p99_ms: float
+    """Time to the first token that 99% of the rounds do not exceed."""
     tpot_ms: float
-    """Time per output token behind the first, on average over an answer."""
+    """Time per output token after the first, on average over an answer."""
     tpot_mean_ms: float
-    """Over all tokens of all rounds; so is the next."""
+    """Mean time per output token over all tokens of all rounds."""
     tpot_p99_ms: float
+    """Time per output token that 99% of all tokens of all rounds do not exceed."""
     tokens_per_s: float
-    """Of the whole answer, from tensors."""
+    """Tokens of the whole answer a second."""
     prepare_ms: float
-    """From JPEG bytes to tensors."""
+    """Time from JPEG bytes to tensors."""
     ttft_from_jpeg_ms: float
+    """Time from JPEG bytes to the first token."""
     tokens_per_s_from_jpeg: float
+    """Tokens of the whole answer a second, from JPEG bytes on."""
     prefill_fraction: float
-    """Of the machine's rate of matrix products, that image and prompt together reach."""
+    """The prefill's operations a second as a share of the machine's rate of matrix products."""
     decode_fraction: float
-    """Of the machine's read bandwidth, that a token's weights and cache reach."""
+    """The bytes that a decoding step reads a second, as a share of the machine's bandwidth."""
     roofline_fraction: float
     """The time that these two limits allow the answer, as a share of the time that it took."""
     rounds: list[Round] = field(default_factory=list)
+    """Each round's own times."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LatencyReport:
+    """The latencies of contenders, and the limits of the machine on which they were measured."""
+
+    machine: Machine
+    contenders: list[Latency]
+
+
+def compare_with_generate(
+    model: str,
+    preset: str | None = None,
+    random_weights: bool = False,
+    *,
+    num_tokens: int,
+    rounds: int,
+    on_progress: ShowProgress = ignore_progress,
+) -> LatencyReport:
+    """Time the engine and `generate` with one model (`load_twins`)."""
+    twins = load_twins(model, preset, random_weights)
+    machine = measure_machine(twins.model.dtype, twins.model.device)
+    latencies = measure_latency(
+        build_flashvl(twins),
+        machine,
+        num_tokens=num_tokens,
+        rounds=rounds,
+        on_progress=on_progress,
+    )
+    return LatencyReport(machine=machine, contenders=latencies)
 
 
 def measure_latency(
@@ -70,11 +112,12 @@ def measure_latency(
     *,
     num_tokens: int = 128,
     rounds: int = 5,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: ShowProgress = ignore_progress,
 ) -> list[Latency]:
-    """Time `contenders` in turn; the first round warms up and does not count.
+    """Time `contenders` in turn.
 
-    Memory is touched for the first time in it, and a GPU's steps are recorded.
+    The first round does not count: memory is touched for the first time in it, and a GPU's steps
+    are recorded.
     """
     jpeg = make_photo(0)
     works = [contender.count_work(jpeg) for contender in contenders]
@@ -85,7 +128,7 @@ def measure_latency(
             took = _time_answer(contender, jpeg, num_tokens)
             if number:
                 measured[position].append(took)
-            on_progress(number * len(contenders) + position + 1, total)
+            on_progress(number * len(contenders) + position + 1, total, contender.name)
     return [
         _summarize(contender.name, work, taken, num_tokens, machine)
         for contender, work, taken in zip(contenders, works, measured, strict=True)

@@ -1,4 +1,4 @@
-"""What this machine can do at most, measured in the run that is compared with it."""
+"""The limits of this machine, measured in the same run as what is compared with them."""
 
 import statistics
 import time
@@ -8,18 +8,21 @@ from dataclasses import dataclass
 import torch
 
 SIDE = {"cpu": 2048, "cuda": 8192}
-"""Of the square matrices that are multiplied; on a GPU so large that a launch is nothing to it."""
+"""Side of the square matrices that are multiplied: so large that a GPU's launch costs nothing."""
 READ_BYTES = 2**30
-"""Far more than any cache holds."""
+"""Bytes of memory that are read: far more than any cache holds."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Machine:
-    """Its limits, in the type that the model computes in."""
+    """A machine's limits for the type that the model computes in."""
 
     device: str
+    """`cpu`, or the GPU's name."""
     threads: int
+    """Threads that torch computes with."""
     dtype: str
+    """The type's name, such as `bfloat16`."""
     gemm_tflops: float
     """Dense matrix product, in 10^12 floating point operations a second."""
     read_gb_per_s: float
@@ -27,7 +30,7 @@ class Machine:
 
 
 def measure_machine(dtype: torch.dtype, device: torch.device, rounds: int = 5) -> Machine:
-    """Median over `rounds`, after one that warms up."""
+    """Measure both limits: medians over `rounds`, after one round to warm up."""
     side = SIDE[device.type]
     left, right = torch.randn(2, side, side, device=device).to(dtype)
     memory = torch.ones(READ_BYTES // 4, device=device)
@@ -55,6 +58,6 @@ def _median_s(work: Callable[[], object], device: torch.device, rounds: int) -> 
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for what was handed to a GPU."""
+    """Wait until a GPU has finished its work; a CPU always has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""Models to time: any configuration with random weights, on which timing does not depend."""
+"""Models to time: trained ones, or any configuration with random weights, which takes as long."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,16 +17,17 @@ from flashvl.model.parts.assembly import build_processor
 from flashvl.model.presets import build_config
 
 MAX_WEIGHTS = 3 * 10**9
-"""Of one model. Memory is taken for as many as are used."""
+"""Weights of one model at most; the system gives memory only for those that are used."""
 BLOCK = 2**22
-"""Numbers that are drawn; the rest repeats them, which no kernel notices."""
+"""Random numbers that are drawn. All weights repeat them, which changes the speed of no kernel."""
 SCALE = 0.02
+"""Standard deviation of the random weights."""
 
 
 class RandomWeights:
-    """Random numbers that serve several models at once as their weights.
+    """Random numbers that several models share as their weights.
 
-    So the peers of a benchmark, of 4 GB each, can all be in memory and take turns.
+    The peers of a benchmark, 4 GB each, can thus all be in memory and take turns.
     """
 
     def __init__(self, dtype: torch.dtype, device: torch.device | str = "cpu"):
@@ -37,11 +38,11 @@ class RandomWeights:
 
     @classmethod
     def for_this_machine(cls) -> "RandomWeights":
-        """On a GPU where there is one, in the type that the hardware likes."""
+        """Weights on a GPU where there is one, in the type that the hardware is fastest with."""
         return cls(inference_dtype(), "cuda" if torch.cuda.is_available() else "cpu")
 
     def build(self, config: PreTrainedConfig) -> Any:
-        """The image-text model of `config`, in evaluation mode."""
+        """The image-text model of `config`, ready for inference."""
         with no_init_weights():  # an empty tensor takes no memory before it is written
             model = AutoModelForImageTextToText.from_config(config, dtype=self.dtype)
         model.tie_weights()
@@ -49,7 +50,7 @@ class RandomWeights:
         return model.to(self._memory.device).eval()
 
     def _fill(self, model: nn.Module) -> None:
-        """Matrices become views of the numbers; norms are ones, biases zeros."""
+        """Make matrices views of the numbers, norms ones and biases zeros."""
         views: dict[int, nn.Parameter] = {}
         start = 0
         for module in model.modules():
@@ -77,7 +78,7 @@ class RandomWeights:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Twins:
-    """A model for the engine, which changes it, and the same for plain `generate`."""
+    """The same model twice: for the engine, which changes it, and for `generate`."""
 
     model: FlashVLForConditionalGeneration
     twin: FlashVLForConditionalGeneration
@@ -87,18 +88,18 @@ class Twins:
 def check_preset(preset: str | None, random_weights: bool) -> None:
     """
     Raises:
-        ConfigError: only one of the two is given.
+        ConfigError: only one of `preset` and `random_weights` is given.
     """
     if (preset is not None) != random_weights:
         raise ConfigError("--preset and --random-weights go together; give both or neither")
 
 
 def load_twins(model: str, preset: str | None, random_weights: bool) -> Twins:
-    """A trained model, or a preset with random weights, in the type that the hardware likes.
+    """A trained model, or a preset with random weights, in the hardware's fastest type.
 
     Raises:
-        CheckpointError: no such model.
-        ConfigError: no such preset, or not both of `preset` and `random_weights` are given.
+        CheckpointError: `model` does not exist, or cannot be loaded.
+        ConfigError: the preset is unknown, or only one of `preset` and `random_weights` is given.
     """
     check_preset(preset, random_weights)
     if preset is not None:
@@ -117,12 +118,12 @@ def build_twins(preset: str, weights: RandomWeights) -> Twins:
 def build_random(
     preset: str, weights: RandomWeights
 ) -> tuple[FlashVLForConditionalGeneration, FlashVLProcessor]:
-    """The model of `preset`, its weights random, with a small tokenizer of our own.
+    """The model of `preset` with random weights, and a processor with a small tokenizer of our own.
 
-    The vocabulary keeps its size; so the head costs what it costs.
+    The model's vocabulary keeps its size, so that its head takes the time that it takes.
 
     Raises:
-        ConfigError: no such preset.
+        ConfigError: the preset is unknown.
     """
     config = build_config(preset)
     questions = [

@@ -1,14 +1,17 @@
-"""The peers of the paper's comparison at their true sizes, with random weights.
+"""Flash-VL beside the peers of the paper's comparison, at their true sizes with random weights.
 
-Each is transformers' own class with its own image processor and what it makes of one image of
-1024x768; the configurations are those of the published checkpoints. Only the text around the image
-is ours, of the same length for all.
+    flashvl bench peers --plot peers.png
+
+Each peer is transformers' own class with its own image processor, and the configuration of the
+published checkpoint. Only the text around the image is ours; it has the same length for all.
 """
 
+import contextlib
 import functools
 import io
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,27 +33,33 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from flashvl.bench import vllm
-from flashvl.bench.contenders import GenerateContender
-from flashvl.bench.models import RandomWeights
+from flashvl.bench.contenders import Contender, GenerateContender, build_flashvl
+from flashvl.bench.latency import Latency, measure_latency
+from flashvl.bench.machine import Machine, measure_machine
+from flashvl.bench.models import RandomWeights, build_twins
+from flashvl.bench.throughput import Throughput, compare_at_once
 from flashvl.errors import ConfigError
 from flashvl.model.presets import qwen2_1_5b
+from flashvl.progress import ShowProgress, ignore_progress
 
 NUM_TEXT_TOKENS = 30
-"""Of the chat template and the question."""
+"""Tokens of the chat template and the question."""
+VLLM_WIDTH = 16
+"""Requests that the engine and vLLM answer at once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Peer:
-    """One model, and how an image of 1024x768 stands in its prompt."""
+    """A model, and what an image of 1024x768 becomes in its prompt."""
 
     build_config: Callable[[], PreTrainedConfig]
     image_processor: Any
     num_image_tokens: int
-    """Its `forward` refuses any other number than the image's."""
+    """Placeholders of the image; the model's `forward` refuses a wrong number."""
     num_separators: int
     """Tokens around the image and between its tiles."""
     paper_average: float | None
-    """Of the paper's 11 benchmarks (Table 2)."""
+    """The model's average over the paper's 11 benchmarks (Table 2); None, where it has none."""
 
 
 def _qwen2_vl_2b() -> PreTrainedConfig:
@@ -124,7 +133,7 @@ def _smolvlm2_2_2b() -> PreTrainedConfig:
 
 
 PEERS = {
-    # 74 x 54 patches, four to a token.
+    # 74 x 54 patches; four are a token.
     "Qwen2-VL-2B": Peer(
         build_config=_qwen2_vl_2b,
         image_processor=Qwen2VLImageProcessorPil(
@@ -144,8 +153,8 @@ PEERS = {
         num_separators=2,
         paper_average=63.6,
     ),
-    # Six tiles (3 x 2) of 27 x 27 patches, of which 8 columns are padding and left out; an end to
-    # each line; an overview.
+    # Six tiles (3 x 2) of 27 x 27 patches, without 8 columns of padding; an end token for each
+    # line; an overview.
     "Aquila-VL-2B": Peer(
         build_config=_aquila_vl_2b,
         image_processor=LlavaOnevisionImageProcessorPil(),
@@ -153,7 +162,7 @@ PEERS = {
         num_separators=0,
         paper_average=62.6,
     ),
-    # Twelve tiles (4 x 3) and an overview, nine patches to a token; each tile has two marks.
+    # Twelve tiles (4 x 3) and an overview; nine patches are a token; each tile has two marks.
     "SmolVLM2-2.2B": Peer(
         build_config=_smolvlm2_2_2b,
         image_processor=SmolVLMImageProcessorPil(
@@ -164,28 +173,28 @@ PEERS = {
         paper_average=None,
     ),
 }
-"""By the names of the paper; SmolVLM2 came later."""
+"""The peers by their names in the paper, and SmolVLM2, which is newer than the paper."""
 
 
 OURS = ("flashvl", "flashvl (generate)")
-"""Flash-VL by the engine, and by plain `generate`."""
+"""Names of the contenders that run Flash-VL: by the engine, and by `generate`."""
 
 PAPER_AVERAGES = {"static": 62.4, "dynamic": 64.0, "iss": 64.8}
-"""Of Flash-VL itself, by preset."""
+"""Flash-VL's own averages over the paper's 11 benchmarks, by preset."""
 
 
 def paper_scores(preset: str) -> dict[str, float]:
-    """The paper's averages by contender's name, Flash-VL being of `preset`, whoever runs it."""
+    """The paper's averages by contender; all that run Flash-VL have the average of `preset`."""
     scores = {name: peer.paper_average for name, peer in PEERS.items()}
     scores |= dict.fromkeys((*OURS, vllm.NAME), PAPER_AVERAGES.get(preset))
     return {name: score for name, score in scores.items() if score is not None}
 
 
 def choose_names(only: Collection[str] | None) -> list[str]:
-    """Of Flash-VL and its peers, those that are measured: all, or `only` these.
+    """The names of the contenders to measure: those in `only`, or all.
 
     Raises:
-        ConfigError: there is none of such a name.
+        ConfigError: no contender has a name that `only` holds.
     """
     known = [*OURS, *PEERS]
     for name in only or known:
@@ -194,10 +203,73 @@ def choose_names(only: Collection[str] | None) -> list[str]:
     return [name for name in known if name in (only or known)]
 
 
+@dataclass(kw_only=True, slots=True)
+class PeersReport:
+    """Flash-VL beside its peers, and the limits of the machine on which they were measured."""
+
+    machine: Machine
+    contenders: list[Latency]
+    at_once: list[Throughput] = field(default_factory=list)
+    """The engine and vLLM with `VLLM_WIDTH` requests at once; empty without vLLM."""
+    vllm: str | None = None
+    """vLLM's version and settings; None, where it was not run."""
+
+
+def measure_peers(
+    preset: str,
+    only: Collection[str] | None = None,
+    vllm_python: Path | None = None,
+    *,
+    num_tokens: int,
+    rounds: int,
+    on_progress: ShowProgress = ignore_progress,
+) -> PeersReport:
+    """Time one request alone by Flash-VL's `preset` and its peers, all with random weights.
+
+    Args:
+        only: names of the contenders to measure; by default all.
+        vllm_python: the Python of an environment with vLLM, which then runs Flash-VL, too.
+
+    Raises:
+        ConfigError: the preset or a contender is unknown, or vLLM cannot be run.
+    """
+    names = choose_names(only)
+    if vllm_python is not None:
+        vllm.check_vllm(vllm_python)
+    weights = RandomWeights.for_this_machine()
+    twins = build_twins(preset, weights)
+    engine, plain = build_flashvl(twins)
+    with contextlib.ExitStack() as stack:
+        contenders: list[Contender] = [each for each in (engine, plain) if each.name in names]
+        other = None
+        if vllm_python is not None:
+            on_progress(0, rounds, "vLLM compiles for some minutes")
+            other = stack.enter_context(vllm.run_vllm(vllm_python, plain, twins.processor))
+            contenders.append(other)
+        contenders += build_peers(weights, names)
+        machine = measure_machine(twins.model.dtype, twins.model.device)
+        latencies = measure_latency(
+            contenders, machine, num_tokens=num_tokens, rounds=rounds, on_progress=on_progress
+        )
+        report = PeersReport(machine=machine, contenders=latencies)
+        if other is not None:
+            report.vllm = str(other)
+            report.at_once = compare_at_once(
+                engine,
+                other,
+                machine,
+                width=VLLM_WIDTH,
+                num_tokens=num_tokens,
+                rounds=rounds,
+                on_progress=on_progress,
+            )
+    return report
+
+
 def build_peers(
     weights: RandomWeights, names: Collection[str] = tuple(PEERS)
 ) -> Iterator[GenerateContender]:
-    """Each of `PEERS` that `names` holds, ready to `generate`."""
+    """The peers that `names` holds, each ready to `generate`."""
     for name, peer in PEERS.items():
         if name not in names:
             continue
@@ -217,13 +289,13 @@ def _make_inputs(peer: Peer, config: PreTrainedConfig, jpeg: bytes) -> dict[str,
     input_ids = torch.tensor([[*text[:middle], *image, *text[middle:]]])
     inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
     taken = {name: features[name] for name in _TAKEN if name in features}
-    if "image_grid_thw" in features:  # Qwen2-VL: 1 where an image stands, for its positions
+    if "image_grid_thw" in features:  # Qwen2-VL: 1 for each token of an image, for its positions
         taken["mm_token_type_ids"] = (input_ids == config.image_token_id).int()
     return inputs | taken
 
 
 _TAKEN = ("pixel_values", "pixel_attention_mask", "image_grid_thw", "image_sizes")
-"""What the models' `forward` takes of what their image processors return."""
+"""Names of the image processors' outputs that the models' `forward` takes."""
 
 
 def _fields(config: PreTrainedConfig) -> dict[str, Any]:

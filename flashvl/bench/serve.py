@@ -1,10 +1,10 @@
-"""What HTTP, Serve and several processes cost, and what is left of the service when all want it.
+"""The cost of HTTP, Serve and several processes, and the service under more load than it can bear.
 
     flashvl bench serve --preset static --random-weights
 
-The same engine answers the same requests in this process and behind the service, in turn; both
-begin with a JPEG of 1024x768, of a new picture each time. Then the service alone gets several times
-the requests that it can answer.
+An engine in this process and the same engine in the service answer the same requests in turn. Every
+request begins with a JPEG of 1024x768, each of a new picture. Then the service alone gets several
+times the requests that it can answer.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,32 +24,39 @@ import aiohttp
 import psutil
 
 from flashvl.bench.contenders import make_photo
-from flashvl.bench.models import RandomWeights, build_random
+from flashvl.bench.models import RandomWeights, build_random, check_preset
 from flashvl.config import DEFAULT_PROMPT
 from flashvl.data.features import ask_about_image, decode_tiles
 from flashvl.engine import AsyncEngine, Engine, Request
 from flashvl.model.loading import model_id
+from flashvl.progress import ShowProgress, ignore_progress
 from flashvl.serve.config import ServiceConfig
+from flashvl.serve.run import deployed
 
+HOST = "127.0.0.1"
+WIDTHS = (1, 16)
+"""Numbers of clients with which the service is compared with its engine."""
 WAYS = ("engine", "service")
+"""Names of what answers: the engine in this process, or the one in the service."""
 REPORT_S = 0.5
-
-OnProgress = Callable[[int, int], None]
+"""Seconds between two reports of progress and memory under overload, at least."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Speed:
-    """Of one way at one width; medians of rounds, in them over requests."""
+    """The speed of one way with one number of clients: medians over rounds of the medians over
+    requests."""
 
     name: str
+    """One of `WAYS`."""
     width: int
     """Clients, each of which asks again when it has its answer."""
     ttft_ms: float
-    """From the JPEG in the client's hand to the first token there."""
+    """Time from a client's having a JPEG to its having the first token."""
     tokens_per_s: float
-    """Of all clients."""
+    """Tokens of all clients together."""
     largest_gap_ms: float
-    """Between two pieces of one answer; the median of the answers' largest."""
+    """The longest time between two pieces of one answer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,29 +64,46 @@ class Overload:
     """The service under more requests than it can answer."""
 
     capacity_per_s: float
-    """Answers to as many clients as it has slots."""
+    """Requests that it answers a second for as many clients as it has slots."""
     offered_per_s: float
+    """Requests that came a second."""
     answered_per_s: float
-    """Of an answer that went on after the load, the part before its end counts."""
+    """Requests that it answered a second under the load. An answer that lasted beyond the end of
+    the load counts with its share before that end."""
     refused: int
-    """With status 429."""
+    """Requests that got HTTP 429."""
     failed: int
-    """In any other way; of none is anything to be heard."""
+    """Requests that ended in any other way than by an answer or by HTTP 429."""
     ttft_p50_ms: float
+    """Median time to the first token of the requests that were answered."""
     ttft_p99_ms: float
-    """Of those that were answered."""
+    """Time to the first token that 99% of the answered requests did not exceed."""
     ttft_bound_ms: float
-    """What the queue's length and the capacity imply: (waiting + 1 batch of slots) / capacity."""
+    """The time that the queue and the capacity imply: (waiting + one batch of slots) / capacity."""
     memory_start_mb: float
+    """Memory of the service's processes after a tenth of the load."""
     memory_end_mb: float
-    """Of the service's processes: a tenth into the load, and at its end."""
+    """Memory of the service's processes at the end of the load."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServiceSpeeds:
+    """The service beside its own engine, and under overload."""
+
+    speeds: list[Speed]
+    """For each number of clients, the engine's speed and then the service's."""
+    overload: Overload | None
+    """None, where it was not measured."""
 
 
 @dataclass(slots=True)
 class _Answer:
+    """When a request was made and when each piece of its answer came, by `perf_counter`."""
+
     asked_s: float
     pieces_s: list[float]
     status: int = 200
+    """The HTTP status; 0, where there was no response."""
 
     @property
     def ttft_s(self) -> float:
@@ -90,15 +114,22 @@ class _Answer:
         return max((b - a for a, b in itertools.pairwise(self.pieces_s)), default=0.0)
 
     def share_before(self, end_s: float) -> float:
+        """The share of the pieces that came before `end_s`."""
         return sum(piece_s <= end_s for piece_s in self.pieces_s) / len(self.pieces_s)
 
 
-Ask = Callable[[bytes], Awaitable[_Answer]]
+Way = Callable[[bytes], Awaitable[_Answer]]
+"""Has a JPEG answered, by the engine or by the service."""
 
 
 @contextmanager
-def served_model(model: str, preset: str | None) -> Iterator[str]:
-    """A folder with the model; of a preset, one with random weights as long as it is needed."""
+def served_model(model: str, preset: str | None, random_weights: bool) -> Iterator[str]:
+    """The model's name, or a temporary folder with random weights of the preset.
+
+    Raises:
+        ConfigError: the preset is unknown, or only one of `preset` and `random_weights` is given.
+    """
+    check_preset(preset, random_weights)
     if preset is None:
         yield model
         return
@@ -110,20 +141,67 @@ def served_model(model: str, preset: str | None) -> Iterator[str]:
         yield folder
 
 
+def measure_service(
+    model: str,
+    port: int,
+    *,
+    slots: int,
+    tokens: int,
+    requests: int,
+    rounds: int,
+    times: float,
+    seconds: float,
+    on_progress: ShowProgress = ignore_progress,
+) -> ServiceSpeeds:
+    """Deploy a service of `model` at `port`, and measure it; Ray must be started already.
+
+    Args:
+        slots: requests that its engine answers at once; half as many may wait.
+        tokens: tokens of each answer.
+        requests: requests of each client, each about a picture of its own.
+        times: load as a multiple of the capacity.
+        seconds: duration of the overload; 0 leaves it out.
+    """
+    config = ServiceConfig(model=model, max_num_seqs=slots, max_waiting=slots // 2)
+    overload = None
+    with deployed(config, HOST, port) as url:
+        speeds = compare_with_engine(
+            config,
+            url,
+            widths=WIDTHS,
+            tokens=tokens,
+            requests=requests,
+            rounds=rounds,
+            on_progress=on_progress,
+        )
+        if seconds:
+            measured = measure_overload(
+                config,
+                url,
+                times=times,
+                tokens=tokens,
+                requests=requests,
+                seconds=seconds,
+                on_progress=on_progress,
+            )
+            overload = asyncio.run(measured)
+    return ServiceSpeeds(speeds=speeds, overload=overload)
+
+
 def compare_with_engine(
     config: ServiceConfig,
     url: str,
     *,
-    widths: tuple[int, ...],
+    widths: Sequence[int],
     tokens: int,
     requests: int,
     rounds: int,
-    on_progress: OnProgress,
+    on_progress: ShowProgress = ignore_progress,
 ) -> list[Speed]:
-    """The engine here and the one behind `url`, in turn.
+    """Measure an engine in this process and the service at `url` in turn.
 
     Args:
-        requests: of each client, each about a picture of its own.
+        requests: requests of each client, each about a picture of its own.
     """
     engine = Engine.from_pretrained(config.model, config.dtype, max_num_seqs=config.max_num_seqs)
     runs: dict[tuple[str, int], list[Speed]] = {}
@@ -132,27 +210,27 @@ def compare_with_engine(
 
     async def run(async_engine: AsyncEngine) -> None:
         async with aiohttp.ClientSession() as session:
-            asks: dict[str, Ask] = {
+            ways: dict[str, Way] = {
                 "engine": lambda jpeg: _ask_engine(async_engine, jpeg, tokens),
                 "service": lambda jpeg: _ask_service(session, url, config, jpeg, tokens),
             }
-            for ask in asks.values():
-                await _closed_loop(ask, photos, 1, 2)
-            for number, (_, width, way) in enumerate(plan):
-                answers, seconds = await _closed_loop(asks[way], photos, width, requests)
+            for way in ways.values():
+                await _closed_loop(way, photos, 1, 2)
+            for number, (_, width, name) in enumerate(plan):
+                answers, seconds = await _closed_loop(ways[name], photos, width, requests)
                 speed = Speed(
-                    name=way,
+                    name=name,
                     width=width,
                     ttft_ms=1e3 * statistics.median(each.ttft_s for each in answers),
                     tokens_per_s=tokens * len(answers) / seconds,
                     largest_gap_ms=1e3 * statistics.median(each.largest_gap_s for each in answers),
                 )
-                runs.setdefault((way, width), []).append(speed)
-                on_progress(number + 1, len(plan))
+                runs.setdefault((name, width), []).append(speed)
+                on_progress(number + 1, len(plan), f"{name}, {width} clients")
 
     with AsyncEngine(engine) as async_engine:
         asyncio.run(run(async_engine))
-    return [_median(runs[way, width]) for width in widths for way in WAYS]
+    return [_median(runs[name, width]) for width in widths for name in WAYS]
 
 
 async def measure_overload(
@@ -163,26 +241,26 @@ async def measure_overload(
     tokens: int,
     requests: int,
     seconds: float,
-    on_progress: OnProgress,
+    on_progress: ShowProgress = ignore_progress,
 ) -> Overload:
-    """Requests that come at random, `times` as many as can be answered, for `seconds`.
+    """Send requests at random times, `times` as many as can be answered, for `seconds`.
 
     Args:
-        requests: of each client, where as many as there are slots measure the capacity.
+        requests: requests of each client while as many clients as slots measure the capacity.
     """
-    # Few pictures, drawn before: the client shares the machine's cores with the service. The engine
-    # has seen them all when its capacity is measured, as it has under the load.
+    # Few pictures, drawn before the load, as drawing them would take the service's cores. The
+    # engine has seen all of them before its capacity is measured, and again before the load.
     photos = itertools.cycle(list(itertools.islice(_photos(), 2 * config.max_num_seqs)))
     rng = random.Random(0)
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector) as session:
 
-        def ask(jpeg: bytes) -> Awaitable[_Answer]:
+        def way(jpeg: bytes) -> Awaitable[_Answer]:
             return _ask_service(session, url, config, jpeg, tokens)
 
         slots = config.max_num_seqs
-        await _closed_loop(ask, photos, slots, 2)
-        answers, took_s = await _closed_loop(ask, photos, slots, requests)
+        await _closed_loop(way, photos, slots, 2)
+        answers, took_s = await _closed_loop(way, photos, slots, requests)
         capacity = len(answers) / took_s
         tasks: list[asyncio.Task[_Answer]] = []
         memory: list[float] = []
@@ -191,10 +269,10 @@ async def measure_overload(
         while (now_s := time.perf_counter()) < began_s + seconds:
             if now_s >= report_s:
                 memory.append(_service_mb())
-                on_progress(round(now_s - began_s), round(seconds))
+                on_progress(round(now_s - began_s), round(seconds), "overload")
                 report_s += max(REPORT_S, seconds / 100)
             if now_s >= next_s:
-                tasks.append(asyncio.create_task(_forgiving(ask(next(photos)))))
+                tasks.append(asyncio.create_task(_forgiving(way(next(photos)))))
                 next_s += rng.expovariate(times * capacity)
             await asyncio.sleep(max(0.0, next_s - time.perf_counter()))
         ended_s = time.perf_counter()
@@ -218,20 +296,20 @@ async def measure_overload(
 
 
 def _photos() -> Iterator[bytes]:
-    """JPEGs, none of which an engine has seen."""
+    """JPEGs that no engine has seen."""
     first = random.randrange(2**30)
     return (make_photo(first + number) for number in itertools.count())
 
 
 async def _closed_loop(
-    ask: Ask, photos: Iterator[bytes], width: int, requests: int
+    way: Way, photos: Iterator[bytes], width: int, requests: int
 ) -> tuple[list[_Answer], float]:
-    """`width` clients with `requests` each; the answers, and the time that all of them took."""
+    """Let `width` clients make `requests` each; returns the answers and the seconds they took."""
     jpegs = [[next(photos) for _ in range(requests)] for _ in range(width)]
     began_s = time.perf_counter()
 
     async def client(own: list[bytes]) -> list[_Answer]:
-        return [await ask(jpeg) for jpeg in own]
+        return [await way(jpeg) for jpeg in own]
 
     answers = await asyncio.gather(*map(client, jpegs))
     return list(itertools.chain.from_iterable(answers)), time.perf_counter() - began_s
@@ -281,7 +359,7 @@ async def _ask_service(
                 answer.status = 500
                 break
             (choice,) = chunk["choices"]
-            # The role comes with the first token, whose text may be a part of a character.
+            # The first token's text may be empty, as part of a character; its chunk has the role.
             if choice["delta"] or choice["finish_reason"]:
                 answer.pieces_s.append(time.perf_counter())
     return answer
@@ -294,6 +372,7 @@ async def _chunks(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, A
 
 
 async def _forgiving(asked: Awaitable[_Answer]) -> _Answer:
+    """The answer, or one with status 0 where the connection failed."""
     try:
         return await asked
     except (aiohttp.ClientError, OSError):
@@ -311,7 +390,7 @@ def _median(runs: list[Speed]) -> Speed:
 
 
 def _service_mb() -> float:
-    """Resident memory of Serve's processes of this machine's own Ray."""
+    """Resident memory of the processes of Serve that this process's local Ray has started."""
     names = ("ray::ProxyActor", "ray::SERVE_REPLICA", "ray::ServeReplica")
     children = psutil.Process().children(recursive=True)
     total = 0

@@ -1,10 +1,10 @@
-"""How many tokens a second come out while several requests are answered at once.
+"""Tokens a second while several requests are answered at once.
 
     flashvl bench throughput --preset static --random-weights
 
-Clients ask `width` requests at once, each the next as soon as it has its answer. The engine answers
-them as they come; plain `generate` in batches of that width, where all wait for the longest answer,
-and beside it one request alone. All begin with images that are tensors.
+The engine always has `width` requests under way: when one ends, the next begins. `generate` answers
+them in batches of `width`, in which all wait for the longest answer, and for comparison one request
+alone. Times begin with images that are tensors already.
 """
 
 import dataclasses
@@ -20,62 +20,113 @@ from flashvl.bench.contenders import (
     EngineContender,
     GenerateContender,
     Work,
+    build_flashvl,
     generate,
     make_photo,
     make_request,
 )
-from flashvl.bench.machine import Machine
+from flashvl.bench.machine import Machine, measure_machine
+from flashvl.bench.models import load_twins
 from flashvl.bench.vllm import VllmContender
 from flashvl.data.features import Tiles
+from flashvl.progress import ShowProgress, ignore_progress
 
-OnProgress = Callable[[int, int], None]
-
+WIDTHS = (1, 4, 16, 64)
+"""Numbers of requests at once that are measured by default."""
 MEAN_TOKENS, MAX_TOKENS = 64, 256
+"""Mean and maximum of the lengths of ragged answers."""
 
 
 def ragged_lengths(count: int, seed: int = 0) -> list[int]:
-    """Lengths of `count` answers: geometric, mean 64, at most 256."""
+    """Lengths of `count` answers: geometric with mean 64, cut at 256."""
     drawn = np.random.default_rng(seed).geometric(1 / MEAN_TOKENS, count)
     return np.minimum(drawn, MAX_TOKENS).tolist()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Throughput:
-    """Of one way at one width; medians over rounds, in them over requests."""
+    """The speed of one way at one width: medians over rounds, and in a round over requests."""
 
     name: str
     width: int
     """Requests answered at once."""
     ttft_ms: float
-    """From the moment that a request is asked."""
+    """Time from the request to its first token."""
     tpot_ms: float
+    """Time per output token after the first."""
     tokens_per_s: float
-    """Asked for, over the time until all requests are answered."""
+    """Tokens of all answers over the time until the last answer ends."""
     decode_tokens_per_s: float
-    """In steps in which all `width` requests get a token and none is prefilled; 0 without any."""
+    """Tokens a second of the steps in which all `width` requests get a token and none is
+    prefilled; 0, where there are no such steps."""
     requests_per_s: float
+    """Requests answered a second."""
     roofline_fraction: float
-    """The time that the machine's limits allow, as a share of the time that it took."""
+    """The time that the machine's limits allow, as a share of the time that was taken."""
     times_batches: float | None = None
-    """`tokens_per_s` as a multiple of that of `generate` in batches; median of rounds. None, as the
-    next two, where `generate` was not measured."""
+    """`tokens_per_s` as a multiple of that of `generate` in batches, the median of the rounds' own
+    ratios; None, where `generate` was not measured."""
     times_alone: float | None = None
-    """And of that of `generate` with one request at a time."""
+    """`tokens_per_s` as a multiple of that of `generate` with one request alone, likewise."""
     decode_times_alone: float | None = None
-    """`decode_tokens_per_s`, likewise."""
+    """`decode_tokens_per_s` as a multiple of that of `generate` with one request, likewise."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ThroughputReport:
+    """The throughputs of contenders, and the limits of the machine that they were measured on."""
+
+    machine: Machine
+    contenders: list[Throughput]
+    """For each width, the engine, `generate` in batches and `generate` alone."""
+
+
+def measure_widths(
+    model: str,
+    preset: str | None = None,
+    random_weights: bool = False,
+    *,
+    widths: Sequence[int] = WIDTHS,
+    num_requests: int | None = None,
+    num_tokens: int | None = None,
+    rounds: int,
+    on_progress: ShowProgress = ignore_progress,
+) -> ThroughputReport:
+    """Measure the engine beside `generate` with one model (`load_twins`) at several widths.
+
+    Args:
+        num_requests: requests at each width; by default four times the width.
+        num_tokens: length of every answer; by default `ragged_lengths`.
+    """
+    twins = load_twins(model, preset, random_weights)
+    machine = measure_machine(twins.model.dtype, twins.model.device)
+    contenders = build_flashvl(twins)
+    found = []
+    for width in widths:
+        count = num_requests or 4 * width
+        lengths = ragged_lengths(count) if num_tokens is None else [num_tokens] * count
+        found += measure_throughput(
+            *contenders, machine, lengths, width=width, rounds=rounds, on_progress=on_progress
+        )
+    return ThroughputReport(machine=machine, contenders=found)
 
 
 @dataclass(kw_only=True, slots=True)
 class _Run:
-    """Of all requests, in one way: when each was asked, got its first token and its last."""
+    """One round of one way: the times of its requests, each by `perf_counter`."""
 
     lengths: Sequence[int]
+    """Tokens of each answer."""
     asked: list[float]
+    """When each request was made."""
     first: list[float]
+    """When each had its first token."""
     last: list[float]
+    """When each had its last token."""
     full_steps_s: list[float]
-    """Of each step in which the whole width decoded."""
+    """Duration of each step in which all `width` requests got a token and none was prefilled."""
     width: int
+    """Requests at once."""
 
     @property
     def tokens_per_s(self) -> float:
@@ -105,12 +156,12 @@ def measure_throughput(
     *,
     width: int,
     rounds: int = 3,
-    on_progress: OnProgress = lambda done, total: None,
+    on_progress: ShowProgress = ignore_progress,
 ) -> list[Throughput]:
-    """Answer requests of `lengths` in each way in turn, `width` at once, after a short warm-up.
+    """Answer requests in each way in turn, `width` at once, after a short run to warm up.
 
     Args:
-        lengths: tokens of each answer; each is about an image of its own.
+        lengths: tokens of each request's answer; each request is about an image of its own.
     """
     jpegs = [make_photo(seed) for seed in range(len(lengths))]
     work = plain.count_work(jpegs[0])
@@ -146,11 +197,11 @@ def compare_at_once(
     width: int,
     num_tokens: int,
     rounds: int = 3,
-    on_progress: OnProgress = lambda done, total: None,
+    on_progress: ShowProgress = ignore_progress,
 ) -> list[Throughput]:
-    """The engine and vLLM in turn: `width` requests at once, about an image each.
+    """Have the engine and vLLM answer `width` requests at once in turn, each about its own image.
 
-    A short run of each warms up.
+    A short run of each to warm up comes first.
     """
     jpegs = [make_photo(seed) for seed in range(width)]
     lengths = [num_tokens] * width
@@ -167,14 +218,15 @@ def compare_at_once(
 
 
 def _take_turns(
-    ways: Mapping[str, Callable[[], _Run]], rounds: int, on_progress: OnProgress
+    ways: Mapping[str, Callable[[], _Run]], rounds: int, on_progress: ShowProgress
 ) -> dict[str, list[_Run]]:
-    """The runs of each way, by its name."""
+    """The runs of each way, by the way's name."""
     runs: dict[str, list[_Run]] = {name: [] for name in ways}
     for number in range(rounds):
         for position, (name, run) in enumerate(ways.items()):
             runs[name].append(run())
-            on_progress(number * len(ways) + position + 1, rounds * len(ways))
+            note = f"{runs[name][-1].width} at once, {name}"
+            on_progress(number * len(ways) + position + 1, rounds * len(ways), note)
     return runs
 
 
@@ -193,7 +245,7 @@ def _run_engine(
         width=width,
     )
     numbers: dict[int, int] = {}
-    """The engine's number of a request -> its place in `lengths`."""
+    """The engine's numbers of the requests under way, each with its place in `lengths`."""
     num_asked = 0
     while num_asked < count or numbers:
         while num_asked < count and len(numbers) < width:
@@ -238,13 +290,13 @@ def _run_batches(
 
 
 def _run_vllm(contender: VllmContender, jpegs: Sequence[bytes], lengths: Sequence[int]) -> _Run:
-    """All at once."""
-    # Anew each time: vLLM keeps what it has made of an image for as long as there is room.
+    """A run in which vLLM gets all requests at once."""
+    # Prepared anew for each run: vLLM keeps the features of an image while it has room for them.
     prepared = [contender.prepare(jpeg) for jpeg in jpegs]
     asked = time.perf_counter()
     times = contender.answer_all(prepared, lengths)
     all_began, first_ended = max(own[0] for own in times), min(own[-1] for own in times)
-    # Every step in which all have had their first token and none its last before.
+    # The steps between the last of the first tokens and the first of the last ones.
     steps = sorted({at for own in times for at in own if all_began <= at <= first_ended})
     return _Run(
         lengths=lengths,
@@ -257,7 +309,7 @@ def _run_vllm(contender: VllmContender, jpegs: Sequence[bytes], lengths: Sequenc
 
 
 def _times(of: Callable[[_Run], float], runs: list[_Run], others: list[_Run]) -> float:
-    """`runs` as a multiple of `others`, round by round; the median."""
+    """The median over the rounds of `runs` as a multiple of `others`."""
     ratios = (of(a) / of(b) if of(b) else 0.0 for a, b in zip(runs, others, strict=True))
     return statistics.median(ratios)
 
@@ -282,7 +334,8 @@ def _summarize(name: str, runs: list[_Run], work: Work, machine: Machine) -> Thr
 
 
 def _best_s(work: Work, machine: Machine, lengths: Sequence[int], width: int) -> float:
-    """Every prefill at the rate of matrix products; every step full, at the rate of reading."""
+    """Seconds at the machine's limits: prefills at the rate of matrix products, and full decoding
+    steps at the rate of reading."""
     num_steps = sum(length - 1 for length in lengths) / width
     cached = work.step_bytes(round(statistics.mean(lengths))) - work.weight_bytes
     read_bytes = num_steps * (work.weight_bytes + width * cached)

@@ -1,7 +1,7 @@
-"""vLLM as a contender: its Transformers backend, in a process of the Python that has it.
+"""vLLM as a contender: its Transformers backend, run by the Python of an environment that has it.
 
-The model is the same, with random weights of vLLM's own, and read from the folder that a user of
-vLLM would give it. Its own process is alive while others are measured, but waits at its input.
+vLLM reads the same model from a folder, as its users do, and draws random weights of its own. Its
+process lives while the other contenders are measured, but only waits for input.
 """
 
 import base64
@@ -28,24 +28,25 @@ from flashvl.model import FlashVLForConditionalGeneration, FlashVLProcessor
 NAME = "vLLM"
 SETTINGS = {
     "HF_HUB_OFFLINE": "1",
-    # GiB: for far more than 16 answers of 128 tokens.
+    # GiB, which hold far more than 16 answers of 128 tokens.
     "VLLM_CPU_KVCACHE_SPACE": "2",
-    # One process, not three: on few cores two would take turns with the one that computes.
+    # One process instead of three: on few cores, two would take turns with the one that computes.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    # What vLLM gives its workers where it has several processes.
+    # vLLM sets this itself for its workers where it has several processes.
     "KMP_BLOCKTIME": "5",
 }
-"""vLLM's environment, where our own does not set the same."""
+"""Environment variables of vLLM's process; our own environment's values come first."""
 PRELOADED = ("tcmalloc_minimal", "iomp5")
-"""Libraries that vLLM's guide for CPUs has put into LD_PRELOAD; its packages bring the second."""
+"""Libraries for LD_PRELOAD by vLLM's guide for CPUs; vLLM's packages bring the second."""
 EXIT_S = 60.0
-"""How long vLLM may take to end by itself."""
+"""Seconds in which vLLM may end by itself, before it is killed."""
 
 
 def check_vllm(python: Path) -> None:
-    """
+    """Refuse a `python` that cannot run vLLM.
+
     Raises:
-        ConfigError: `python` is no Python that can import vLLM.
+        ConfigError: `python` cannot be run, or cannot import vLLM.
     """
     remedy = "--vllm names the Python of an environment with vLLM, such as ENVIRONMENT/bin/python"
     try:
@@ -63,12 +64,12 @@ def check_vllm(python: Path) -> None:
 
 
 def _environment() -> dict[str, str]:
-    """Ours, but for the path on which this package may lie."""
+    """Our environment variables without the path on which this package may lie."""
     return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
 
 def _settings(python: Path) -> dict[str, str]:
-    """`SETTINGS`, as many threads as our own process has, and the libraries that are to be had."""
+    """`SETTINGS`, as many threads as our own process has, and the libraries that are there."""
     libraries = [path for name in PRELOADED if (path := _find_library(python, name))]
     settings = SETTINGS | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     if libraries:
@@ -77,13 +78,13 @@ def _settings(python: Path) -> dict[str, str]:
 
 
 def _find_library(python: Path, name: str) -> str | None:
-    """In the environment of `python`, where pip puts Intel's OpenMP, or in the system."""
+    """The library of `python`'s environment, where pip puts Intel's OpenMP, or of the system."""
     own = sorted((python.absolute().parent.parent / "lib").glob(f"lib{name}.so*"))
     return str(own[0]) if own else ctypes.util.find_library(name)
 
 
 def _reason(log: str) -> str:
-    """The last line of a log that names an exception, or else its last line."""
+    """The last line of a log that names an exception, or its last line where none does."""
     lines = [line.strip() for line in log.splitlines() if line.strip()] or ["it said nothing"]
     named = [line for line in lines if line.split(":")[0].endswith(("Error", "Exception"))]
     return (named or lines)[-1]
@@ -95,18 +96,18 @@ class VllmContender:
 
     process: subprocess.Popen[str]
     log: IO[str]
-    """What vLLM has printed."""
+    """Everything that vLLM prints."""
     prompt: str
     """The question in the model's chat format, with one placeholder for the image."""
     twin: GenerateContender
-    """The same model in this process; the work is counted on it."""
+    """The same model in this process, on which the work is counted."""
     settings: dict[str, str]
-    """What its environment was told."""
+    """Environment variables that vLLM's process got."""
     name: str = NAME
     version: str = ""
 
     def prepare(self, jpeg: bytes) -> int:
-        """JPEG -> the number of what vLLM's engine takes, which stays in its process."""
+        """Have vLLM's process prepare and keep its engine's input; returns the input's number."""
         return int(self._prepare(jpeg)["prepared"])
 
     def answer(self, prepared: int, num_tokens: int) -> list[float]:
@@ -114,21 +115,21 @@ class VllmContender:
         return times
 
     def answer_all(self, prepared: Sequence[int], lengths: Sequence[int]) -> list[list[float]]:
-        """Answer several at once; returns when each had its tokens, by `perf_counter`."""
+        """Answer several at once; returns each one's token times by `perf_counter`."""
         times: list[list[float]] = self._ask(prepared=list(prepared), lengths=list(lengths))[
             "times"
         ]
         return times
 
     def count_work(self, jpeg: bytes) -> Work:
-        """As the twin's, whose prompt must be as long as what vLLM makes of it."""
+        """The twin's work; vLLM's own prompt must have as many tokens."""
         work = self.twin.count_work(jpeg)
         prompt_tokens = self._prepare(jpeg)["prompt_tokens"]
         assert prompt_tokens == work.prompt_tokens, (prompt_tokens, work.prompt_tokens)
         return work
 
     def start(self) -> None:
-        """Wait until vLLM has its model."""
+        """Wait until vLLM has loaded its model."""
         self.version = self._read()["version"]
 
     def __str__(self) -> str:
@@ -144,7 +145,7 @@ class VllmContender:
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
         except BrokenPipeError:
-            pass  # `_read` says why
+            pass  # `_read` tells the reason
         return self._read()
 
     def _read(self) -> dict[str, Any]:
@@ -153,7 +154,7 @@ class VllmContender:
         if not line:
             self.log.seek(0)
             raise ConfigError(
-                f"vLLM ended: {_reason(self.log.read())}; mend its environment, or leave out --vllm"
+                f"vLLM ended: {_reason(self.log.read())}; repair its packages, or leave out --vllm"
             )
         reply: dict[str, Any] = json.loads(line)
         return reply
@@ -167,13 +168,13 @@ def run_vllm(
     *,
     options: Sequence[str] = (),
 ) -> Iterator[VllmContender]:
-    """vLLM with the model of `plain`, until the end of the `with`.
+    """vLLM with the model of `plain`; its process ends with the `with` block.
 
     Args:
-        options: more arguments of `vllm_answers`.
+        options: further arguments of the script `vllm_answers`.
 
     Raises:
-        ConfigError: vLLM ends before its time.
+        ConfigError: vLLM ends before the block does.
     """
     content = [{"type": "image"}, {"type": "text", "text": DEFAULT_PROMPT}]
     prompt = processor.apply_chat_template(
@@ -190,7 +191,7 @@ def run_vllm(
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
-            # A cache of its own: the folder's code is copied to where another run may find it.
+            # A cache of its own, as the model's code is copied there and another run might find it.
             env=_environment() | settings | {"HF_MODULES_CACHE": f"{home}/modules"},
         )
         contender = VllmContender(
@@ -219,7 +220,7 @@ def _end(process: subprocess.Popen[str]) -> None:
 def _save_without_weights(
     model: FlashVLForConditionalGeneration, processor: FlashVLProcessor, folder: Path
 ) -> None:
-    """All that `save_pretrained` writes but the weights, which vLLM draws itself."""
+    """Write everything that `save_pretrained` writes except the weights, which vLLM draws."""
     folder.mkdir()
     config = model.config
     config.architectures = [type(model).__name__]

@@ -1,15 +1,16 @@
-"""vLLM answering for `flashvl bench peers`: a script, run by the Python that has vLLM.
+"""A script with which vLLM answers for `flashvl bench peers`, run by the Python that has vLLM.
 
-It knows nothing of `flashvl` but the folder that it is given. Requests come as lines of JSON on
-standard input, and a line answers each on standard output; what vLLM prints goes to standard error.
-The first line says which version it is, as soon as the model is there.
+It imports nothing of `flashvl`; a model folder is its argument. Requests are lines of JSON on
+standard input, each answered by a line on standard output. Everything that vLLM prints goes to
+standard error. The first line of output has vLLM's version, and comes when the model is loaded.
 
     {"prompt": TEXT, "jpeg": BASE64}       -> {"prepared": NUMBER, "prompt_tokens": COUNT}
     {"prepared": [...], "lengths": [...]}  -> {"times": [[...], ...]}
 
-The first turns a JPEG and its text into what vLLM's engine takes; the second answers what was
-prepared, all at once, each with as many tokens as `lengths` says, and tells when each token was
-there, by `time.perf_counter`, which on Linux all processes share. What was prepared is used up.
+The first kind of request turns a JPEG and its text into an input of vLLM's engine. The second kind
+answers prepared inputs, all at once, each with the number of tokens in `lengths`, and returns the
+time of each token by `time.perf_counter`, which all processes share on Linux. An input can be
+answered only once.
 """
 
 import argparse
@@ -47,9 +48,9 @@ def _reply(replies: TextIO, reply: dict[str, Any]) -> None:
 
 
 class _Answerer:
-    """vLLM with a model of the folder's shape; its weights are vLLM's own random ones.
+    """vLLM with a model of the folder's shape and random weights of vLLM's own.
 
-    Nothing of an image or a prompt is kept for the next request.
+    vLLM keeps nothing of an image or a prompt for the next request.
     """
 
     def __init__(self, folder: str, dtype: str, enforce_eager: bool) -> None:

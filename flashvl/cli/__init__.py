@@ -284,7 +284,6 @@ def scenes(
     Example: flashvl eval scenes --model tiny --json scores.json
     """
     with report_errors():
-        from flashvl.data.synthetic import TASKS
         from flashvl.engine import Engine
         from flashvl.eval.scenes import average, evaluate_scenes
         from flashvl.model.parts.prepare import prepare_model
@@ -292,15 +291,8 @@ def scenes(
         if json_file is not None:
             write_json(json_file, {})  # an hour's scores must not be lost to a bad path
         engine = Engine.from_pretrained(prepare_model(model))
-        done = 0
-
-        def count(answered: int) -> None:
-            nonlocal done
-            done += answered
-            on_progress(done, items * len(TASKS))
-
         with show_progress("asking") as on_progress:
-            scores = evaluate_scenes(engine, items, count)
+            scores = evaluate_scenes(engine, items, on_progress)
         if json_file is not None:
             tasks = {
                 task: {"items": score.items, "exact_match": score.exact_match}

@@ -1,59 +1,56 @@
-"""`flashvl bench`: how fast it is, beside its peers and the machine's own limits."""
+"""`flashvl bench`: speed, beside that of peers and the machine's own limits."""
 
-import asyncio
-import contextlib
 import os
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from flashvl.cli.options import JsonOption, ModelOption, write_json
 from flashvl.entrypoint import report_errors, show_progress, start_ray
 
-if TYPE_CHECKING:
-    from flashvl.bench.contenders import Contender
-    from flashvl.bench.latency import Latency
-    from flashvl.bench.machine import Machine
-    from flashvl.bench.throughput import Throughput
-
-bench_app = typer.Typer(no_args_is_help=True, help="Measure how fast it is, beside its peers.")
+bench_app = typer.Typer(
+    no_args_is_help=True, help="Measure speed, beside that of peers and the machine's limits."
+)
 
 PresetOption = Annotated[
-    str | None, typer.Option(help="Instead of a model: a preset, with --random-weights.")
+    str | None,
+    typer.Option(help="Preset to build in place of a model; needs --random-weights."),
 ]
 RandomOption = Annotated[
-    bool, typer.Option("--random-weights", help="Timing does not depend on the weights.")
+    bool,
+    typer.Option(
+        "--random-weights",
+        help="Use random weights, which take as long as trained ones.",
+    ),
 ]
-TokensOption = Annotated[int, typer.Option(min=2, help="Tokens of the answer.")]
-RoundsOption = Annotated[int, typer.Option(min=1, help="Times that each is measured, in turn.")]
+TokensOption = Annotated[int, typer.Option(min=2, help="Tokens of each answer.")]
+RoundsOption = Annotated[
+    int, typer.Option(min=1, help="Times that each contender is measured, in turn with the others.")
+]
 PlotOption = Annotated[
-    Path | None, typer.Option("--plot", metavar="FILE", help="Draw the figures here as PNG.")
+    Path | None, typer.Option("--plot", metavar="FILE", help="Draw the figures into this PNG file.")
 ]
 
 
 @bench_app.command()
 def images(rounds: RoundsOption = 20, json_file: JsonOption = None) -> None:
-    """From JPEG bytes to the tower's pixels, on one core: ours against transformers' own.
+    """JPEGs a second from bytes to the tower's pixels, on one core: ours and transformers' own.
 
     Example: flashvl bench images
     """
     with report_errors():
         from flashvl.bench.contenders import HEIGHT, WIDTH
         from flashvl.bench.images import compare_image_processing
+        from flashvl.bench.report import describe_images
 
-        if json_file is not None:
-            write_json(json_file, {})
+        _check_writable(json_file)
         with show_progress("measuring") as on_progress:
-            contenders = compare_image_processing(rounds, on_progress)
-        if json_file is not None:
-            write_json(json_file, {"contenders": [asdict(each) for each in contenders]})
-        print(f"JPEGs of {WIDTH}x{HEIGHT} a second, one core, median of {rounds} rounds")
-        for each in contenders:
-            print(f"{each.name:<40}{each.images_per_s:8.1f}{each.relative:8.2f}x")
+            speeds = compare_image_processing(rounds, on_progress)
+        _write(json_file, {"contenders": [asdict(each) for each in speeds]})
+        print(describe_images(speeds, (WIDTH, HEIGHT), rounds))
 
 
 @bench_app.command()
@@ -66,41 +63,47 @@ def latency(
     json_file: JsonOption = None,
     plot: PlotOption = None,
 ) -> None:
-    """One request alone: time to its first token and from token to token, beside `generate`.
+    """One request alone: time to its first token and between tokens, beside `generate`.
 
     Example: flashvl bench latency --preset static --random-weights
     """
     with report_errors():
-        from flashvl.bench.contenders import build_flashvl
-        from flashvl.bench.machine import measure_machine
-        from flashvl.bench.models import load_twins
+        from flashvl.bench.latency import compare_with_generate
+        from flashvl.bench.report import describe_latencies
         from flashvl.model.parts.prepare import prepare_model
 
         _check_writable(json_file, plot)
-        twins = load_twins(str(prepare_model(model)), preset, random_weights)
-        machine = measure_machine(twins.model.dtype, twins.model.device)
-        contenders = build_flashvl(twins)
-        latencies = _measure_latencies(contenders, machine, tokens, rounds)
-        _write_latencies(latencies, machine, json_file)
+        with show_progress("measuring") as on_progress:
+            report = compare_with_generate(
+                str(prepare_model(model)),
+                preset,
+                random_weights,
+                num_tokens=tokens,
+                rounds=rounds,
+                on_progress=on_progress,
+            )
+        _write(json_file, asdict(report))
         if plot is not None:
             from flashvl.bench.figures import plot_latencies
 
-            plot_latencies(latencies, machine, plot)
-        _print_latencies(latencies, machine)
+            plot_latencies(report.contenders, report.machine, plot)
+        print(describe_latencies(report.contenders, report.machine))
 
 
 @bench_app.command()
 def peers(
-    preset: Annotated[str, typer.Option(help="Flash-VL as this preset has it.")] = "static",
+    preset: Annotated[str, typer.Option(help="Preset of Flash-VL.")] = "static",
     only: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME", help="Leave out the others of the table; may be given several times."
+            metavar="NAME", help="Measure only this contender of the table; may be repeated."
         ),
     ] = None,
     vllm: Annotated[
         Path | None,
-        typer.Option(metavar="PYTHON", help="Python of an environment with vLLM: run it, too."),
+        typer.Option(
+            metavar="PYTHON", help="Python of an environment with vLLM, which then runs, too."
+        ),
     ] = None,
     tokens: TokensOption = 128,
     rounds: RoundsOption = 3,
@@ -109,66 +112,41 @@ def peers(
 ) -> None:
     """One request alone: Flash-VL beside the models that the paper compares, at their true sizes.
 
-    Random weights, one JPEG of 1024x768. The peers run by plain `generate`, with their own image
-    processors of Pillow; compare them with `flashvl (generate)` to see the models, with `flashvl`
-    to see what the engine adds. A round takes about seven minutes on two cores.
+    All have random weights and get one JPEG of 1024x768. The peers run by transformers' `generate`
+    with their own image processors of Pillow. Compare them with `flashvl (generate)` to see the
+    models, and with `flashvl` to see what the engine adds. A round takes about seven minutes on two
+    cores.
 
-    With --vllm, Flash-VL is run by vLLM's Transformers backend, too, in a process of its own, with
-    what vLLM's guide advises for CPUs; and then 16 requests at once, by the engine and by vLLM.
+    With --vllm, vLLM's Transformers backend runs Flash-VL, too, in a process of its own with the
+    settings that vLLM's guide advises for CPUs. The engine and vLLM then answer 16 requests at
+    once as well.
 
     Example: flashvl bench peers --plot peers.png
 
     Example: flashvl bench peers --only flashvl --vllm vllm/bin/python
     """
     with report_errors():
-        from flashvl.bench.contenders import build_flashvl
-        from flashvl.bench.machine import measure_machine
-        from flashvl.bench.models import RandomWeights, build_twins
-        from flashvl.bench.peers import build_peers, choose_names, paper_scores
-        from flashvl.bench.throughput import compare_at_once
-        from flashvl.bench.vllm import check_vllm, run_vllm
+        from flashvl.bench.peers import measure_peers, paper_scores
+        from flashvl.bench.report import describe_latencies, describe_throughputs
 
         _check_writable(json_file, plot)
-        names = choose_names(only)
-        if vllm is not None:
-            check_vllm(vllm)
-        weights = RandomWeights.for_this_machine()
-        twins = build_twins(preset, weights)
-        engine, plain = build_flashvl(twins)
-        with contextlib.ExitStack() as stack:
-            contenders: list[Contender] = [each for each in (engine, plain) if each.name in names]
-            other = None
-            if vllm is not None:
-                sys.stderr.write("starting vLLM, which compiles for some minutes\n")
-                other = stack.enter_context(run_vllm(vllm, plain, twins.processor))
-                contenders.append(other)
-            contenders += build_peers(weights, names)
-            machine = measure_machine(twins.model.dtype, twins.model.device)
-            latencies = _measure_latencies(contenders, machine, tokens, rounds)
-            at_once: list[Throughput] = []
-            if other is not None:
-                with show_progress("16 at once") as on_progress:
-                    at_once = compare_at_once(
-                        engine,
-                        other,
-                        machine,
-                        width=16,
-                        num_tokens=tokens,
-                        rounds=rounds,
-                        on_progress=on_progress,
-                    )
-        more = {}
-        if other is not None:
-            more = {"at_once": [asdict(each) for each in at_once], "vllm": str(other)}
-        _write_latencies(latencies, machine, json_file, more)
+        with show_progress("measuring") as on_progress:
+            report = measure_peers(
+                preset, only, vllm, num_tokens=tokens, rounds=rounds, on_progress=on_progress
+            )
+        figures = asdict(report)
+        if report.vllm is None:
+            del figures["at_once"], figures["vllm"]
+        _write(json_file, figures)
         if plot is not None:
             from flashvl.bench.figures import plot_latencies
 
-            plot_latencies(latencies, machine, plot, paper_scores(preset), at_once)
-        _print_latencies(latencies, machine)
-        if other is not None:
-            print(other)
-            _print_throughputs(at_once)
+            scores = paper_scores(preset)
+            plot_latencies(report.contenders, report.machine, plot, scores, report.at_once)
+        print(describe_latencies(report.contenders, report.machine))
+        if report.vllm is not None:
+            print(report.vllm)
+            print(describe_throughputs(report.at_once))
 
 
 @bench_app.command()
@@ -178,18 +156,22 @@ def throughput(
     random_weights: RandomOption = False,
     width: Annotated[
         list[int] | None,
-        typer.Option(min=1, max=64, help="Requests at once; may be given several times."),
+        typer.Option(
+            min=1, max=64, help="Requests at once; may be repeated; by default 1, 4, 16 and 64."
+        ),
     ] = None,
     requests: Annotated[
-        int | None, typer.Option(min=1, help="In all, at each width; by default four times it.")
+        int | None,
+        typer.Option(min=1, help="Requests at each width; by default 4 times the width."),
     ] = None,
     tokens: Annotated[
-        int | None, typer.Option(min=2, help="Of every answer; by default ragged, mean 64.")
+        int | None,
+        typer.Option(min=2, help="Tokens of each answer; by default random lengths of mean 64."),
     ] = None,
     rounds: RoundsOption = 3,
     json_file: JsonOption = None,
 ) -> None:
-    """Several requests at once: the engine beside batches of plain `generate`.
+    """Several requests at once: the engine beside batches of `generate`.
 
     Example: flashvl bench throughput --width 1 --width 8 --width 64
 
@@ -197,34 +179,24 @@ def throughput(
     --tokens 128 --rounds 1
     """
     with report_errors():
-        from flashvl.bench.contenders import build_flashvl
-        from flashvl.bench.machine import measure_machine
-        from flashvl.bench.models import load_twins
-        from flashvl.bench.throughput import measure_throughput, ragged_lengths
+        from flashvl.bench.report import describe_throughputs
+        from flashvl.bench.throughput import WIDTHS, measure_widths
         from flashvl.model.parts.prepare import prepare_model
 
         _check_writable(json_file)
-        twins = load_twins(str(prepare_model(model)), preset, random_weights)
-        machine = measure_machine(twins.model.dtype, twins.model.device)
-        contenders = build_flashvl(twins)
-        found = []
-        for number in width or (1, 4, 16, 64):
-            count = requests or 4 * number
-            lengths = ragged_lengths(count) if tokens is None else [tokens] * count
-            with show_progress(f"{number} at once") as on_progress:
-                found += measure_throughput(
-                    *contenders,
-                    machine,
-                    lengths,
-                    width=number,
-                    rounds=rounds,
-                    on_progress=on_progress,
-                )
-        if json_file is not None:
-            contenders_json = [asdict(each) for each in found]
-            write_json(json_file, {"machine": asdict(machine), "contenders": contenders_json})
-        _print_machine(machine)
-        _print_throughputs(found)
+        with show_progress("measuring") as on_progress:
+            report = measure_widths(
+                str(prepare_model(model)),
+                preset,
+                random_weights,
+                widths=width or WIDTHS,
+                num_requests=requests,
+                num_tokens=tokens,
+                rounds=rounds,
+                on_progress=on_progress,
+            )
+        _write(json_file, asdict(report))
+        print(describe_throughputs(report.contenders, report.machine))
 
 
 @bench_app.command()
@@ -240,26 +212,15 @@ def caption(
     """
     with report_errors():
         from flashvl.bench.caption import measure_captioning
+        from flashvl.bench.report import describe_captioning
         from flashvl.model.parts.prepare import prepare_model
 
         _check_writable(json_file)
         start_ray()
         with show_progress("measuring") as on_progress:
             speed = measure_captioning(str(prepare_model(model)), images, rounds, on_progress)
-        if json_file is not None:
-            write_json(json_file, asdict(speed))
-        print(f"images/s, median of {rounds} rounds, {speed.cores} cores")
-        print(f"{speed.engine:8.1f}  engine alone, from tiles")
-        print(f"{speed.decoding:8.1f}  decoding alone, one core")
-        print(
-            f"{speed.limit:8.1f}  both on the same cores:"
-            f" 1 / (1 / {speed.engine:.1f} + 1 / ({speed.cores} x {speed.decoding:.1f}))"
-        )
-        print(f"{speed.job:8.1f}  flashvl caption: {speed.of_limit:.2f} of that")
-        print(
-            f"{speed.naive:8.1f}  map_batches over generate;"
-            f" the job is {speed.times_naive:.2f} times as fast"
-        )
+        _write(json_file, asdict(speed))
+        print(describe_captioning(speed, rounds))
 
 
 @bench_app.command()
@@ -268,198 +229,74 @@ def serve(
     preset: PresetOption = None,
     random_weights: RandomOption = False,
     tokens: TokensOption = 64,
-    requests: Annotated[int, typer.Option(min=1, help="Of each client, in a round.")] = 8,
+    requests: Annotated[
+        int, typer.Option(min=1, help="Requests of each client in each round.")
+    ] = 8,
     rounds: RoundsOption = 3,
-    slots: Annotated[int, typer.Option(min=16, help="max_num_seqs, and half of it waiting.")] = 16,
-    times: Annotated[float, typer.Option(help="Overload: times the capacity.")] = 4.0,
-    seconds: Annotated[float, typer.Option(help="Of overload; 0 leaves it out.")] = 120.0,
-    port: Annotated[int, typer.Option(help="Of the service while it is measured.")] = 8765,
+    slots: Annotated[
+        int,
+        typer.Option(
+            min=16, help="Requests that the service answers at once; half as many may wait."
+        ),
+    ] = 16,
+    times: Annotated[
+        float, typer.Option(help="Overload as a multiple of the service's capacity.")
+    ] = 4.0,
+    seconds: Annotated[float, typer.Option(help="Seconds of overload; 0 leaves it out.")] = 120.0,
+    port: Annotated[
+        int, typer.Option(help="Port of the service while it is measured; 0: any free one.")
+    ] = 8765,
     json_file: JsonOption = None,
 ) -> None:
-    """The service beside its own engine, with 1 and 16 clients; and under several times its load.
+    """The service beside its own engine, with 1 and 16 clients; then the service under overload.
 
     Example: flashvl bench serve
 
     Example: flashvl bench serve --preset static --random-weights --requests 1 --seconds 0
     """
     with report_errors():
-        from flashvl.bench.models import check_preset
-        from flashvl.bench.serve import (
-            compare_with_engine,
-            measure_overload,
-            served_model,
-        )
+        from flashvl.bench.report import describe_service
+        from flashvl.bench.serve import HOST, measure_service, served_model
         from flashvl.model.parts.prepare import prepare_model
-        from flashvl.serve.config import ServiceConfig
         from flashvl.serve.listening import reserved_port
-        from flashvl.serve.run import deployed
 
         _check_writable(json_file)
-        check_preset(preset, random_weights)
         with (
-            reserved_port("127.0.0.1", port, is_held=not os.environ.get("RAY_ADDRESS")) as port,
-            served_model(str(prepare_model(model)), preset) as folder,
+            reserved_port(HOST, port, is_held=not os.environ.get("RAY_ADDRESS")) as port,
+            served_model(str(prepare_model(model)), preset, random_weights) as served,
         ):
             start_ray()
-            config = ServiceConfig(model=folder, max_num_seqs=slots, max_waiting=slots // 2)
-            overload = None
-            with deployed(config, "127.0.0.1", port) as url:
-                with show_progress("measuring") as on_progress:
-                    speeds = compare_with_engine(
-                        config,
-                        url,
-                        widths=(1, 16),
-                        tokens=tokens,
-                        requests=requests,
-                        rounds=rounds,
-                        on_progress=on_progress,
-                    )
-                if seconds:
-                    with show_progress("overloading") as on_progress:
-                        measured = measure_overload(
-                            config,
-                            url,
-                            times=times,
-                            tokens=tokens,
-                            requests=requests,
-                            seconds=seconds,
-                            on_progress=on_progress,
-                        )
-                        overload = asyncio.run(measured)
-        if json_file is not None:
-            figures = {"speeds": [asdict(each) for each in speeds]}
-            write_json(json_file, figures | {"overload": overload and asdict(overload)})
-        _print_table(
-            ["", "clients", "TTFT ms", "tokens/s", "largest gap ms"],
-            [
-                [
-                    each.name,
-                    str(each.width),
-                    f"{each.ttft_ms:.1f}",
-                    f"{each.tokens_per_s:.1f}",
-                    f"{each.largest_gap_ms:.1f}",
-                ]
-                for each in speeds
-            ],
-        )
-        for engine, service in zip(speeds[::2], speeds[1::2], strict=True):
-            print(
-                f"{engine.width} clients: TTFT {service.ttft_ms - engine.ttft_ms:+.1f} ms,"
-                f" {service.tokens_per_s / engine.tokens_per_s:.2f} of the engine's tokens/s"
-            )
-        if overload is not None:
-            share = overload.answered_per_s / overload.capacity_per_s
-            print(
-                f"{overload.offered_per_s:.1f} requests/s offered to a capacity of"
-                f" {overload.capacity_per_s:.1f}: {overload.answered_per_s:.1f} answered/s"
-                f" ({share:.2f} of capacity), {overload.refused} refused, {overload.failed} failed"
-            )
-            print(
-                f"TTFT of the answered: p50 {overload.ttft_p50_ms:.0f} ms, p99"
-                f" {overload.ttft_p99_ms:.0f} ms, bound {overload.ttft_bound_ms:.0f} ms;"
-                f" memory {overload.memory_start_mb:.0f} -> {overload.memory_end_mb:.0f} MB"
-            )
+            with show_progress("measuring") as on_progress:
+                found = measure_service(
+                    served,
+                    port,
+                    slots=slots,
+                    tokens=tokens,
+                    requests=requests,
+                    rounds=rounds,
+                    times=times,
+                    seconds=seconds,
+                    on_progress=on_progress,
+                )
+        _write(json_file, asdict(found))
+        print(describe_service(found))
 
 
 def _check_writable(json_file: Path | None, plot: Path | None = None) -> None:
-    """Before a long run, not behind it."""
+    """Refuse a bad path, or a missing library, before a long run.
+
+    Raises:
+        ConfigError: a file cannot be written, or `plot` is not a PNG file.
+    """
     from flashvl.errors import ConfigError
 
-    if json_file is not None:
-        write_json(json_file, {})
+    _write(json_file, {})
     if plot is not None:
-        import flashvl.bench.figures  # noqa: F401 - a missing library is told now, not in an hour
+        import flashvl.bench.figures  # noqa: F401 - where matplotlib is missing, this tells so now
     if plot is not None and (plot.suffix != ".png" or not plot.parent.is_dir()):
         raise ConfigError(f"--plot {plot} must be a .png file in a folder that exists")
 
 
-def _measure_latencies(
-    contenders: Sequence["Contender"], machine: "Machine", tokens: int, rounds: int
-) -> list["Latency"]:
-    from flashvl.bench.latency import measure_latency
-
-    with show_progress("measuring") as on_progress:
-        return measure_latency(
-            contenders, machine, num_tokens=tokens, rounds=rounds, on_progress=on_progress
-        )
-
-
-def _write_latencies(
-    latencies: Sequence["Latency"],
-    machine: "Machine",
-    json_file: Path | None,
-    more: Mapping[str, Any] = {},
-) -> None:
-    """Where a file is asked for: the figures, and `more` beside them."""
+def _write(json_file: Path | None, figures: Mapping[str, Any]) -> None:
     if json_file is not None:
-        figures = {"machine": asdict(machine), "contenders": [asdict(each) for each in latencies]}
-        write_json(json_file, figures | dict(more))
-
-
-def _print_throughputs(found: Sequence["Throughput"]) -> None:
-    rows = [
-        [
-            str(each.width),
-            each.name,
-            f"{each.tokens_per_s:.1f}",
-            f"{each.decode_tokens_per_s:.1f}",
-            f"{each.ttft_ms:.0f}",
-            f"{each.tpot_ms:.1f}",
-            f"{each.roofline_fraction:.0%}",
-            *([] if each.times_batches is None else [f"{each.times_batches:.2f}x"]),
-        ]
-        for each in found
-    ]
-    header = ["width", "", "tokens/s", "decoding", "TTFT ms", "TPOT ms", "roofline", "batches"]
-    _print_table(header[: len(rows[0])], rows)
-
-
-def _print_latencies(latencies: Sequence["Latency"], machine: "Machine") -> None:
-    _print_machine(machine)
-    _print_table(
-        [
-            "",
-            "prompt",
-            "TTFT ms",
-            "TPOT ms",
-            "tokens/s",
-            "TTFT from JPEG",
-            "tokens/s from JPEG",
-            "prefill",
-            "decode",
-            "roofline",
-        ],
-        [
-            [
-                each.name,
-                str(each.prompt_tokens),
-                f"{each.ttft_ms:.1f}",
-                f"{each.tpot_ms:.2f}",
-                f"{each.tokens_per_s:.2f}",
-                f"{each.ttft_from_jpeg_ms:.1f}",
-                f"{each.tokens_per_s_from_jpeg:.2f}",
-                f"{each.prefill_fraction:.0%}",
-                f"{each.decode_fraction:.0%}",
-                f"{each.roofline_fraction:.0%}",
-            ]
-            for each in latencies
-        ],
-    )
-
-
-def _print_machine(machine: "Machine") -> None:
-    print(
-        f"{machine.device}, {machine.threads} threads, {machine.dtype}:"
-        f" {machine.gemm_tflops:.2f} TFLOP/s, {machine.read_gb_per_s:.1f} GB/s"
-    )
-
-
-def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Columns as wide as they need, those with a name to the right; nothing is cut in a log."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    for row in (header, *rows):
-        cells = [
-            cell.rjust(width) if name else cell.ljust(width)
-            for cell, name, width in zip(row, header, widths, strict=True)
-        ]
-        print("  ".join(cells).rstrip())
+        write_json(json_file, figures)

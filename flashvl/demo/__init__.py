@@ -1,1 +1,1 @@
-"""The demonstration: a table of pictures as people have them, captioned, and a report of it."""
+"""Demonstrations: a varied table of pictures with a report of its captions, and tilings drawn."""

@@ -1,4 +1,4 @@
-"""The demo's report: one HTML file that needs no other, with every picture in it."""
+"""The demo's report: one HTML file that holds every picture and loads nothing."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +15,16 @@ class Card:
 
     result: Result
     picture: str
-    """A data URI."""
+    """The shrunk picture as a data URI."""
     width: int
     height: int
-    """Of the picture before it was shrunk, upright."""
+    """Pixels of the upright picture before it was shrunk."""
 
 
 def write_report(
     path: Path, summary: Summary, results: list[Result], dead_letters: list[DeadLetter]
 ) -> None:
-    """Write the report to `path`."""
+    """Write the report of a demo to `path`."""
     html = render_page(
         "flashvl.demo",
         summary=summary,

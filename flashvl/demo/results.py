@@ -1,4 +1,4 @@
-"""What the demo's job left, read back and set beside the truth."""
+"""The output of the demo's job, read back and compared with the true captions."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +11,13 @@ class Result:
     """One captioned picture."""
 
     id: str
+    """The picture's file name."""
     image: bytes
+    """The picture's file."""
     caption: str
+    """The model's caption."""
     answer: str
+    """The true caption."""
 
     @property
     def is_right(self) -> bool:
@@ -25,12 +29,15 @@ class DeadLetter:
     """One picture that could not be captioned."""
 
     id: str
+    """The picture's file name."""
     step: str
+    """The step of the job that failed."""
     reason: str
+    """The error, in words for people."""
 
 
 def read_results(table: Path, captions: Path) -> list[Result]:
-    """The captioned rows of `table`, in its order; ids are unique in a demo's table."""
+    """The captioned rows in the order of `table`, whose ids are unique."""
     caption_of = {
         row["id"]: row["caption"] for row in pq.read_table(captions / "captions").to_pylist()
     }
@@ -42,6 +49,6 @@ def read_results(table: Path, captions: Path) -> list[Result]:
 
 
 def read_dead_letters(captions: Path) -> list[DeadLetter]:
-    """The rows that could not be captioned, by id."""
+    """The rows that could not be captioned, sorted by id."""
     rows = pq.read_table(captions / "dead_letters", columns=["id", "step", "reason"]).to_pylist()
     return sorted((DeadLetter(**row) for row in rows), key=lambda letter: letter.id)

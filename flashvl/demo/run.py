@@ -1,4 +1,4 @@
-"""The demo, start to end: make the table, caption it, compare with the truth, write the report."""
+"""The demo from start to end: table, captions, comparison with the true captions, report."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +19,12 @@ from flashvl.demo.table import write_demo_table
 from flashvl.errors import ConfigError
 
 SHOWN_ROWS = 12
-"""Captions in the console's table; the report has them all."""
+"""Captions that the console's table shows; the report has all of them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Demo:
-    """What a demo left and found."""
+    """The files that a demo has written, and its results."""
 
     table: Path
     report: Path
@@ -34,15 +34,15 @@ class Demo:
 
 
 def run_demo(output: Path, model: str = "tiny", on_progress: OnProgress | None = None) -> Demo:
-    """Caption the demo's table with `model`; a local or a connected Ray must be there.
+    """Caption the demo's table with `model`; Ray must be started already.
 
     Args:
-        output: gets `demo.parquet`, `captions/` (see `flashvl.batch.outputs`) and `report.html`;
-            those of an earlier demo are replaced, anything else is left alone.
+        output: folder for `demo.parquet`, `captions/` (see `flashvl.batch.outputs`) and
+            `report.html`. Those of an earlier demo are replaced; other files stay as they are.
 
     Raises:
         ConfigError: `output` cannot be written, or holds captions that no demo made.
-        CheckpointError: `model` will not do.
+        CheckpointError: `model` cannot be loaded.
     """
     table, captions, report = (
         output / name for name in ("demo.parquet", "captions", "report.html")
@@ -50,7 +50,7 @@ def run_demo(output: Path, model: str = "tiny", on_progress: OnProgress | None =
     try:
         output.mkdir(parents=True, exist_ok=True)
         check_output(locate(captions))
-        # Before there is a table that says they are a demo's.
+        # Checked before the table is written, by which the captions would count as a demo's.
         if has_begun(locate(captions)) and not table.exists():
             raise ConfigError(f"{captions} holds captions that no demo made; name another folder")
         write_demo_table(table)
@@ -73,7 +73,7 @@ def run_demo(output: Path, model: str = "tiny", on_progress: OnProgress | None =
 
 
 def render_demo(demo: Demo) -> RenderableType:
-    """What came out, for the console: some captions beside the truth, dead letters, totals."""
+    """A summary for the console: some captions beside the true ones, dead letters and totals."""
     captions = Table(title="Captions", title_justify="left", expand=False)
     for name in ("image", "caption", "true answer", "right"):
         captions.add_column(name, overflow="fold")

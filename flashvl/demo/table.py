@@ -1,8 +1,8 @@
-"""The demo's image table: 200 pictures of the held-out world, stored as people really store them.
+"""The demo's image table: 200 pictures of held-out scenes, stored in the ways that people use.
 
-Every format, size and mistake of a real collection is in it: photos that are upright only by their
-EXIF tag, print colours, transparency, 16-bit scans; and four rows that nobody can caption. The same
-seed gives the same table.
+It has the formats, sizes and mistakes of a real collection: photos that are upright only by their
+EXIF tag, print colours, transparency, 16-bit scans, and four files that cannot be captioned. The
+same seed gives the same table.
 """
 
 import io
@@ -22,28 +22,29 @@ from flashvl.data import synthetic
 from flashvl.data.synthetic import PhotoScene, Sample, ShapesScene, TextScene
 
 DEMO_TABLE = pa.schema([("id", pa.string()), ("image", pa.binary()), ("answer", pa.string())])
-"""`answer` is the true caption, null where there is none."""
+"""Columns of the demo's table; `answer` is the true caption, null for a broken file."""
 
 SIDES = (96, 128, 160, 224, 256, 320, 400, 480, 512, 640, 768, 1024, 1200)
 ASPECTS = (1.0, 1.0, 4 / 3, 3 / 4, 3 / 2, 16 / 9)
-"""Width by height. The model sees a square whatever comes, so the answer stays true."""
+"""Width divided by height. The model sees every picture as a square, so its answer stays true."""
 
 Encode = Callable[[Image.Image, random.Random], bytes]
+"""Turns a picture into a file; may draw its settings at random."""
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One way to store a picture."""
+    """A way to store a picture."""
 
     name: str
     count: int
-    """How many rows of the table have it."""
+    """Rows of the table that are stored in this way."""
     suffix: str
     encode: Encode
     scenes: tuple[type, ...] = (ShapesScene, TextScene, synthetic.ChartScene, PhotoScene)
-    """Scenes whose caption is still true in it: without colours, only what is written."""
+    """Scenes whose caption stays true: in a way without colours, only scenes of written words."""
     max_side: int = SIDES[-1]
-    """Formats that compress little are kept small."""
+    """Longest side in pixels; short for formats that compress little."""
 
 
 def _jpeg(image: Image.Image, rng: random.Random) -> bytes:
@@ -51,14 +52,12 @@ def _jpeg(image: Image.Image, rng: random.Random) -> bytes:
 
 
 def _rotated(image: Image.Image, rng: random.Random) -> bytes:
-    """Stored as the sensor lay, upright by its orientation tag, as phones do it."""
+    """A photo stored turned, with the tag that turns it upright, as phones store them."""
     orientation, back = rng.choice(
         (
             (3, Image.Transpose.ROTATE_180),
-            (
-                6,
-                Image.Transpose.ROTATE_90,
-            ),  # shown turned clockwise, so stored turned the other way
+            # Tag 6 turns clockwise when the photo is shown; it is stored turned the other way.
+            (6, Image.Transpose.ROTATE_90),
             (8, Image.Transpose.ROTATE_270),
         )
     )
@@ -68,7 +67,7 @@ def _rotated(image: Image.Image, rng: random.Random) -> bytes:
 
 
 def _transparent(image: Image.Image, rng: random.Random) -> bytes:
-    """The paper is fully transparent, as in a logo."""
+    """A picture whose background is fully transparent, as a logo's."""
     pixels = np.asarray(image)
     alpha = np.where((pixels == pixels[0, 0]).all(-1), 0, 255).astype(np.uint8)
     return _save(Image.fromarray(np.dstack([pixels, alpha])), "PNG")
@@ -101,7 +100,7 @@ KINDS = (
 
 
 def bad_rows() -> dict[str, bytes]:
-    """File name -> bytes of the rows that cannot be captioned."""
+    """Name and bytes of each file that cannot be captioned."""
     whole = _jpeg(synthetic.sample("heldout", 0, 0).image(), random.Random(0))
     return {
         "truncated.jpg": whole[: len(whole) // 2],
@@ -112,9 +111,9 @@ def bad_rows() -> dict[str, bytes]:
 
 
 def blank_png(width: int, height: int) -> bytes:
-    """A black PNG of a few kilobytes whatever its size, made a line at a time."""
+    """A black PNG of any size in a few kilobytes, compressed line by line to save memory."""
     deflate = zlib.compressobj(9)
-    line = bytes(1 + -(-width // 8))  # filter type 0, then one bit a pixel
+    line = bytes(1 + -(-width // 8))  # filter type 0, then one bit for each pixel
     pixels = b"".join(deflate.compress(line) for _ in range(height)) + deflate.flush()
     header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)  # 1 bit of grey
     chunks = ((b"IHDR", header), (b"IDAT", pixels), (b"IEND", b""))
@@ -126,7 +125,7 @@ def _png_chunk(name: bytes, data: bytes) -> bytes:
 
 
 def good_rows(seed: int) -> Iterator[tuple[str, Sample, bytes]]:
-    """File name, scene and encoded picture of the rows that can be captioned, kind by kind."""
+    """File name, scene and encoded picture of each row that can be captioned, kind by kind."""
     rng = random.Random(seed)
     index = 0
     for kind in KINDS:
@@ -142,7 +141,7 @@ def good_rows(seed: int) -> Iterator[tuple[str, Sample, bytes]]:
 
 
 def _picture(drawn: Sample, max_side: int, rng: random.Random) -> Image.Image:
-    """The scene at a random size, its longer side one of `SIDES`."""
+    """The scene at a random size whose longer side is one of `SIDES`."""
     side = rng.choice([side for side in SIDES if side <= max_side])
     aspect = rng.choice(ASPECTS)
     image = replace(drawn, size=side).image()

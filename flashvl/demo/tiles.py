@@ -1,7 +1,7 @@
-"""A picture of how an image is tiled, as the paper's Figures 3 and 4 draw it, and its numbers.
+"""Drawings of how an image is cut into tiles, in the manner of the paper's Figures 3 and 4.
 
-It has no geometry of its own: what it draws is what `Tiling.views` returns, which is what the image
-processor cuts, and what `Tiling.dropped_patches` says, which is what the model drops.
+They have no geometry of their own: they show the tiles of `Tiling.views`, which the image processor
+cuts, and the patches of `Tiling.dropped_patches`, which the model drops.
 """
 
 import math
@@ -40,24 +40,27 @@ GRID: tuple[Color, ...] = (
     (214, 64, 150),
     (120, 100, 20),
 )
-"""Of the grid's tiles, in their order; over again after the last."""
+"""Colours of the grid's tiles in their order, repeated after the last."""
 
 MARGIN, GAP = 44, 28
 OUTLINE = 4
 TILE_SIDE = 288
-"""Of a tile by itself, at most, and of its patches whole pixels."""
+"""Longest side of a tile drawn by itself; its patches have whole pixels."""
 TILES_A_ROW = 5
 SHEET: Size = (900, 704)
-"""Of the framed image, at most."""
+"""Largest width and height of the framed image."""
 LEGEND_WIDTH = 560
 
 
 def write_tiles(image: Path, output: Path, rule: Tiling, image_seq_length: int) -> dict[str, Any]:
-    """Draw the tiles of an image file into the PNG file `output`; returns their numbers.
+    """Draw the tiles of an image file into the PNG file `output`.
+
+    Returns:
+        The numbers of `describe_tiles`.
 
     Raises:
-        ConfigError: a file cannot be read or written.
-        DataError: `image` is no image.
+        ConfigError: `image` cannot be read, or `output` cannot be written.
+        DataError: `image` is not an image.
     """
     decoded = read_image(image)
     try:
@@ -70,16 +73,16 @@ def write_tiles(image: Path, output: Path, rule: Tiling, image_seq_length: int) 
 
 
 def draw_tiles(image: Image.Image, rule: Tiling, image_seq_length: int) -> Image.Image:
-    """The framed image with its tiles, a legend, and every tile with the patches that are kept.
+    """Draw the framed image with its tiles, a legend, and each tile with the patches that are kept.
 
-    Of an image of one tile there is that tile, large, and the legend.
+    An image of one tile becomes that tile, drawn large, and the legend.
 
     Args:
         image: RGB.
-        image_seq_length: tokens that the LLM gets of each tile.
+        image_seq_length: tokens that the LLM gets for each tile.
 
     Returns:
-        An RGB picture, at most 1,640 pixels wide where the grid has no more than four tiles.
+        An RGB picture; with a grid of up to four tiles it is at most 1,640 pixels wide.
     """
     sheet = _draw_sheet(image, rule, image_seq_length)
     legend = _draw_legend(image, rule, image_seq_length, sheet.height)
@@ -95,11 +98,11 @@ def draw_tiles(image: Image.Image, rule: Tiling, image_seq_length: int) -> Image
 
 
 def draw_tile(tile: Image.Image, rule: Tiling, image_seq_length: int) -> Image.Image:
-    """A tile with its kept patches in their colours, in tokens, and the dropped ones greyed.
+    """Draw a tile: kept patches in colour and grouped into tokens, dropped patches in grey.
 
     Args:
-        tile: RGB, so large that a patch has whole pixels.
-        image_seq_length: tokens that the LLM gets of it.
+        tile: RGB; its side is a multiple of the patches on it.
+        image_seq_length: tokens that the LLM gets for the tile.
     """
     cell = tile.width * rule.patch_size // rule.tile_size
     drawn = _veil(tile)
@@ -114,19 +117,19 @@ def draw_tile(tile: Image.Image, rule: Tiling, image_seq_length: int) -> Image.I
 
 
 def _patches_a_token(rule: Tiling, image_seq_length: int) -> int:
-    """On each side: a token is a square of patches."""
+    """Patches along each side of a token, which is a square of patches."""
     return rule.kept_patches // math.isqrt(image_seq_length)
 
 
 def _grid_views(size: Size, rule: Tiling) -> tuple[View, ...]:
-    """`rule.views` without the overview."""
+    """The views of the grid, without the overview."""
     cols, rows = rule.grid(size)
     views = rule.views(size)
     return views[1:] if rule.num_tiles(size) > cols * rows else views
 
 
 def _draw_sheet(image: Image.Image, rule: Tiling, image_seq_length: int) -> Image.Image:
-    """The image resized and framed, its patches, and the outlines of the grid's tiles."""
+    """Draw the resized and framed image, its patches, and the outlines of the grid's tiles."""
     cols, rows = rule.grid(image.size)
     views = _grid_views(image.size, rule)
     if rule.tile_fit == "center_crop":
@@ -145,7 +148,7 @@ def _draw_sheet(image: Image.Image, rule: Tiling, image_seq_length: int) -> Imag
         kept = (left + dropped, top + dropped, right - dropped, bottom - dropped)
         _draw_outline(sheet, kept, KEPT, 2)
     for index, (left, top, right, bottom) in enumerate(boxes):
-        # Edges of tiles that overlap lie on one line: every other tile's is drawn beside it.
+        # Edges of overlapping tiles lie on one line: every second tile's is drawn beside it.
         is_inner = rule.stride < rule.tile_size and (index % cols + index // cols) % 2
         inset = OUTLINE if is_inner else 0
         inner = (left + inset, top + inset, right - inset, bottom - inset)
@@ -156,7 +159,7 @@ def _draw_sheet(image: Image.Image, rule: Tiling, image_seq_length: int) -> Imag
 
 
 def _draw_parts(image: Image.Image, views: tuple[View, ...]) -> Image.Image:
-    """The image with the squares that become tiles; what is in none of them is greyed."""
+    """Draw the image with the squares that become tiles, and the rest of it in grey."""
     scale = min(SHEET[0] / image.width, SHEET[1] / image.height)
     size = max(round(image.width * scale), 1), max(round(image.height * scale), 1)
     resized = image.resize(size, Image.Resampling.BICUBIC)
@@ -171,7 +174,7 @@ def _draw_parts(image: Image.Image, views: tuple[View, ...]) -> Image.Image:
 
 
 def _draw_strip(tiles: list[Image.Image]) -> Image.Image:
-    """The tiles in rows, under a heading; nothing where there is but one."""
+    """Draw the tiles in rows under a heading; one tile alone makes an empty picture."""
     if len(tiles) == 1:
         return Image.new("RGB", (0, 0))
     step_x, step_y = tiles[0].width + GAP, tiles[0].height + GAP
@@ -187,10 +190,10 @@ def _draw_strip(tiles: list[Image.Image]) -> Image.Image:
 
 
 def _draw_tiles(image: Image.Image, rule: Tiling, image_seq_length: int) -> list[Image.Image]:
-    """Each tile by itself, in the LLM's order: its patches, and under it its tokens."""
+    """Draw each tile by itself, in the LLM's order, with its number of tokens below it."""
     cell = max(TILE_SIDE * rule.patch_size // rule.tile_size, 1)
     cols, rows = rule.grid(image.size)
-    index = cols * rows - rule.num_tiles(image.size)  # of the overview -1
+    index = cols * rows - rule.num_tiles(image.size)  # -1 for the overview
     pictures = []
     for view in rule.views(image.size):
         framed, boxes = _framed(image, view, rule, cell)
@@ -215,10 +218,10 @@ def _draw_tiles(image: Image.Image, rule: Tiling, image_seq_length: int) -> list
 def _draw_legend(
     image: Image.Image, rule: Tiling, image_seq_length: int, height: int
 ) -> Image.Image:
-    """Title, number of tokens, sizes, what the marks mean, and the image as it came.
+    """Draw a title, the number of tokens, sizes, the meaning of the marks, and the original image.
 
     Args:
-        height: to fill, where it needs no more.
+        height: least height in pixels.
     """
     num_tiles, (cols, rows) = rule.num_tiles(image.size), rule.grid(image.size)
     view = rule.views(image.size)[-1]
@@ -268,7 +271,7 @@ def _draw_legend(
 
 
 def _draw_mark(mark: str) -> Image.Image:
-    """The sample of a mark, for the legend."""
+    """Draw the sample of a mark for the legend."""
     sample = Image.new("RGB", (31, 31), {"frame": BLACK, "dropped": VEIL}.get(mark, WHITE))
     if mark == "repeated":
         _hatch(sample, [(0, 0, *sample.size)])
@@ -279,13 +282,13 @@ def _draw_mark(mark: str) -> Image.Image:
     return sample
 
 
-# Pixels
+# Pieces of a drawing
 
 
 def _framed(
     image: Image.Image, view: View, rule: Tiling, cell: int
 ) -> tuple[Image.Image, list[Box]]:
-    """The view's framed image and its boxes, at `cell` pixels a patch."""
+    """The view's framed image and its boxes, with `cell` pixels for each patch's side."""
 
     def scaled(*pixels: int) -> Any:
         return tuple(value * cell // rule.patch_size for value in pixels)
@@ -296,7 +299,7 @@ def _framed(
 
 
 def _overlaps(boxes: list[Box]) -> list[Box]:
-    """Where two of the boxes overlap."""
+    """The boxes in which two of `boxes` overlap."""
     both = [
         (max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3]))
         for index, a in enumerate(boxes)
@@ -310,12 +313,12 @@ def _color(index: int) -> Color:
 
 
 def _veil(image: Image.Image) -> Image.Image:
-    """Grey and pale."""
+    """The image in pale grey."""
     return Image.blend(image.convert("L").convert("RGB"), Image.new("RGB", image.size, VEIL), 0.65)
 
 
 def _hatch(image: Image.Image, boxes: Iterable[Box]) -> None:
-    """Slanted stripes over the boxes."""
+    """Draw slanted stripes over the boxes."""
     stripes = Image.new("L", image.size)
     draw = ImageDraw.Draw(stripes)
     for x in range(-image.height, image.width, 12):
@@ -327,7 +330,7 @@ def _hatch(image: Image.Image, boxes: Iterable[Box]) -> None:
 
 
 def _draw_lines(image: Image.Image, box: Box, step: int, color: Color, opacity: float) -> None:
-    """Lines between cells of `step` pixels in the box."""
+    """Draw lines between the box's cells, each of `step` pixels."""
     left, top, right, bottom = box
     mask = Image.new("L", image.size)
     draw = ImageDraw.Draw(mask)
@@ -344,7 +347,7 @@ def _draw_outline(image: Image.Image, box: Box, color: Color, width: int) -> Non
 
 
 def _draw_number(image: Image.Image, box: Box, index: int) -> None:
-    """A disc with the tile's number in its middle."""
+    """Draw a disc with the tile's number in the middle of the box."""
     x, y = (box[0] + box[2]) // 2, (box[1] + box[3]) // 2
     draw = ImageDraw.Draw(image)
     draw.circle((x, y), 21, fill=_color(index), outline=WHITE, width=3)
@@ -361,7 +364,7 @@ def _write(
     bold: bool = False,
     anchor: str = "la",
 ) -> float:
-    """Write at `place`, which `anchor` says of the text; returns the text's width."""
+    """Write `text` with its `anchor`, by Pillow's names, at `place`; returns its width."""
     font = ImageFont.load_default(size)
     stroke = size / 40 if bold else 0
     ImageDraw.Draw(image).text(

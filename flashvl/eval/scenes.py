@@ -1,11 +1,11 @@
-"""Exact match on held-out scenes of the procedural world, one question at a time.
+"""Exact match on held-out scenes of the procedural world, by task.
 
 flashvl eval scenes --model tiny --json scores.json
 """
 
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from PIL import Image
@@ -14,13 +14,15 @@ from flashvl.data import synthetic
 from flashvl.data.answers import is_exact
 from flashvl.data.features import ask_about_image
 from flashvl.engine import Engine, Request
+from flashvl.progress import ShowProgress, ignore_progress
 
 BATCH_SIZE = 50
+"""Questions that the engine gets at once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Item:
-    """One question about one picture."""
+    """A question about a picture, and its true answer."""
 
     task: synthetic.Task
     question: str
@@ -30,14 +32,16 @@ class Item:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskScore:
-    """`exact_match`: the share of answers that equal the true one, letter by letter."""
+    """The score of one task."""
 
     items: int
+    """Questions that were asked."""
     exact_match: float
+    """Share of the answers that equal the true one letter by letter."""
 
 
 def held_out_items(task: synthetic.Task, count: int, seed: int = 0) -> Iterator[Item]:
-    """`count` questions of `task` about scenes that no training row can hold."""
+    """`count` questions of `task`, each about a scene that is never drawn for training."""
     rng = random.Random(f"{task}/{seed}")
     for drawn in synthetic.samples("heldout", seed, count, tasks=(task,)):
         turn = rng.choice(drawn.turns)
@@ -45,14 +49,11 @@ def held_out_items(task: synthetic.Task, count: int, seed: int = 0) -> Iterator[
 
 
 def evaluate_scenes(
-    engine: Engine, items_per_task: int = 120, on_progress: Callable[[int], None] = lambda _: None
+    engine: Engine, items_per_task: int = 120, on_progress: ShowProgress = ignore_progress
 ) -> dict[synthetic.Task, TaskScore]:
-    """Ask `engine` `items_per_task` held-out questions of every task.
-
-    Args:
-        on_progress: called with the number of questions answered since the last call.
-    """
+    """Ask `engine` `items_per_task` held-out questions of every task."""
     scores = {}
+    done, total = 0, items_per_task * len(synthetic.TASKS)
     for task in synthetic.TASKS:
         correct = 0
         items = held_out_items(task, items_per_task)
@@ -62,7 +63,8 @@ def evaluate_scenes(
                 is_exact(completion.text, item.answer)
                 for completion, item in zip(completions, batch, strict=True)
             )
-            on_progress(len(batch))
+            done += len(batch)
+            on_progress(done, total, task)
         scores[task] = TaskScore(items=items_per_task, exact_match=correct / items_per_task)
     return scores
 

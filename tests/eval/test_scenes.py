@@ -12,7 +12,7 @@ from flashvl.eval.scenes import average, evaluate_scenes, held_out_items
 
 
 class Oracle:
-    """Answers like an engine, from a table of pictures and questions, but for every third."""
+    """Answers like an engine, from a table of items; every third answer is wrong."""
 
     def __init__(self, items: int):
         self.answers = {
@@ -40,12 +40,14 @@ class Oracle:
 
 
 def test_exact_match_is_exact() -> None:
-    progress: list[int] = []
-    scores = evaluate_scenes(cast(Engine, Oracle(60)), 60, progress.append)
+    progress: list[tuple[int, int]] = []
+    scores = evaluate_scenes(
+        cast(Engine, Oracle(60)), 60, lambda done, total, note="": progress.append((done, total))
+    )
     assert set(scores) == set(synthetic.TASKS)
     assert all(score.items == 60 for score in scores.values())
     assert average(scores) == pytest.approx(2 / 3)
-    assert sum(progress) == 300
+    assert progress == [(each, 300) for each in (50, 60, 110, 120, 170, 180, 230, 240, 290, 300)]
 
 
 def test_items_are_held_out_and_of_their_task() -> None:
