@@ -98,7 +98,7 @@ class Fetcher:
         try:
             async with (
                 asyncio.timeout(FETCH_TIMEOUT_S),
-                # No proxies, cookies or credentials of ours.
+                # Without the proxies, cookies and credentials of this process.
                 aiohttp.ClientSession(
                     connector=connector, trust_env=False, cookie_jar=aiohttp.DummyCookieJar()
                 ) as session,

@@ -39,10 +39,9 @@ SHOWN = 120
 """Characters of a path that an error shows: a path may be a whole file in base64."""
 
 _last_read: dict[str, Location] = {}
-"""Store, by the beginning of its URIs -> a file that it gave, which proves that it answers."""
+"""Store, by the beginning of its URIs -> a file that was read, which proves that it answers."""
 _silent: dict[str, tuple[float, str]] = {}
-"""Store, by the beginning of its URIs -> when it last failed to answer, never having done so, and
-why."""
+"""Store that has never answered, by the beginning of its URIs -> when it last failed, and why."""
 
 
 def read_row_file(path: str, store: AbstractFileSystem, max_bytes: int) -> bytes:

@@ -205,7 +205,10 @@ def _is_image(column_type: pa.DataType) -> bool:
 
 
 def _is_surely_image(column_type: pa.DataType) -> bool:
-    """Whether the type alone tells images; text may be anything, bytes of one length a hash."""
+    """Whether the type alone shows that a column holds images.
+
+    Text may be anything, and bytes of one length may be hashes or UUIDs.
+    """
     if is_list(column_type):
         column_type = column_type.value_type
     if is_binary(column_type):

@@ -184,7 +184,7 @@ def _steps(text: str) -> list[tuple[str, ...]]:
 @functools.lru_cache(maxsize=64)  # finding a bucket's region takes a request
 def _open_store(uri: str) -> tuple[AbstractFileSystem, str]:
     if uri.startswith("hf://"):
-        # Not by Arrow, which does not pass on by what the hub tells a file's versions apart.
+        # Not by Arrow, which does not pass on the hub's identifiers of a file's versions.
         from huggingface_hub import HfFileSystem
 
         return HfFileSystem(), uri.removeprefix("hf://")

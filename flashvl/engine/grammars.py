@@ -64,7 +64,7 @@ class Grammars:
     def _tokens(self) -> LLTokenizer:
         """The vocabulary in llguidance's form, made when the first answer needs it.
 
-        Making Qwen's takes two seconds, which most engines never need to spend.
+        Qwen's takes two seconds to make, which most engines never need to spend.
         """
         return LLTokenizer(
             _without_names(self.tokenizer), n_vocab=self.vocab_size, eos_token=self.end_token_ids

@@ -67,7 +67,7 @@ class Request:
     top_k: int = 0
     """Number of the likeliest tokens that may be sampled; 0: all."""
     top_p: float = 1.0
-    """Probability that the likeliest tokens which may be sampled have together."""
+    """Total probability of the likeliest tokens, which alone may be sampled; 1: all tokens."""
     repetition_penalty: float = 1.0
     """Divisor of positive logits, and factor of negative ones, for tokens of prompt and answer."""
     min_p: float = 0.0

@@ -58,8 +58,8 @@ def resolve_checkpoint(model: str | Path) -> Path:
 def is_published(model_type: Any) -> bool:
     """Whether a config.json of this `model_type` belongs to a published FlashVL/* checkpoint.
 
-    `FlashVLStaticConfig` and `FlashVLDynamicISSConfig` are known; the Dynamic model's name is not,
-    but theirs tell how it begins.
+    `FlashVLStaticConfig` and `FlashVLDynamicISSConfig` are known; the Dynamic model's is not, so
+    only the beginning that they share is compared.
     """
     return isinstance(model_type, str) and model_type.startswith("FlashVL")
 

@@ -19,7 +19,7 @@ from flashvl.model.tiling import TilingMode
 
 
 def tiling_fields(mode: TilingMode, vision_config: PreTrainedConfig) -> dict[str, Any]:
-    """Fields of `FlashVLConfig` for a tiling `mode`; ISS drops patches, and shuffles no pixels."""
+    """Fields of `FlashVLConfig` for a tiling `mode`; ISS drops patches and has no pixel shuffle."""
     return {
         "tiling": _tiling(mode, vision_config),
         "downsample_ratio": 1.0 if mode == "iss" else 0.5,

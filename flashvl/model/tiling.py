@@ -59,8 +59,8 @@ class Tiling:
     tile_fit: TileFit = "resize"
     """How a part that is not square becomes a tile: it is squeezed, or its centre is taken."""
     grid_size: int | None = None
-    """Side of the squares whose number in the image's area is the wanted number of tiles. None: the
-    side of a tile; ISS may have meant its stride."""
+    """Side of the square of the image that should get one tile: the area of the image, divided by
+    that of the square, is the wanted number of tiles. None: `tile_size`; ISS may use its stride."""
 
     def __post_init__(self) -> None:
         if self.tile_size % self.patch_size:

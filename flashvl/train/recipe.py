@@ -1,6 +1,6 @@
 """Training recipes: one YAML file for each stage, the paper's numbers as defaults.
 
-What all kinds of training share is in `Recipe`; `kind` says which of its subclasses a file is.
+`Recipe` has the settings that all kinds of training share; the `kind` of a file names its subclass.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ class Recipe(StrictModel):
     stage: str
     """Name of the stage, for the progress bar and the logs."""
     init_from: str
-    """Folder (or shipped name) of the checkpoint that the stage starts from."""
+    """Checkpoint that the stage starts from: a folder, or a shipped or published model's name."""
     output_dir: Path
     """New folder for the checkpoint and its logs, on storage that all nodes share."""
     trainable: tuple[ModelPart, ...] = ("vision_tower", "multi_modal_projector", "language_model")

@@ -1,4 +1,4 @@
-"""Turns conversations into training rows by Ray Data, in an order that no cluster changes.
+"""Turns conversations into training rows, by Ray Data, in an order independent of the cluster.
 
 A row has `row`, `input_ids`, `labels`, `tiles` (uint8 bytes) and, if it is synthetic, `cells`. Each
 block holds one micro-batch, and blocks keep their order, so that Ray deals them to the workers in

@@ -1,6 +1,6 @@
-"""A model as an entry point is given it -> a model that everything below loads without asking.
+"""Prepares the model that a user names at an entry point, so that everything below can load it.
 
-Loading knows shipped names and folders of ours; only this module downloads or converts.
+Loading knows only shipped names and Flash-VL folders; this module downloads and converts.
 """
 
 import hashlib
@@ -28,15 +28,14 @@ FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
 def prepare_model(model: str | Path) -> Path:
     """A shipped model's name, a folder, or a published FlashVL/* name -> what `load_model` takes.
 
-    A published checkpoint, on the hub or in a folder, is converted the first time: about a minute,
-    and as much disk as its weights (4 GB for a 2B model) in `IMPORTED`, in a folder of the same
-    name. On a cluster every node must see that folder; else use `flashvl import`. Whatever else
-    `model` names is returned as it is.
+    A published checkpoint, on the hub or in a folder, is converted the first time, to a folder of
+    the same name in `IMPORTED`. This takes about a minute, and as much disk as the weights (4 GB
+    for a 2B model). On a cluster every node must see that folder; if not, run `flashvl import` to
+    a shared one. Any other `model` is returned unchanged.
 
     Raises:
-        CheckpointError: a FlashVL/* name that is no folder and cannot be downloaded, or a published
-            checkpoint that is broken.
-        ConfigError: the conversion cannot be written.
+        CheckpointError: the published checkpoint cannot be downloaded, or is broken.
+        ConfigError: the converted model cannot be written.
     """
     folder = fetch_folder(str(model)) if str(model).startswith(OWNER) else Path(model)
     try:
