@@ -21,8 +21,8 @@ WRITTEN = (
 )
 """What a job leaves behind, of each kind one."""
 
-Steps = tuple[str, ...]
-"""To a file or a folder, from its store down."""
+Segments = tuple[str, ...]
+"""A path or URI by its parts, the store first."""
 
 
 def check_apart(input: str, output: str) -> None:
@@ -34,7 +34,7 @@ def check_apart(input: str, output: str) -> None:
     source, target = locate(input), locate(output)
     if source.is_on_hub:
         return  # no output is there
-    inner, outer = _steps(output, target), _steps(input, source)
+    inner, outer = _segments(output, target), _segments(input, source)
     if _is_below(outer, inner):
         raise ConfigError(
             f"input {input!r} lies in the output {output!r}, which a job keeps for itself; name"
@@ -53,11 +53,11 @@ def check_apart(input: str, output: str) -> None:
         )
 
 
-def _is_below(place: Steps, root: Steps) -> bool:
+def _is_below(place: Segments, root: Segments) -> bool:
     return place[: len(root)] == root
 
 
-def _steps(text: str, location: Location) -> Steps:
+def _segments(text: str, location: Location) -> Segments:
     """Links are followed, but for those behind the beginning of a glob."""
     if location.is_local:
         folder, pattern = _split(location)
@@ -71,8 +71,10 @@ def _steps(text: str, location: Location) -> Steps:
 
 def _split(location: Location) -> tuple[str, str]:
     """The folder that a glob begins in, and the rest; the whole path where it is no glob."""
-    steps = location.path.split("/")
+    segments = location.path.split("/")
     is_there = location.is_folder() or location.is_file()
-    first = next((n for n, step in enumerate(steps) if glob.has_magic(step)), len(steps))
-    first = len(steps) if is_there else first
-    return "/".join(steps[:first]) or "/", "/".join(steps[first:])
+    first = next(
+        (n for n, segment in enumerate(segments) if glob.has_magic(segment)), len(segments)
+    )
+    first = len(segments) if is_there else first
+    return "/".join(segments[:first]) or "/", "/".join(segments[first:])

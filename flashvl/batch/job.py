@@ -13,7 +13,6 @@ from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
@@ -35,9 +34,16 @@ from flashvl.batch.manifest import (
     hash_listed,
     read_files,
 )
-from flashvl.batch.outputs import SUMMARY, OutputFolder, Parts, check_output, remove_rows
+from flashvl.batch.outputs import (
+    SUMMARY,
+    TABLES,
+    OutputFolder,
+    OutputTable,
+    check_output,
+    remove_rows,
+)
 from flashvl.batch.pipeline import captioned, check_pool
-from flashvl.batch.progress import Meter, OnProgress
+from flashvl.batch.progress import Meter
 from flashvl.batch.report import build_report
 from flashvl.batch.service import check_service
 from flashvl.batch.stopping import stopped_by_sigterm
@@ -49,6 +55,7 @@ from flashvl.engine.grammar_check import GrammarError, checked
 from flashvl.errors import ConfigError, FlashVLError
 from flashvl.model import FlashVLConfig
 from flashvl.model.loading import hash_folder, load_processor, resolve_checkpoint
+from flashvl.progress import ShowProgress, ignore_progress
 
 logger = logging.getLogger(__name__)
 
@@ -98,9 +105,7 @@ class Plan:
         """What would be done, and what has been."""
         num_done = 0
         if has_begun(self.output) and not self.job.restart:
-            folder = self.output
-            parts = (folder / "captions", folder / "dead_letters")
-            num_done = sum(Parts(part, pa.schema([])).count_rows() for part in parts)
+            num_done = sum(OutputTable(self.output / name).count_rows() for name in TABLES)
         return {
             "input": self.job.input,
             "columns": self.source.describe(),
@@ -173,7 +178,7 @@ def check_caption_job(job: CaptionJob) -> Plan:
     return Plan(job=job, source=source, output=output, fingerprint=fingerprint, known=known)
 
 
-def run_caption_job(job: CaptionJob, on_progress: OnProgress | None = None) -> Summary:
+def run_caption_job(job: CaptionJob, on_progress: ShowProgress = ignore_progress) -> Summary:
     """Caption every row of the input; a row that cannot be captioned becomes a dead letter.
 
     Where the output holds a part of the same job already, only the rest is captioned. SIGTERM stops
@@ -191,7 +196,7 @@ def run_caption_job(job: CaptionJob, on_progress: OnProgress | None = None) -> S
     return run_plan(check_caption_job(job), on_progress)
 
 
-def run_plan(plan: Plan, on_progress: OnProgress | None = None) -> Summary:
+def run_plan(plan: Plan, on_progress: ShowProgress = ignore_progress) -> Summary:
     """As `run_caption_job`, for a job that was checked."""
     started_s = time.monotonic()
     job = plan.job
@@ -239,7 +244,7 @@ def run_plan(plan: Plan, on_progress: OnProgress | None = None) -> Summary:
     return summary
 
 
-def _caption_rest(plan: Plan, output: OutputFolder, on_progress: OnProgress | None) -> None:
+def _caption_rest(plan: Plan, output: OutputFolder, on_progress: ShowProgress) -> None:
     """Caption the rows that `output` does not hold.
 
     Ray runs what a lost machine took with it again, and now and then loses track; so this counts,
@@ -259,7 +264,7 @@ def _caption_rest(plan: Plan, output: OutputFolder, on_progress: OnProgress | No
 
 
 def _caption_once(
-    plan: Plan, output: OutputFolder, is_done: Done, meter: Meter, on_progress: OnProgress | None
+    plan: Plan, output: OutputFolder, is_done: Done, meter: Meter, on_progress: ShowProgress
 ) -> None:
     gate = ray.remote(num_cpus=0)(Gate).remote()
     num_answered = 0
@@ -270,8 +275,8 @@ def _caption_once(
             num_answered += rows.num_rows
             meter.add(output.write(rows))
             _check_error_rate(plan, output)
-            if on_progress is not None:
-                on_progress(meter.read(output.num_done, plan.num_rows, output.num_dead))
+            rates = meter.read(num_dead=output.num_dead)
+            on_progress(output.num_done, plan.num_rows, str(rates))
             if stop.is_asked:
                 output.flush()  # who stops a job may not wait for long
             if stop.is_over(num_answered):

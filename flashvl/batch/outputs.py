@@ -39,6 +39,8 @@ SECONDS_PER_FILE = 60.0
 """No row waits longer for its file: so much work a killed job loses, and what is in flight."""
 SUMMARY = "_summary.json"
 REPORT = "report.html"
+TABLES = ("captions", "dead_letters")
+"""Folders of the two tables."""
 
 
 class OutputFolder:
@@ -56,12 +58,15 @@ class OutputFolder:
             FlashVLError: a row is in it twice, or is none of the input's.
         """
         self.folder, self.kept = folder, kept
-        self.captions = Parts(folder / "captions", pa.schema([*CAPTIONS, *kept]))
-        self.dead_letters = Parts(folder / "dead_letters", pa.schema([*DEAD_LETTERS, *kept]))
+        self.captions = OutputTableWriter(folder / "captions", pa.schema([*CAPTIONS, *kept]))
+        self.dead_letters = OutputTableWriter(
+            folder / "dead_letters", pa.schema([*DEAD_LETTERS, *kept])
+        )
+        self._tables = (self.captions, self.dead_letters)
         try:
             folder.remove_unfinished()
-            for parts in (self.captions, self.dead_letters):
-                parts.open()
+            for table in self._tables:
+                table.open()
         except OSError as error:
             raise ConfigError(
                 f"output {folder} cannot be written ({error.strerror or error}); name another"
@@ -80,23 +85,23 @@ class OutputFolder:
         """
         num_rows = len(self.is_done)
         self.is_done[:] = False
-        for parts in (self.captions, self.dead_letters):
-            parts.num_rows = 0
-            for rows in parts.column("row"):
+        for table in self._tables:
+            table.num_rows = 0
+            for rows in table.column("row"):
                 if len(rows) and not 0 <= rows.min() <= rows.max() < num_rows:
                     raise FlashVLError(
-                        f"audit failed: {parts.folder} holds row {rows.max()}, the input"
+                        f"audit failed: {table.folder} holds row {rows.max()}, the input"
                         f" {num_rows} rows; give --restart to begin anew"
                     )
                 places, counts = np.unique(rows, return_counts=True)
                 twice = places[(counts > 1) | self.is_done[places]]
                 if len(twice):
                     raise FlashVLError(
-                        f"audit failed: {parts.folder} holds row {twice[0]} twice;"
+                        f"audit failed: {table.folder} holds row {twice[0]} twice;"
                         " give --restart to begin anew"
                     )
                 self.is_done[rows] = True
-                parts.num_rows += len(rows)
+                table.num_rows += len(rows)
         self.num_dead = self.dead_letters.num_rows
         self.num_done = self.captions.num_rows + self.num_dead
 
@@ -104,8 +109,8 @@ class OutputFolder:
         """Rows whose id an earlier one has, by a hash of 64 bits: 8 bytes a row."""
         hashes = [
             pd.util.hash_array(ids[pd.notna(ids)], categorize=False)
-            for parts in (self.captions, self.dead_letters)
-            for ids in parts.column("id")
+            for table in self._tables
+            for ids in table.column("id")
         ]
         return sum(map(len, hashes)) - len(np.unique(np.concatenate(hashes)))
 
@@ -146,8 +151,8 @@ class OutputFolder:
             FlashVLError: as `write`.
         """
         with self._told_when_full():
-            for parts in (self.captions, self.dead_letters):
-                parts.flush()
+            for table in self._tables:
+                table.flush()
 
     def finish_rows(self) -> None:
         """Write the last rows, and count all again: every row of the input is there, once.
@@ -157,8 +162,8 @@ class OutputFolder:
         """
         self.flush()
         with self._told_when_full():
-            for parts in (self.captions, self.dead_letters):
-                parts.finish()
+            for table in self._tables:
+                table.finish()
         self.audit()
 
     def finish(self, report: str, summary: str) -> None:
@@ -179,37 +184,22 @@ class OutputFolder:
             ) from error
 
 
-class Parts:
-    """One table in numbered files."""
+class OutputTable:
+    """One table of the output, in numbered files."""
 
-    def __init__(self, folder: Location, schema: pa.Schema):
+    def __init__(self, folder: Location):
         self.folder = folder
-        self.num_rows = 0
-        """In the files, as `OutputFolder.audit` found them, and those written since."""
-        self._schema = schema
-        self._pending: list[pa.Table] = []
-        self._num_pending_bytes = 0
-        self._pending_since_s = 0.0
-        self._next_number = 0
-        self._written_s = time.time()
-
-    def open(self) -> None:
-        """Make the folder, or go on behind the files in it."""
-        self.folder.make_folder()
-        self.folder.remove_unfinished()
-        numbers = [int(name.removeprefix("part-").split(".")[0]) for name in self.names()]
-        self._next_number = max(numbers, default=-1) + 1
 
     def count_rows(self) -> int:
-        """In the files, by their footers."""
+        """The number of rows in the files, by their footers."""
         return sum(footer.num_rows for footer in self.footers())
 
     def names(self) -> list[str]:
-        """Of the files, in their order."""
+        """The files' names, in the order of their numbers."""
         return [name for name in self.folder.names() if name.startswith("part-")]
 
     def footers(self) -> Iterator[pq.FileMetaData]:
-        """Of the files in turn; `written_between` reads them."""
+        """The files' footers; `written_between` says when a file's rows came."""
         for name in self.names():
             with (self.folder / name).open() as file:
                 yield pq.read_metadata(file)
@@ -230,8 +220,30 @@ class Parts:
         for (column,) in self.columns(name):
             yield column
 
+
+class OutputTableWriter(OutputTable):
+    """Collects the rows of a table and writes them as files."""
+
+    def __init__(self, folder: Location, schema: pa.Schema):
+        super().__init__(folder)
+        self.num_rows = 0
+        """Rows in the files: those that `OutputFolder.audit` found, and those written since."""
+        self._schema = schema
+        self._pending: list[pa.Table] = []
+        self._num_pending_bytes = 0
+        self._pending_since_s = 0.0
+        self._next_number = 0
+        self._written_s = time.time()
+
+    def open(self) -> None:
+        """Make the folder; where it has files already, number further ones from there."""
+        self.folder.make_folder()
+        self.folder.remove_unfinished()
+        numbers = [int(name.removeprefix("part-").split(".")[0]) for name in self.names()]
+        self._next_number = max(numbers, default=-1) + 1
+
     def add(self, rows: pa.Table) -> None:
-        """Let rows wait for their file; it is written when it is large or late."""
+        """Keep rows until their file is written, when they are many or have waited long."""
         if rows.num_rows:
             if not self._pending:
                 self._pending_since_s = time.time()
@@ -243,13 +255,13 @@ class Parts:
             self.flush()
 
     def flush(self) -> None:
-        """Write the rows that wait."""
+        """Write the rows that are kept."""
         if self._pending:
             self._write_file(pa.concat_tables(self._pending))
             self._pending, self._num_pending_bytes = [], 0
 
     def finish(self) -> None:
-        """Give an empty table its one empty file."""
+        """Give a table without rows one empty file, which has the columns."""
         if not self.names():
             self._write_file(self._schema.empty_table())
 
@@ -296,7 +308,7 @@ def remove_rows(folder: Location) -> None:
     """Remove what an earlier job left; first what says that its rows are all there."""
     for name in (SUMMARY, REPORT):
         (folder / name).remove()
-    for table in (folder / "captions", folder / "dead_letters"):
-        for name in table.names():
-            (table / name).remove()
+    for table in TABLES:
+        for name in (folder / table).names():
+            (folder / table / name).remove()
     manifest.remove(folder)

@@ -1,35 +1,32 @@
-"""How far a job is and how fast it goes."""
+"""How fast a captioning job runs."""
 
 import math
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 WINDOW_S = 30.0
-"""Rates are of the last so many seconds."""
+"""Seconds over which rates are taken: the last ones."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Progress:
-    """A job's state, as its driver sees it."""
+class Rates:
+    """What a running job's line of progress says beside the number of rows."""
 
-    num_done: int
-    """Rows with a caption or a dead letter, those of earlier runs with them."""
-    num_rows: int
     num_dead: int
+    """Dead letters, those of earlier runs included."""
     images_per_s: float
-    """Of this run, since its first answer; NaN until the next."""
+    """Rows answered each second by this run; NaN until its second answer."""
     tokens_per_s: float
-    """Of captions; as `images_per_s`."""
+    """Tokens of captions each second, likewise."""
     occupancy: float
-    """The part of the engines' slots that is in use; NaN if unknown."""
+    """Share of the engines' slots that is in use; NaN if unknown."""
 
     def __str__(self) -> str:
-        """What one looks for first comes first, as a narrow terminal shows no more."""
+        """The most wanted figure comes first: a narrow terminal shows only the first ones."""
         told = [
             ("{:.1f} images/s", self.images_per_s),
             ("{} dead", self.num_dead),
@@ -39,15 +36,12 @@ class Progress:
         return ", ".join(form.format(value) for form, value in told if not math.isnan(value))
 
 
-OnProgress = Callable[[Progress], None]
-
-
 class Meter:
-    """Rates over the last `WINDOW_S` seconds, from the first answer on: engines take time to start,
-    which says nothing of how fast they are."""
+    """Measures rates over the last `WINDOW_S` seconds, from the first answer on: the time in which
+    engines start says nothing about their speed."""
 
     def __init__(self) -> None:
-        self._samples: deque[_Sample] = deque()
+        self._counts: deque[_Count] = deque()
         self._rows = self._tokens = 0
         self._occupancy = math.nan
 
@@ -59,17 +53,19 @@ class Meter:
         if occupancy is not None:
             self._occupancy = occupancy
         now_s = time.monotonic()
-        self._samples.append(_Sample(now_s, self._rows, self._tokens))
-        while len(self._samples) > 2 and self._samples[0].time_s < now_s - WINDOW_S:
-            self._samples.popleft()
+        self._counts.append(_Count(now_s, self._rows, self._tokens))
+        while len(self._counts) > 2 and self._counts[0].time_s < now_s - WINDOW_S:
+            self._counts.popleft()
 
-    def read(self, num_done: int, num_rows: int, num_dead: int) -> Progress:
-        """Once rows were added."""
-        first, last = self._samples[0], self._samples[-1]
+    def read(self, *, num_dead: int) -> Rates:
+        """The rates at the moment; `add` must have been called.
+
+        Args:
+            num_dead: dead letters in the output.
+        """
+        first, last = self._counts[0], self._counts[-1]
         seconds = last.time_s - first.time_s or math.nan
-        return Progress(
-            num_done=num_done,
-            num_rows=num_rows,
+        return Rates(
             num_dead=num_dead,
             images_per_s=(last.rows - first.rows) / seconds,
             tokens_per_s=(last.tokens - first.tokens) / seconds,
@@ -78,7 +74,7 @@ class Meter:
 
 
 @dataclass(frozen=True, slots=True)
-class _Sample:
+class _Count:
     time_s: float
     rows: int
     tokens: int

@@ -32,7 +32,7 @@ NUM_BARS = 40
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Sample:
+class CaptionedImage:
     """A picture and what was said of it."""
 
     id: str
@@ -52,7 +52,7 @@ class Bar:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Reason:
+class DeadLetterGroup:
     """Dead letters that died of the same."""
 
     step: str
@@ -92,8 +92,8 @@ def render_page(package: str, **values: Any) -> str:
 def _speed(output: OutputFolder) -> list[Bar]:
     """Rows a second from the job's begin to its end, in equal pieces of time."""
     spans = []
-    for parts in (output.captions, output.dead_letters):
-        for footer in parts.footers():
+    for table in (output.captions, output.dead_letters):
+        for footer in table.footers():
             if footer.num_rows:
                 spans.append((*written_between(footer), footer.num_rows))
     if not spans:
@@ -133,7 +133,7 @@ def _bars(labels: list[str], values: npt.NDArray[Any]) -> list[Bar]:
     ]
 
 
-def _reasons(output: OutputFolder) -> list[Reason]:
+def _reasons(output: OutputFolder) -> list[DeadLetterGroup]:
     """The most frequent first; one of each for an example."""
     counts: Counter[tuple[str, str]] = Counter()
     examples: dict[tuple[str, str], tuple[str, str]] = {}
@@ -142,7 +142,7 @@ def _reasons(output: OutputFolder) -> list[Reason]:
             counts[step, error] += 1
             examples.setdefault((step, error), (str(row_id), reason))
     return [
-        Reason(
+        DeadLetterGroup(
             step=key[0],
             error=key[1],
             count=count,
@@ -153,7 +153,7 @@ def _reasons(output: OutputFolder) -> list[Reason]:
     ]
 
 
-def _samples(source: Source, job: CaptionJob, output: OutputFolder) -> list[Sample]:
+def _samples(source: Source, job: CaptionJob, output: OutputFolder) -> list[CaptionedImage]:
     """Of captions from some files, evenly; their pictures are read anew, by Ray's tasks."""
     names = output.captions.names()
     chosen = {names[n] for n in np.linspace(0, len(names) - 1, NUM_SAMPLE_FILES, dtype=int)}
@@ -179,7 +179,7 @@ def _samples(source: Source, job: CaptionJob, output: OutputFolder) -> list[Samp
     samples = []
     for row in sorted(pictures.take_all(), key=lambda row: row["row"]):
         row_id, caption = captions[row["row"]]
-        samples.append(Sample(id=row_id, caption=caption, picture=row["picture"]))
+        samples.append(CaptionedImage(id=row_id, caption=caption, picture=row["picture"]))
     return samples
 
 

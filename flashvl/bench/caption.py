@@ -24,7 +24,6 @@ import torch
 
 from flashvl.batch.config import CaptionJob
 from flashvl.batch.job import run_caption_job
-from flashvl.batch.progress import Progress
 from flashvl.bench.contenders import make_photo
 from flashvl.config import DEFAULT_PROMPT
 from flashvl.data.features import Tiles, ask_about_image, decode_tiles
@@ -130,8 +129,8 @@ def _decoding(model: str, photos: list[bytes]) -> float:
 def _job(model: str, table: Path, output: Path) -> float:
     seen: list[tuple[float, int]] = []
 
-    def on_progress(now: Progress) -> None:
-        seen.append((time.perf_counter(), now.num_done))
+    def on_progress(done: int, total: int, note: str = "") -> None:
+        seen.append((time.perf_counter(), done))
 
     job = CaptionJob(
         input=str(table),

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -16,11 +16,7 @@ from flashvl.batch.config import CaptionJob
 from flashvl.cli.bench import bench_app
 from flashvl.cli.options import JsonOption, ModelOption, build, options_from, write_json
 from flashvl.entrypoint import report_errors, show_progress, start_ray
-from flashvl.progress import ShowProgress
 from flashvl.serve.config import ServiceConfig
-
-if TYPE_CHECKING:
-    from flashvl.batch.progress import OnProgress
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -118,7 +114,7 @@ def caption(
         if summary is None:
             start_ray()
             with show_progress("captioning") as on_progress:
-                summary = run_plan(plan, _shown_by(on_progress))
+                summary = run_plan(plan, on_progress)
         if as_json:
             print(summary.model_dump_json(indent=2))
             return
@@ -443,15 +439,10 @@ def demo(
 
         start_ray()
         with show_progress("captioning") as on_progress:
-            made = run_demo(output, on_progress=_shown_by(on_progress))
+            made = run_demo(output, on_progress=on_progress)
         console = Console()
         console.print(render_demo(made))
         console.print(f"Open {made.report} to see each picture beside its caption.")
-
-
-def _shown_by(on_progress: ShowProgress) -> "OnProgress":
-    """Shows a captioning job's progress."""
-    return lambda now: on_progress(now.num_done, now.num_rows, str(now))
 
 
 def _allow_downloads() -> None:

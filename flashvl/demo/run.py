@@ -11,12 +11,12 @@ from flashvl.batch.config import CaptionJob
 from flashvl.batch.job import Summary, run_caption_job
 from flashvl.batch.manifest import has_begun
 from flashvl.batch.outputs import check_output
-from flashvl.batch.progress import OnProgress
 from flashvl.data.storage import locate
 from flashvl.demo.report import write_report
 from flashvl.demo.results import DeadLetter, Result, read_dead_letters, read_results
 from flashvl.demo.table import write_demo_table
 from flashvl.errors import ConfigError
+from flashvl.progress import ShowProgress, ignore_progress
 
 SHOWN_ROWS = 12
 """Captions that the console's table shows; the report has all of them."""
@@ -33,8 +33,10 @@ class Demo:
     dead_letters: list[DeadLetter]
 
 
-def run_demo(output: Path, model: str = "tiny", on_progress: OnProgress | None = None) -> Demo:
-    """Caption the demo's table with `model`; Ray must be started already.
+def run_demo(
+    output: Path, model: str = "tiny", on_progress: ShowProgress = ignore_progress
+) -> Demo:
+    """Caption the demo\'s table with `model`; Ray must be started already.
 
     Args:
         output: folder for `demo.parquet`, `captions/` (see `flashvl.batch.outputs`) and

@@ -13,14 +13,13 @@ import time
 import uuid
 from typing import Annotated, Any, Literal
 
-import pyarrow as pa
 import ray
 from pydantic import BaseModel, Field, PositiveInt, StringConstraints
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from flashvl.batch.config import CaptionJob
 from flashvl.batch.job import Plan, check_caption_job
-from flashvl.batch.outputs import SUMMARY, Parts
+from flashvl.batch.outputs import SUMMARY, TABLES, OutputTable
 from flashvl.config import DEFAULT_PROMPT, Replicas, validate
 from flashvl.data.storage import is_below, locate
 from flashvl.errors import FlashVLError
@@ -183,10 +182,7 @@ class Batches:
     def _as_batch(self, job: JobDetails) -> Batch:
         told: dict[str, Any] = json.loads(job.metadata["flashvl"])
         output = locate(told["request"]["output"])
-        captions, dead = (
-            Parts(output / name, pa.schema([])).count_rows()
-            for name in ("captions", "dead_letters")
-        )
+        captions, dead = (OutputTable(output / name).count_rows() for name in TABLES)
         status = STATUS[job.status]
         if status == "failed" and (output / SUMMARY).is_file():
             status = "completed"  # the job was done when its driver was lost

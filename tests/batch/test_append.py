@@ -19,7 +19,6 @@ from flashvl.batch.config import CaptionJob
 from flashvl.batch.job import Plan, check_caption_job, run_caption_job
 from flashvl.batch.manifest import MANIFEST, claim, read_files
 from flashvl.batch.outputs import check_output
-from flashvl.batch.progress import Progress
 from flashvl.config import validate
 from flashvl.data.storage import Location, locate
 from flashvl.errors import ConfigError
@@ -92,8 +91,8 @@ def test_new_files_are_captioned_behind_the_old_ones(
     add(folder, kind, "b", PICTURES[6:9])
     add(folder, kind, "z", PICTURES[9:])
 
-    def interrupt(now: Progress) -> None:
-        if now.num_done > 8:
+    def interrupt(done: int, total: int, note: str = "") -> None:
+        if done > 8:
             raise Interrupted
 
     with pytest.raises(Interrupted):

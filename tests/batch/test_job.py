@@ -26,7 +26,6 @@ from flashvl.batch.inputs.images import IMAGE_SUFFIXES
 from flashvl.batch.inputs.parquet import ParquetFiles
 from flashvl.batch.job import Summary, run_caption_job
 from flashvl.batch.outputs import OutputFolder
-from flashvl.batch.progress import Progress
 from flashvl.config import validate
 from flashvl.data.images import decode_image
 from flashvl.data.limits import ImageLimits
@@ -115,7 +114,7 @@ def test_captions_what_it_can_of_two_files_and_accounts_for_the_rest(
     progress: list[tuple[int, int]] = []
     run_caption_job(
         job(tiny_random, parts, tmp_path / "out", max_num_seqs=7),
-        on_progress=lambda now: progress.append((now.num_done, now.num_rows)),
+        on_progress=lambda done, total, note="": progress.append((done, total)),
     )
 
     captions, dead, summary = read(tmp_path / "out")
@@ -182,7 +181,7 @@ def test_an_engine_that_dies_costs_no_row_and_doubles_none(
     pq.write_table(table(ids, images, pa.binary()), tmp_path / "in.parquet")
     killed: list[int] = []
 
-    def kill_the_engine(now: Progress) -> None:
+    def kill_the_engine(done: int, total: int, note: str = "") -> None:
         if not killed:
             killed.extend(descendants_named("ray::MapWorker(MapBatches(Captioner)"))
             for pid in killed:

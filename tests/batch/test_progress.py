@@ -23,12 +23,12 @@ def test_rates_begin_with_the_first_answer(monkeypatch: pytest.MonkeyPatch) -> N
     meter = Meter()
     now_s += 30
     meter.add(rows(64))
-    now = meter.read(20_064, 40_000, 3)
+    now = meter.read(num_dead=3)
     assert str(now) == "3 dead, engines 50% full"
     for _ in range(3):
         now_s += 2
         meter.add(rows(100))
-    now = meter.read(20_364, 40_000, 3)
+    now = meter.read(num_dead=3)
     assert now.images_per_s == pytest.approx(50) and now.tokens_per_s == pytest.approx(500)
     assert str(now) == "50.0 images/s, 3 dead, engines 50% full, 500 tokens/s"
 

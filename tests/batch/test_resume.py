@@ -27,7 +27,6 @@ from flashvl.batch.job import run_caption_job
 from flashvl.batch.lock import held
 from flashvl.batch.manifest import MANIFEST
 from flashvl.batch.outputs import OutputFolder
-from flashvl.batch.progress import Progress
 from flashvl.cli import app
 from flashvl.data.storage import locate
 from flashvl.errors import ConfigError, FlashVLError
@@ -74,8 +73,8 @@ def test_an_interrupted_job_goes_on_with_the_rest(
 
     monkeypatch.setattr(job_module, "captioned", watched)
 
-    def interrupt(now: Progress) -> None:
-        if now.num_done > 20:
+    def interrupt(done: int, total: int, note: str = "") -> None:
+        if done > 20:
             raise Interrupted
 
     with pytest.raises(Interrupted):
@@ -87,7 +86,7 @@ def test_an_interrupted_job_goes_on_with_the_rest(
 
     captioned.clear()
     progress: list[int] = []
-    summary = run_caption_job(job, lambda now: progress.append(now.num_done))
+    summary = run_caption_job(job, lambda done, total, note="": progress.append(done))
     assert set(captioned) == set(range(NUM_ROWS)) - on_disk
     assert len(captioned) == NUM_ROWS - len(on_disk)
     assert progress[0] > len(on_disk) and progress[-1] == NUM_ROWS
@@ -103,8 +102,8 @@ def test_an_interrupted_job_goes_on_with_the_rest(
 
 
 def test_sigterm_keeps_what_is_done(ray_cluster: None, job: CaptionJob) -> None:
-    def terminate(now: Progress) -> None:
-        if now.num_done:
+    def terminate(done: int, total: int, note: str = "") -> None:
+        if done:
             os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.getsignal(signal.SIGTERM)

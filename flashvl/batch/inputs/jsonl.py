@@ -34,7 +34,7 @@ from flashvl.batch.inputs.rows import (
     as_text,
     resolve_path,
 )
-from flashvl.batch.inputs.source import IMAGES, Done, Source
+from flashvl.batch.inputs.source import IMAGES, Done, Source, describe_columns
 from flashvl.data.fetching import is_data_url
 from flashvl.data.limits import ImageLimits
 from flashvl.data.schema import ImageColumns, find_image_columns
@@ -96,15 +96,8 @@ class JsonLines(Source):
         return pa.schema([(name, pa.string()) for name in self.columns.kept])
 
     def describe(self) -> str:
-        columns = self.columns
-        parts = [f"image from field {columns.image}"]
-        made_of = f"file below {self.listing.root} and line"
-        parts.append(f"id from {f'field {columns.id}' if columns.id else made_of}")
-        if columns.prompt:
-            parts.append(f"prompt from field {columns.prompt}")
-        if columns.kept:
-            parts.append(f"kept {', '.join(columns.kept)}")
-        return f"JSON Lines: {', '.join(parts)}"
+        made_id = f"file below {self.listing.root} and line"
+        return describe_columns("JSON Lines", self.columns, "field ", made_id=made_id)
 
     def read(self, is_done: Done) -> ray.data.Dataset:
         return ray.data.from_arrow(as_blocks(list(self._pieces(is_done)), _PIECE)).map_batches(

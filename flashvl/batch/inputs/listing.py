@@ -103,9 +103,11 @@ def _match(location: Location, pattern: str) -> list[str]:
 
 def _beginning(path: str) -> str:
     """The folder above the first step that is a pattern, or above the file."""
-    steps = path.split("/")
-    first = next((n for n, step in enumerate(steps) if glob.has_magic(step) or "{" in step), -1)
-    return "/".join(steps[:first]) or "/"
+    segments = path.split("/")
+    first = next(
+        (n for n, segment in enumerate(segments) if glob.has_magic(segment) or "{" in segment), -1
+    )
+    return "/".join(segments[:first]) or "/"
 
 
 _BRACES = re.compile(r"\{([^{}]*(?:,|\.\.)[^{}]*)\}")

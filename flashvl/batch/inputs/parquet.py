@@ -14,14 +14,13 @@ import ray.data
 
 from flashvl.batch.inputs.listing import ListedFile, Listing
 from flashvl.batch.inputs.row_groups import PIECE, read_row_groups
-from flashvl.batch.inputs.source import Done, Source
+from flashvl.batch.inputs.rows import MAX_READ_TASKS
+from flashvl.batch.inputs.source import Done, Source, describe_columns
 from flashvl.data.schema import ImageColumns, find_image_columns
 from flashvl.data.storage import Location
 from flashvl.errors import ConfigError, one_line
 
 HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
-MAX_READ_TASKS = 512
-"""Row groups are read by so many tasks at most, several in one where there are more."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,15 +57,8 @@ class ParquetFiles(Source):
         return pa.schema([field.with_nullable(True) for field in fields])
 
     def describe(self) -> str:
-        columns = self.columns
-        parts = [f"image from column {columns.image}"]
-        made_of = f"file below {self.listing.root}, group and row"
-        parts.append(f"id from {f'column {columns.id}' if columns.id else made_of}")
-        if columns.prompt:
-            parts.append(f"prompt from column {columns.prompt}")
-        if columns.kept:
-            parts.append(f"kept {', '.join(columns.kept)}")
-        return f"Parquet: {', '.join(parts)}"
+        made_id = f"file below {self.listing.root}, group and row"
+        return describe_columns("Parquet", self.columns, "column ", made_id=made_id)
 
     def read(self, is_done: Done) -> ray.data.Dataset:
         pieces = list(self._pieces(is_done))
@@ -151,10 +143,10 @@ def read_footers(listing: Listing) -> list[ParquetFile]:
 
 def _partition(name: str) -> dict[str, str | None]:
     """The columns that the folders of a file's name tell, in Hive's way."""
-    steps = [step.partition("=") for step in name.split("/")[:-1]]
+    segments = [segment.partition("=") for segment in name.split("/")[:-1]]
     return {
         unquote(column): None if value == HIVE_NULL else unquote(value)
-        for column, separator, value in steps
+        for column, separator, value in segments
         if column and separator
     }
 

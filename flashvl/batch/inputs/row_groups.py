@@ -16,13 +16,10 @@ import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
 from flashvl.batch.inputs.columns import as_rows
+from flashvl.batch.inputs.rows import BYTES_PER_READ, ROWS_PER_READ
 from flashvl.data.schema import ImageColumns
 from flashvl.data.storage import Location
 from flashvl.errors import FlashVLError, one_line
-
-ROWS_PER_READ = 64
-"""Rows that a task holds at once, at most; fewer where they are large."""
-BYTES_PER_READ = 32 * 2**20
 
 PIECE = pa.schema(
     [

@@ -10,7 +10,7 @@ import ray.data
 from fsspec import AbstractFileSystem
 
 from flashvl.batch.inputs.listing import ListedFile, Listing
-from flashvl.data.schema import DEAD_LETTERS
+from flashvl.data.schema import DEAD_LETTERS, ImageColumns
 
 Done = npt.NDArray[np.bool_]
 """(rows of the input,): True where the output holds the row."""
@@ -62,3 +62,23 @@ class Source(ABC):
         `prompt`; perhaps `FAILURE`, of rows that are dead already; and, if any, `kept`, a struct of
         what goes through to the output.
         """
+
+
+def describe_columns(
+    kind: str, columns: ImageColumns, prefix: str, *, made_id: str, images: str | None = None
+) -> str:
+    """What a source reads from which columns.
+
+    Args:
+        kind: of its files.
+        prefix: what a column's name is written after: `column `, or a tar member's `.`.
+        made_id: what an id is made of where there is no column of ids.
+        images: where the images are from, if not from one column.
+    """
+    parts = [images or f"image from {prefix}{columns.image}"]
+    parts.append(f"id from {f'{prefix}{columns.id}' if columns.id else made_id}")
+    if columns.prompt:
+        parts.append(f"prompt from {prefix}{columns.prompt}")
+    if columns.kept:
+        parts.append(f"kept {', '.join(columns.kept)}")
+    return f"{kind}: {', '.join(parts)}"

@@ -36,7 +36,7 @@ from flashvl.batch.inputs.rows import (
     as_table,
     as_text,
 )
-from flashvl.batch.inputs.source import IMAGE, Done, Source
+from flashvl.batch.inputs.source import IMAGE, Done, Source, describe_columns
 from flashvl.data.limits import ImageLimits
 from flashvl.data.schema import ImageColumns, find_image_columns
 from flashvl.data.storage import Location
@@ -103,15 +103,9 @@ class TarFiles(Source):
         return pa.schema([(name, pa.string()) for name in self.columns.kept])
 
     def describe(self) -> str:
-        columns = self.columns
-        is_any = columns.image == ANY_IMAGE
-        parts = ["images" if is_any else f"images from members .{columns.image}"]
-        parts.append(f"id from {f'.{columns.id}' if columns.id else 'the key'}")
-        if columns.prompt:
-            parts.append(f"prompt from .{columns.prompt}")
-        if columns.kept:
-            parts.append(f"kept {', '.join(columns.kept)}")
-        return f"tars: {', '.join(parts)}"
+        is_any = self.columns.image == ANY_IMAGE
+        images = "images" if is_any else f"images from members .{self.columns.image}"
+        return describe_columns("tars", self.columns, ".", made_id="the key", images=images)
 
     def read(self, is_done: Done) -> ray.data.Dataset:
         return ray.data.from_arrow(as_blocks(list(self._pieces(is_done)), _PIECE)).map_batches(
@@ -185,9 +179,9 @@ def find_tars(
 
 def _heads(column: str) -> list[str]:
     """The members that may hold a column: `json.url` is one of its own, or a field of `json`."""
-    steps = column.split(".")
-    ends = [n for n, step in enumerate(steps[:-1], 1) if step == "json"]
-    return [column, *(".".join(steps[:end]) for end in ends)]
+    segments = column.split(".")
+    ends = [n for n, segment in enumerate(segments[:-1], 1) if segment == "json"]
+    return [column, *(".".join(segments[:end]) for end in ends)]
 
 
 def read_headers(location: Location, image: str | None, wanted: frozenset[str]) -> Tar:
