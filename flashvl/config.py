@@ -1,4 +1,4 @@
-"""Strict configuration: YAML file -> pydantic model, with dotted overrides of a command line."""
+"""Strict configuration: YAML file -> pydantic model, with dotted overrides from a command line."""
 
 import copy
 import difflib
@@ -13,13 +13,13 @@ from flashvl.errors import ConfigError, one_line
 
 
 class StrictModel(BaseModel):
-    """Base of everything that is read from a file or a command line: an unknown key is an error."""
+    """Base of all that is read from a file or a command line; an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 def pool_of(replicas: str) -> tuple[int, int]:
-    """The least and the most of `Replicas`."""
+    """The least and the greatest number of engines that `Replicas` allows."""
     least, _, most = replicas.partition(":")
     return int(least), int(most or least)
 
@@ -27,18 +27,18 @@ def pool_of(replicas: str) -> tuple[int, int]:
 def _is_a_range(replicas: str) -> str:
     least, most = pool_of(replicas)
     if most < least:
-        raise ValueError("must not begin with the greater number; write LEAST:MOST")
+        raise ValueError("must not begin with the greater number; write MIN:MAX")
     return replicas
 
 
 Replicas = Annotated[str, Field(pattern=r"^[1-9]\d*(:[1-9]\d*)?$"), AfterValidator(_is_a_range)]
-"""Engines: their number, or LEAST:MOST."""
+"""Engines: their number, or MIN:MAX."""
 
 Dtype = Literal["auto", "float32", "bfloat16"]
-"""Number format of a model that answers; `auto` is the machine's fastest, bfloat16 or float32."""
+"""Number format of a model for inference; `auto` is the machine's faster one."""
 
 DEFAULT_PROMPT = "Describe the image."
-"""Question that is asked about an image where the caller asks none."""
+"""Question about an image where the caller asks none."""
 
 ModelT = TypeVar("ModelT", bound=StrictModel)
 
@@ -46,14 +46,14 @@ ModelT = TypeVar("ModelT", bound=StrictModel)
 def load_config(
     model: type[ModelT], path: str | Path, overrides: Sequence[str] = (), **defaults: Any
 ) -> ModelT:
-    """Read the YAML file `path` into `model`; the later of defaults < file < overrides wins.
+    """Read the YAML file `path` into `model`; overrides win over the file, the file over defaults.
 
     Args:
-        overrides: `key=value` or `section.key=value`, the value as typed in YAML.
-        defaults: values for keys that the file may leave out.
+        overrides: `key=value` or `section.key=value`, with the value in YAML.
+        defaults: values of keys that the file leaves out.
 
     Raises:
-        ConfigError: no such file, not a mapping, an unknown key, or a value of the wrong type.
+        ConfigError: the file is missing or not a mapping, or a key or a value is wrong.
     """
     values = copy.deepcopy(defaults) | _read_yaml_mapping(Path(path))
     for override in overrides:
@@ -112,7 +112,7 @@ def _set_dotted(values: dict[str, Any], keys: list[str], value: Any) -> None:
 
 
 def _explain(model: type[BaseModel], error: ValidationError, names: Mapping[str, str]) -> str:
-    """The first problem in one line, with the nearest known name for an unknown key."""
+    """The first problem, in one line, with the nearest known name where a key is unknown."""
     problem = error.errors()[0]
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":

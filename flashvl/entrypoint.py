@@ -1,6 +1,6 @@
 """What every entry point does around its one library call: errors, Ray, progress.
 
-Heavy libraries are imported inside, so that `flashvl --help` answers at once.
+Heavy libraries are imported inside the functions, so that `flashvl --help` answers at once.
 """
 
 import logging
@@ -20,29 +20,29 @@ from flashvl.errors import ConfigError, FlashVLError
 from flashvl.progress import ShowProgress
 
 MIN_CPUS = 3
-"""Logical CPUs of a local Ray: a worker takes the two of a laptop, and data must still flow."""
+"""Logical CPUs of a local Ray, at least: a worker takes two, and reading data needs another."""
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",  # every model is a local folder
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # loading takes no time that one would watch
-    "TOKENIZERS_PARALLELISM": "false",  # Ray is what runs in parallel
-    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",  # ours never blocks
-    "RAY_SERVE_PROXY_USE_GRPC": "1",  # a piece of an answer for less than an object costs
-    "RAY_SERVE_LOG_TO_STDERR": "0",  # it is in files already
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # loading is too fast to watch
+    "TOKENIZERS_PARALLELISM": "false",  # Ray's processes already run in parallel
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",  # our deployments' code never blocks
+    "RAY_SERVE_PROXY_USE_GRPC": "1",  # sends pieces of answers faster than as objects
+    "RAY_SERVE_LOG_TO_STDERR": "0",  # the log is in files
 }
-"""Of this process and of the workers that a local Ray starts."""
+"""Environment variables of this process and of the workers that a local Ray starts."""
 EXTRAS = ("ray", "serve", "train", "bench", "heif")
-"""Extras of flashvl's package, those that bring least first."""
+"""Extras of flashvl's package, ordered by how much they install."""
 MIN_BAR, MAX_BAR = 10, 40
-"""Columns of a progress bar."""
+"""Columns that a progress bar takes, at least and at most."""
 PROGRESS_LINE_S = 10.0
-"""Seconds between two lines of progress where there is no terminal."""
+"""Seconds between two lines of progress where the output is not a terminal."""
 
 
 @contextmanager
 def report_errors() -> Iterator[None]:
-    """A `FlashVLError` becomes one line on stderr and exit status 2; sets `ENVIRONMENT` first.
+    """Print a `FlashVLError` as one line on stderr and exit with status 2; set `ENVIRONMENT` first.
 
-    So does a library that is not installed, if one of flashvl's extras brings it.
+    A library that is not installed is reported likewise if one of flashvl's extras installs it.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -66,14 +66,14 @@ def _end(message: str) -> NoReturn:
 
 
 MODULES = {"grpc": "grpcio", "multipart": "python-multipart", "starlette": "fastapi"}
-"""Modules whose names are not those of the distributions that bring them."""
+"""Distributions that install modules of another name."""
 
 
 def extra_that_brings(module: str) -> str | None:
-    """The extra of flashvl's that installs the module; None where no extra does."""
+    """The extra of flashvl that installs a module; None where no extra does."""
     top = module.partition(".")[0]
     distribution = canonicalize_name(MODULES.get(top, top))
-    # Ray's own parts are extras of Ray: `ray.serve` comes with another extra than `ray.data`.
+    # Parts of Ray are extras of Ray: `ray.serve` comes with another extra than `ray.data`.
     part = module.split(".")[1] if module.startswith("ray.") else ""
     for requirement in map(Requirement, requires("flashvl") or ()):
         if canonicalize_name(requirement.name) != distribution or requirement.marker is None:
@@ -89,28 +89,28 @@ def extra_that_brings(module: str) -> str | None:
 def start_ray(
     num_cpus: int | None = None, *, include_dashboard: bool = False, log_to_driver: bool = False
 ) -> None:
-    """Connect to the cluster of `RAY_ADDRESS`, as in a submitted job, else start a local Ray.
+    """Connect to the cluster at `RAY_ADDRESS`, as in a submitted job, or else start a local Ray.
 
     Args:
-        num_cpus: logical CPUs of a local Ray; by default the machine's, and at least `MIN_CPUS`.
-        include_dashboard: of a local Ray, for long runs; it takes seconds to start.
-        log_to_driver: show what workers print.
+        num_cpus: logical CPUs of a local Ray; by default the machine's, at least `MIN_CPUS`.
+        include_dashboard: start a local Ray with its dashboard, which takes seconds.
+        log_to_driver: show the output of workers.
 
     Raises:
         ConfigError: no cluster answers at `RAY_ADDRESS`.
     """
     address = os.environ.get("RAY_ADDRESS")
     if not address:
-        # Ray's C++ side puts things on the terminal that only its developers need.
+        # Ray's C++ part prints messages that only its developers need.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-        # OpenMP threads that spin while another process has their core slow a step down sevenfold;
-        # asleep, twofold. Commands that have the machine to themselves lose 40% by sleeping, so
-        # only what runs beside Ray's other processes does.
+        # While another process has their core, waiting OpenMP threads slow a step down sevenfold if
+        # they spin, twofold if they sleep. Commands that have the machine to themselves lose
+        # 40% by sleeping, so this is set only for those that run beside Ray's processes.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
-    # These tell of every execution, and warn that the progress bars are off: we show our own.
+    # These report every execution, and that Ray's progress bars are off; flashvl shows its own.
     logging.getLogger("ray.data._internal.execution.streaming_executor").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
     if address:
@@ -122,12 +122,14 @@ def start_ray(
                 "start it, or unset RAY_ADDRESS to use this machine"
             ) from None
         return
-    with _no_stderr():  # else the C++ side announces the level set above; failures are exceptions
+    with (
+        _no_stderr()
+    ):  # hides that the C++ part announces the level set above; failures are exceptions
         ray.init(
             address="local",
             num_cpus=num_cpus or max(MIN_CPUS, os.cpu_count() or 1),
             include_dashboard=include_dashboard,
-            # Errors only: what it warns of (a small /dev/shm, say) is no trouble at this size.
+            # Errors only: its warnings, as of a small /dev/shm, do not matter at this size.
             logging_level=logging.ERROR,
             log_to_driver=log_to_driver,
         )
@@ -135,7 +137,7 @@ def start_ray(
 
 @contextmanager
 def _no_stderr() -> Iterator[None]:
-    """Send what this process and its children write to the file descriptor 2 nowhere."""
+    """Discard what this process and its children write to the file descriptor 2."""
     sys.stderr.flush()
     saved = os.dup(2)
     try:
@@ -149,9 +151,10 @@ def _no_stderr() -> Iterator[None]:
 
 @contextmanager
 def show_progress(what: str) -> Iterator[ShowProgress]:
-    """A function of (done, total) and perhaps a note that draws a bar on stderr, or lines.
+    """Yield a `ShowProgress` that draws a bar on stderr, or prints lines where that is no terminal.
 
-    Lines now and then are for where there is no terminal.
+    Args:
+        what: name of the work, shown before the bar.
     """
     from rich.console import Console
     from rich.progress import (
@@ -183,7 +186,7 @@ def show_progress(what: str) -> Iterator[ShowProgress]:
 
 
 def _cut_note(note: str, room: int) -> str:
-    """Its first parts that fit."""
+    """The first figures of a note that fit into `room` columns."""
     while note and len(note) > room:
         note = note.rpartition(", ")[0]
     return note
@@ -193,7 +196,7 @@ def _print_lines(what: str) -> ShowProgress:
     next_s = time.monotonic() + PROGRESS_LINE_S
     began_s = 0.0
     first: int | None = None
-    """When something was done first, and what had been done until then, in earlier runs too."""
+    """What was done at the first call, by earlier runs, too; `began_s` is its time."""
 
     def on_progress(done: int, total: int, note: str = "") -> None:
         nonlocal next_s, began_s, first

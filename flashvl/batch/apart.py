@@ -1,5 +1,6 @@
-"""A job's input and output lie apart: else the next run would find its captions in the input, or a
-restart would remove what it is to read.
+"""The check that a job's input and output lie apart.
+
+Otherwise the next run would find its captions in the input, or a restart would remove the input.
 """
 
 import glob
@@ -19,26 +20,26 @@ WRITTEN = (
     "report.html",
     "_summary.json",
 )
-"""What a job leaves behind, of each kind one."""
+"""One file of each kind that a job writes."""
 
 Segments = tuple[str, ...]
 """A path or URI by its parts, the store first."""
 
 
 def check_apart(input: str, output: str) -> None:
-    """
+    """Refuse an input and an output of which one lies in the other, whatever they are called.
+
     Raises:
-        ConfigError: one lies in the other, by whatever names, or a glob takes in what the job
-            writes.
+        ConfigError: one lies in the other, or a glob matches files that the job writes.
     """
     source, target = locate(input), locate(output)
     if source.is_on_hub:
-        return  # no output is there
+        return  # where no output can be
     inner, outer = _segments(output, target), _segments(input, source)
     if _is_below(outer, inner):
         raise ConfigError(
-            f"input {input!r} lies in the output {output!r}, which a job keeps for itself; name"
-            " another output"
+            f"input {input!r} lies in the output {output!r}, which belongs to a job; name another"
+            " output"
         )
     if source.is_folder():
         is_found = _is_below(inner, outer)
@@ -58,7 +59,7 @@ def _is_below(place: Segments, root: Segments) -> bool:
 
 
 def _segments(text: str, location: Location) -> Segments:
-    """Links are followed, but for those behind the beginning of a glob."""
+    """Links are followed, except those after the beginning of a glob."""
     if location.is_local:
         folder, pattern = _split(location)
         path = posixpath.join(os.path.realpath(folder), pattern).rstrip("/")
@@ -70,7 +71,7 @@ def _segments(text: str, location: Location) -> Segments:
 
 
 def _split(location: Location) -> tuple[str, str]:
-    """The folder that a glob begins in, and the rest; the whole path where it is no glob."""
+    """The folder that a glob begins in, and the rest; the whole path where it is not a glob."""
     segments = location.path.split("/")
     is_there = location.is_folder() or location.is_file()
     first = next(

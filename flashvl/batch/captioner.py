@@ -1,7 +1,7 @@
 """Tiles -> captions, by an engine that an actor holds.
 
-Several calls are under way in an actor at once, and all their rows share the engine's batch, so
-that it stays full from one of Ray Data's blocks to the next.
+Several calls run in an actor at once, and their rows share the engine's batch, which so stays full
+from one of Ray Data's blocks to the next.
 """
 
 import asyncio
@@ -23,20 +23,23 @@ from flashvl.errors import CheckpointError, DataError
 from flashvl.model.loading import load_processor
 
 OCCUPANCY = pa.field("occupancy", pa.float32())
-"""The part of the engine's slots that was in use since its answer before; null if unknown."""
+"""Share of the engine's slots that was in use since its previous answer; null if unknown."""
 ANSWERED = pa.schema([*(field for field in CAPTIONS if field not in KEYS), *FAILURE, OCCUPANCY])
 CAPTIONED = pa.schema([*KEYS, *ANSWERED])
-"""And `kept`, if there is such a column. A row with neither caption nor step was not taken, as the
-job is to stop."""
+"""Columns of a captioned row, followed by `kept` where the input has that column. A row without a
+caption and a step was not taken, because the job must stop."""
 
 
 class OwnEngine:
-    """An engine of the actor's own."""
+    """An engine in the actor's own process."""
 
     def __init__(self, job: CaptionJob, engines_per_node: int):
         """
+        Args:
+            engines_per_node: engines that share the cores of a node without GPUs.
+
         Raises:
-            CheckpointError: the model will not do.
+            CheckpointError: the model cannot be loaded.
         """
         share_cores(engines_per_node)
         self.max_num_seqs = job.max_num_seqs
@@ -46,14 +49,15 @@ class OwnEngine:
         self._counted = (0, 0)
 
     async def complete(self, request: Request) -> Completion:
-        """
+        """Answer a request.
+
         Raises:
-            DataError: it cannot be answered.
+            DataError: the request cannot be answered.
         """
         return await self.async_engine.generate(request)
 
     def occupancy(self) -> float | None:
-        """The part of the slots that was in use, the mean since the last call; None if unknown."""
+        """Mean share of the slots that was in use since the last call; None if unknown."""
         steps, tokens = self.engine.num_decode_steps, self.engine.num_decoded_tokens
         steps_before, tokens_before = self._counted
         self._counted = steps, tokens
@@ -63,12 +67,16 @@ class OwnEngine:
 
 
 class Captioner:
-    """Held by an actor, has an engine or reaches some: rows of `tiling.TILED` -> `CAPTIONED`."""
+    """Rows of `decoding.TILED` -> rows of `CAPTIONED`, in an actor.
+
+    The actor has an engine of its own, or sends its rows to a running service.
+    """
 
     def __init__(self, *, job: CaptionJob, engines_per_node: int, gate: ActorHandle):
         """
         Args:
-            engines_per_node: that share the node's cores, where there are no GPUs.
+            engines_per_node: engines that share the cores of a node without GPUs.
+            gate: says whether more rows may be taken.
         """
         self.job, self.gate = job, gate
         schema = job.json_schema
@@ -81,8 +89,8 @@ class Captioner:
                 else ServedEngine(job.via_serve, load_processor(job.model))
             )
         except CheckpointError as error:
-            # What an actor raises while it starts reaches the driver only as text; held back until
-            # the first batch, it arrives as what it is.
+            # An error that an actor raises while it starts reaches the driver as text only; raised
+            # with the first batch, it keeps its class.
             self.engine = error
 
     async def __call__(self, rows: pa.Table) -> pa.Table:

@@ -61,8 +61,8 @@ class CaptionJob(StrictModel):
     """GPUs of each engine; with 0.5, two engines share a GPU, and 0 uses CPUs. By default one where
     the cluster has GPUs."""
     via_serve: str | None = None
-    """Serve application (flashvl) whose engines caption, when they have no online requests to
-    answer; `replicas` is then for how many engines' slots images are sent."""
+    """Serve application (flashvl) whose engines caption, after their online requests; `replicas`
+    then counts the actors that send images, each enough to fill an engine."""
     image_limits: ImageLimits = ImageLimits()
     """Sizes of images that are captioned; others become dead letters."""
     max_rows: PositiveInt | None = None
@@ -82,7 +82,9 @@ class CaptionJob(StrictModel):
         from flashvl.data.schema import IMAGE_MARKER  # with pyarrow, too heavy for a command line
 
         if IMAGE_MARKER in prompt:
-            raise ValueError(f"must not hold {IMAGE_MARKER}, which is put before it; leave it out")
+            raise ValueError(
+                f"must not hold {IMAGE_MARKER}, which is put before the prompt; leave it out"
+            )
         return prompt
 
     @field_validator("output")
@@ -91,7 +93,7 @@ class CaptionJob(StrictModel):
         if output.startswith("hf://"):
             raise ValueError(
                 "must not be on the hub, where each file is a commit; name another folder, and"
-                " upload it when it is whole"
+                " upload it when it is finished"
             )
         return output
 

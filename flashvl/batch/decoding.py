@@ -1,7 +1,7 @@
-"""Encoded images -> the tiles that the model takes, in CPU tasks. The encoded bytes end here.
+"""Encoded images -> the tiles that the model takes, in CPU tasks; no later step has the bytes.
 
-A row that cannot go on carries `FAILURE` from then on, and is passed through. Any other error than
-`DataError` is the machine's and leaves here as it is.
+A row that cannot be captioned carries `FAILURE` and is passed through. An error other than
+`DataError` is the machine's and is raised as it is.
 """
 
 import functools
@@ -28,8 +28,8 @@ from flashvl.model import FlashVLProcessor
 from flashvl.model.loading import load_processor
 
 TILED = pa.schema([("tiles", pa.large_binary()), ("counts", pa.list_(pa.int32())), *FAILURE])
-"""`tiles`: uint8 (tiles, 3, height, width) in C order, a fraction of what float pixels take;
-`counts`: tiles of each image."""
+"""Columns of a tiled row. `tiles`: uint8 (tiles, 3, height, width) in C order, which takes a
+fraction of the memory of float pixels; `counts`: number of tiles of each image."""
 
 
 def tile_images(
@@ -40,11 +40,11 @@ def tile_images(
     store: AbstractFileSystem,
     media_hosts: tuple[str, ...] = (),
 ) -> pa.Table:
-    """What a `Source` reads -> the same with `TILED` in place of the images.
+    """Rows that a `Source` has read -> the same rows with `TILED` in place of the images.
 
     Args:
-        store: where paths without a scheme are.
-        media_hosts: from which images are fetched, where a row has a URL.
+        store: file system of paths without a scheme.
+        media_hosts: hosts from which images may be fetched where a row has a URL.
     """
     processor = _processor(model)
     found = without_kept(rows).to_pylist()
@@ -55,7 +55,7 @@ def tile_images(
 
 
 def without_kept(rows: pa.Table) -> pa.Table:
-    """But for what only goes through, which need not become Python objects."""
+    """The rows without `kept`, whose values need not become Python objects."""
     return rows.drop_columns(["kept"]) if "kept" in rows.column_names else rows
 
 
@@ -91,14 +91,17 @@ def _tile_row(
 
 
 def failure(step: str, error: DataError) -> dict[str, str]:
-    """What `FAILURE` is to say: the class is that of the error that it came from, if from any."""
+    """The values of `FAILURE`; `error` is the class of the error that caused this one, if any."""
     cause = error.__cause__ or error.__context__ or error
-    reason = str(error).encode(errors="backslashreplace").decode()  # a path may be no text
+    reason = str(error).encode(errors="backslashreplace").decode()  # a path need not be text
     return {"step": step, "error": type(cause).__name__, "reason": reason}
 
 
 class ImageReader:
-    """The encoded images of rows that a `Source` read; those that have URLs are fetched at once."""
+    """The encoded images of rows that a `Source` has read.
+
+    Images at URLs are fetched at once, when the reader is made.
+    """
 
     def __init__(
         self,
@@ -120,10 +123,10 @@ class ImageReader:
             self._fetched = fetch_all(urls, fetcher, image_limits.max_image_bytes)
 
     def read(self, row: dict[str, Any]) -> Iterator[bytes | None]:
-        """A row's images, one at a time: in the row, in files, or from URLs.
+        """A row's images, one at a time, wherever they are: in the row, in files or at URLs.
 
         Raises:
-            DataError: one cannot be had, or there is none.
+            DataError: an image cannot be read, or the row has none.
         """
         images = _images(row)
         if not images:
@@ -146,7 +149,7 @@ class ImageReader:
 
 
 def _images(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """Of `source.IMAGE`; none where the row is dead, or has a list of none."""
+    """A row's images, each with `source.IMAGE`; none for a dead row, or one with an empty list."""
     if "images" in row:
         return row["images"] or []
     return [row]
@@ -154,5 +157,5 @@ def _images(row: dict[str, Any]) -> list[dict[str, Any]]:
 
 @functools.lru_cache(maxsize=1)
 def _processor(model: str) -> FlashVLProcessor:
-    """Loaded once a worker process, not once a task."""
+    """The model's processor, loaded once in each worker process, not once in each task."""
     return load_processor(model)

@@ -2,7 +2,7 @@
 
     read -> decode and tile (CPU tasks) -> caption (a pool of engines) -> Parquet
 
-It does not start Ray: the entry point does. The model is a path that every node sees.
+The entry point starts Ray, and the model is a path that every node sees.
 """
 
 import hashlib
@@ -60,25 +60,25 @@ from flashvl.progress import ShowProgress, ignore_progress
 logger = logging.getLogger(__name__)
 
 MIN_ROWS_OF_RATE = 1000
-"""The share of dead letters is taken of so many rows at least, so that ten bad photographs of a
-small folder are no reason to stop."""
+"""Rows of which the share of dead letters is taken at least, so that ten bad photographs in a small
+folder do not stop the job."""
 
 
 class Summary(StrictModel):
-    """The closing audit, as in `_summary.json`: `input == written + dead`."""
+    """The closing audit, as written to `_summary.json`: `input == written + dead`."""
 
     input: int
-    """Rows in the input, by its Parquet footers or its list of files; or `max_rows`."""
+    """Rows in the input, as counted before the job started, or `max_rows`."""
     written: int
     """Rows in the files of captions."""
     dead: int
     """Rows in the files of dead letters."""
     duplicate_ids: int
-    """Rows whose id an earlier one has, by a hash of 64 bits; `row` tells them apart."""
+    """Rows with the id of an earlier row, by a hash of 64 bits; `row` tells them apart."""
     seconds: float
-    """From the call to the last row on disk; of the run that finished the job."""
+    """Seconds that the run that finished the job took until its last row was on disk."""
     images_per_s: float
-    """Rows a second, those left out that an earlier run had done."""
+    """Rows that this last run answered each second."""
     model: str
     prompt: str
     max_new_tokens: int
@@ -86,23 +86,23 @@ class Summary(StrictModel):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """A job whose input, model and output will do."""
+    """A captioning job whose input, model and output have been checked."""
 
     job: CaptionJob
     source: Source
     output: Location
     fingerprint: Fingerprint
-    """What decides the captions."""
+    """Everything that decides the captions."""
     known: list[ListedFile]
-    """Files whose rows the output is of, captioned or not: the first of the source's."""
+    """The source's first files: those whose rows the output already covers."""
 
     @property
     def num_rows(self) -> int:
-        """To caption: those of the input, or its first ones."""
+        """Number of rows to caption: all rows of the input, or its first `max_rows`."""
         return min(self.source.num_rows, self.job.max_rows or self.source.num_rows)
 
     def describe(self) -> dict[str, str | int]:
-        """What would be done, and what has been."""
+        """The plan for people: what is to be captioned, and how many rows are done."""
         num_done = 0
         if has_begun(self.output) and not self.job.restart:
             num_done = sum(OutputTable(self.output / name).count_rows() for name in TABLES)
@@ -125,7 +125,7 @@ class Plan:
         return "\n".join(f"{name:<16}{value}" for name, value in self.describe().items())
 
     def finished_summary(self) -> Summary | None:
-        """The closing audit of a job that has been done; None where anything is left to do."""
+        """The closing audit of a finished job; None where rows are left to caption."""
         file = self.output / SUMMARY
         if self.job.restart or not file.is_file():
             return None
@@ -134,11 +134,11 @@ class Plan:
 
 
 def check_caption_job(job: CaptionJob) -> Plan:
-    """What can be refused without Ray; an entry point that calls it first starts none in vain.
+    """Check everything that can be checked without Ray, so that a wrong job does not start it.
 
     Raises:
-        ConfigError: input or output will not do; nothing was started or created.
-        CheckpointError: the model will not do.
+        ConfigError: the input, the output or an option is wrong; nothing was started or created.
+        CheckpointError: the model cannot be loaded.
     """
     check_apart(job.input, job.output)
     output = locate(job.output)
@@ -173,7 +173,7 @@ def check_caption_job(job: CaptionJob) -> Plan:
         "input": hash_listed(source.files),
     }
     if goes_on:
-        check_same(output, fingerprint, but_for=GROWING)
+        check_same(output, fingerprint, may_differ=GROWING)
         check_files(output, known, source.files, may_grow=job.append)
     return Plan(job=job, source=source, output=output, fingerprint=fingerprint, known=known)
 
@@ -181,15 +181,15 @@ def check_caption_job(job: CaptionJob) -> Plan:
 def run_caption_job(job: CaptionJob, on_progress: ShowProgress = ignore_progress) -> Summary:
     """Caption every row of the input; a row that cannot be captioned becomes a dead letter.
 
-    Where the output holds a part of the same job already, only the rest is captioned. SIGTERM stops
-    the job when the rows that the engines have begun are on disk.
+    Where the output holds a part of the same job already, only the rest is captioned. After
+    SIGTERM the job stops as soon as the rows that the engines have taken are on disk.
 
     Args:
-        on_progress: called on the driver as captions arrive.
+        on_progress: called on the driver as captions arrive, with `progress.Rates` as its note.
 
     Raises:
-        ConfigError: input or output will not do; nothing was started or created.
-        CheckpointError: the model will not do.
+        ConfigError: the input, the output or an option is wrong; nothing was started or created.
+        CheckpointError: the model cannot be loaded.
         FlashVLError: too many rows are dead letters; the disk is full; the audit failed, so that
             rows are missing or doubled; or SIGTERM came.
     """
@@ -197,7 +197,7 @@ def run_caption_job(job: CaptionJob, on_progress: ShowProgress = ignore_progress
 
 
 def run_plan(plan: Plan, on_progress: ShowProgress = ignore_progress) -> Summary:
-    """As `run_caption_job`, for a job that was checked."""
+    """Run a job that was checked; see `run_caption_job`."""
     started_s = time.monotonic()
     job = plan.job
     if (summary := plan.finished_summary()) is not None:
@@ -210,7 +210,7 @@ def run_plan(plan: Plan, on_progress: ShowProgress = ignore_progress) -> Summary
         if job.restart:
             remove_rows(plan.output)
         claim(plan.output, plan.fingerprint, plan.source.files, plan.known)
-        (plan.output / SUMMARY).remove()  # of the first rows, as a trial captioned them
+        (plan.output / SUMMARY).remove()  # written by a trial, about the first rows only
         output = OutputFolder(plan.output, plan.source.num_rows, plan.source.kept)
         num_found = output.num_done
         if num_found > plan.num_rows:
@@ -247,8 +247,8 @@ def run_plan(plan: Plan, on_progress: ShowProgress = ignore_progress) -> Summary
 def _caption_rest(plan: Plan, output: OutputFolder, on_progress: ShowProgress) -> None:
     """Caption the rows that `output` does not hold.
 
-    Ray runs what a lost machine took with it again, and now and then loses track; so this counts,
-    and begins anew with the rows that did not come.
+    Ray repeats what was lost with a machine, but sometimes misses rows; so this counts the rows and
+    starts again with those that did not come.
     """
     meter = Meter()
     is_left_out = np.arange(len(output.is_done)) >= plan.num_rows
@@ -278,7 +278,7 @@ def _caption_once(
             rates = meter.read(num_dead=output.num_dead)
             on_progress(output.num_done, plan.num_rows, str(rates))
             if stop.is_asked:
-                output.flush()  # who stops a job may not wait for long
+                output.flush()  # the machine may be taken away at any moment
             if stop.is_over(num_answered):
                 break
         if stop.is_asked and output.num_done < plan.num_rows:
@@ -301,8 +301,8 @@ def _check_error_rate(plan: Plan, output: OutputFolder) -> None:
         output.flush()
         raise FlashVLError(
             f"{output.num_dead} of {num_done} rows are dead letters, more than max_error_rate"
-            f" ({rate:g}) allows: {_example(output)}; mend the input or the options and give"
-            " --restart, or go on with a greater --max-error-rate"
+            f" ({rate:g}) allows: {_example(output)}; correct the input or the options and"
+            " give --restart, or resume with a greater --max-error-rate"
         )
 
 
@@ -314,10 +314,11 @@ def _example(output: OutputFolder) -> str:
 
 
 def _check_prompt(job: CaptionJob) -> None:
-    """
+    """Check that a prompt and its caption fit into the model's longest conversation.
+
     Raises:
-        ConfigError: no row could be asked it.
-        CheckpointError: the model has no usable processor.
+        ConfigError: the prompt and `max_new_tokens` are too long together.
+        CheckpointError: the model's processor cannot be loaded.
     """
     processor = load_processor(job.model)
     config = FlashVLConfig.from_pretrained(resolve_checkpoint(job.model))
@@ -327,14 +328,14 @@ def _check_prompt(job: CaptionJob) -> None:
     if num_tokens + job.max_new_tokens > longest:
         raise ConfigError(
             f"prompt of {num_tokens} tokens and max_new_tokens={job.max_new_tokens} exceed"
-            f" the model's {longest}; shorten the one or lower the other"
+            f" the model's {longest}; shorten the prompt or lower max_new_tokens"
         )
 
 
 def _check_schema(job: CaptionJob) -> None:
     """
     Raises:
-        ConfigError: no caption could be valid under it, or it is too much.
+        ConfigError: no caption can be valid under the schema, or it is too large.
     """
     if job.json_schema is not None:
         try:
@@ -344,7 +345,7 @@ def _check_schema(job: CaptionJob) -> None:
 
 
 def _hash_schema(schema: str | None) -> str:
-    """Of what it says, not of its white space."""
+    """A hash of the schema's content, whatever its white space."""
     if schema is None:
         return "none"
     return hashlib.blake2b(json.dumps(json.loads(schema)).encode(), digest_size=16).hexdigest()

@@ -1,6 +1,6 @@
-"""Columns that only go through, from the input to the output.
+"""Columns that are copied from the input to the output.
 
-On their way they are one column, in plain types, as Ray Data knows but those.
+On their way they are one column of plain types, the only ones that Ray Data knows.
 """
 
 import pyarrow as pa
@@ -12,7 +12,7 @@ from flashvl.errors import ConfigError, one_line
 
 
 def bundle(columns: pa.Table) -> pa.StructArray:
-    """Columns -> one. What is no UTF-8 in a text is U+FFFD from here on: no reader takes it."""
+    """Columns -> one. Text that is not UTF-8, which no reader accepts, becomes U+FFFD there."""
     parts = []
     for column in columns.columns:
         part = pa.concat_arrays(to_plain(column).chunks or [pa.array([], plain_type(column.type))])
@@ -23,15 +23,16 @@ def bundle(columns: pa.Table) -> pa.StructArray:
 
 
 def unbundle(column: pa.ChunkedArray, schema: pa.Schema) -> pa.Table:
-    """What `bundle` made -> the columns again, of the types that they had."""
+    """The column that `bundle` made -> the columns again, of the types in `schema`."""
     whole = pa.concat_arrays(column.chunks or [pa.array([], column.type)])
     return pa.table(whole.flatten(), names=[field.name for field in column.type]).cast(schema)
 
 
 def check_keepable(schema: pa.Schema, source: str) -> None:
-    """
+    """Refuse columns whose values would reach the output changed.
+
     Raises:
-        ConfigError: values of a column's type would not arrive as they are.
+        ConfigError: a column's type cannot be kept.
     """
     for field in schema:
         field = field.with_nullable(True)
@@ -58,9 +59,9 @@ def check_keepable(schema: pa.Schema, source: str) -> None:
 def _check_views(column_type: pa.DataType) -> None:
     """
     Raises:
-        TypeError: there is a list view in it, which Ray Data does not send to another process.
+        TypeError: the type holds a list view, which Ray Data cannot send to another process.
     """
     if types.is_list_view(column_type) or types.is_large_list_view(column_type):
-        raise TypeError("Ray Data takes no list views; write it as a list")
+        raise TypeError("Ray Data cannot send list views; write it as a list")
     for number in range(column_type.num_fields):
         _check_views(column_type.field(number).type)

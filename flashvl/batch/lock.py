@@ -1,8 +1,8 @@
-"""One job at a time on an output.
+"""A lock that keeps an output to one job at a time.
 
-On a local disk the kernel locks a file, and lets it go with the process. A store has no locks, and
-its clock is not ours: there the file is a lease, which its holder writes anew all the time, and
-which another takes over once it has watched it not change for `EXPIRES_S`.
+On a local disk the kernel locks a file, and unlocks it when the process ends. An object store has
+no locks, and its clock may differ: there the file is a lease. Its holder writes it anew every
+`RENEW_S`; another job takes it over after seeing it unchanged for `EXPIRES_S`.
 """
 
 import contextlib
@@ -23,17 +23,20 @@ logger = logging.getLogger(__name__)
 
 LOCK = "_lock"
 RENEW_S = 5.0
+"""Seconds after which a lease's holder writes it anew."""
 EXPIRES_S = 30.0
+"""Seconds without a change after which a lease may be taken over."""
 SETTLE_S = 2.0
-"""Of two that found no lease at once, the one that wrote last has it: longer than a write takes."""
+"""Seconds, longer than a write takes, after which a new lease is certain: of two jobs that wrote it
+at once, the later holds it."""
 
 
 @contextmanager
 def held(folder: Location) -> Iterator[None]:
-    """Make `folder` and keep other jobs from it, until this process ends, however it does.
+    """Make `folder` and keep other jobs off it, at the longest until this process ends or dies.
 
     Raises:
-        ConfigError: another process runs a job on it, or it cannot be written.
+        ConfigError: another process runs a job on the folder, or it cannot be written.
     """
     with ExitStack() as stack:
         try:
@@ -82,16 +85,16 @@ def _leased(lock: Location) -> Iterator[None]:
     finally:
         ended.set()
         renewing.join()
-        with contextlib.suppress(OSError):  # what the job wrote is there all the same
+        with contextlib.suppress(OSError):  # an old lease does no harm to what the job wrote
             if _is_of(owner, lock):
                 lock.remove()
 
 
 def _wait_for(lock: Location) -> None:
-    """Until there is no lease, or it has expired: a job that was killed is soon gone on with.
+    """Wait until there is no lease or it has expired, as that of a killed job does.
 
     Raises:
-        _HeldError: its holder lives.
+        _HeldError: the lease's holder renews it.
     """
     found = _read(lock)
     deadline_s = time.monotonic() + EXPIRES_S
@@ -104,7 +107,11 @@ def _wait_for(lock: Location) -> None:
 
 
 def _renew(lock: Location, owner: str, ended: threading.Event) -> None:
-    """Until the job has ended; stop it where the store was away for so long that another began."""
+    """Renew the lease until the job has ended.
+
+    Where the store did not answer for longer than the lease lasts, and another job has taken over,
+    stop this job.
+    """
     while not ended.wait(RENEW_S):
         with contextlib.suppress(OSError):
             if not _is_of(owner, lock):

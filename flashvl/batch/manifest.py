@@ -1,10 +1,10 @@
-"""What decides a job's captions, kept beside them: a job goes on only as it began.
+"""The record of everything that decides a job's captions, so that it resumes only unchanged.
 
 _manifest.json          written first, before any row
 _files-HASH.parquet     the input's files in the order of their rows; HASH is the manifest's `input`
 
-An input may grow by files: theirs are the rows behind those that were there. The manifest is what
-says so, in one write, as it names the list of files that holds.
+An input may grow by files, whose rows follow those that were there. As the manifest names the list
+of files that counts, writing it adds all the new files at once.
 """
 
 import hashlib
@@ -24,16 +24,16 @@ MANIFEST = "_manifest.json"
 FILES = "_files-"
 
 Fingerprint = dict[str, str | int | float]
-"""By name: settings as they are, contents as their hash."""
+"""What decides the captions, by name: settings as they are, contents as hashes."""
 
 GROWING = ("input", "num_rows")
-"""What of a fingerprint changes where the input has grown."""
+"""Names in a fingerprint whose values change when the input grows."""
 
 _FILE = pa.schema([("path", pa.binary()), ("size", pa.int64()), ("stamp", pa.string())])
 
 
 def hash_listed(files: Sequence[ListedFile]) -> str:
-    """Of all files' paths, sizes and stamps: nobody reads 50 million images first."""
+    """A hash of the files' paths, sizes and stamps; reading 50 million images takes too long."""
     whole = hashlib.blake2b(digest_size=16)
     for file in files:
         line = f"{file.path}\0{file.size}\0{file.stamp}\n"
@@ -42,7 +42,7 @@ def hash_listed(files: Sequence[ListedFile]) -> str:
 
 
 def has_begun(folder: Location) -> bool:
-    """`folder` holds a job's output, finished or not."""
+    """Whether `folder` holds a job's output, finished or not."""
     return (folder / MANIFEST).is_file()
 
 
@@ -65,14 +65,14 @@ def read_files(folder: Location) -> list[ListedFile]:
 def check_files(
     folder: Location, known: Sequence[ListedFile], files: Sequence[ListedFile], may_grow: bool
 ) -> None:
-    """See that the files that a job knows are there as they were.
+    """Check that the files that a job knows are there, unchanged.
 
     Args:
-        files: those of the input as it is now.
-        may_grow: others may be there, too.
+        files: the input's files now.
+        may_grow: the input may have further files.
 
     Raises:
-        ConfigError: naming one that is not.
+        ConfigError: a file is missing, changed or new; the error names it.
     """
     now = {file.path: file for file in files}
     for file in known:
@@ -96,19 +96,21 @@ def check_files(
         )
 
 
-def check_same(folder: Location, fingerprint: Fingerprint, but_for: Sequence[str] = ()) -> None:
-    """Refuse to go on with another job than the one that `folder` holds.
+def check_same(folder: Location, fingerprint: Fingerprint, may_differ: Sequence[str] = ()) -> None:
+    """Refuse to resume the job in `folder` as another job.
 
     Args:
-        but_for: names that may differ.
+        may_differ: names whose values may differ.
 
     Raises:
-        ConfigError: naming what differs, with both values.
+        ConfigError: the fingerprints differ; the error names where, with both values.
     """
     stored = _read(folder)
     names = [*fingerprint, *(name for name in stored if name not in fingerprint)]
     differing = [
-        name for name in names if stored.get(name) != fingerprint.get(name) and name not in but_for
+        name
+        for name in names
+        if stored.get(name) != fingerprint.get(name) and name not in may_differ
     ]
     if differing:
         told = "; ".join(
@@ -127,14 +129,14 @@ def claim(
     files: Sequence[ListedFile],
     known: Sequence[ListedFile] = (),
 ) -> None:
-    """Say what the captions of `folder`, which is held, are made of, or see that it is the same.
+    """Write the manifest of `folder`, whose lock this job holds, or check that it is the same.
 
     Args:
-        files: the input's, of which `fingerprint` has the hash.
-        known: those that the manifest named when the job was checked; the others are to be added.
+        files: the input's files, whose hash `fingerprint` has.
+        known: files that the manifest named when the job was checked; the others are added to it.
 
     Raises:
-        ConfigError: as `check_same`; or another job added files meanwhile.
+        ConfigError: the folder holds another job, or another job has added files meanwhile.
     """
     if has_begun(folder):
         has_grown = _read(folder).get("input") == hash_listed(known)
@@ -142,7 +144,7 @@ def claim(
     list_name = f"{FILES}{fingerprint['input']}.parquet"
     if not has_begun(folder) or len(files) > len(known):
         _write(folder, list_name, fingerprint, files)
-    _remove_lists(folder, but_for=list_name)
+    _remove_lists(folder, except_for=list_name)
 
 
 def _write(
@@ -160,14 +162,14 @@ def _write(
 
 
 def remove(folder: Location) -> None:
-    """Remove what says what the captions of `folder` are made of."""
+    """Remove the manifest of `folder` and its lists of files."""
     (folder / MANIFEST).remove()
     _remove_lists(folder)
 
 
-def _remove_lists(folder: Location, but_for: str = "") -> None:
+def _remove_lists(folder: Location, except_for: str = "") -> None:
     for name in folder.names():
-        if name.startswith(FILES) and name != but_for:
+        if name.startswith(FILES) and name != except_for:
             (folder / name).remove()
 
 

@@ -1,4 +1,4 @@
-"""What a captioning job leaves behind in its output folder.
+"""The output folder of a captioning job.
 
     _manifest.json, _files-*      written first: see `flashvl.batch.manifest`
     captions/part-*.parquet       schema CAPTIONS, and the columns that are kept
@@ -6,9 +6,9 @@
     report.html                   see `flashvl.batch.report`
     _summary.json                 written last: a folder without it is not finished
 
-One process writes, and each row once, whatever Ray runs twice. A file is there when it is whole, so
-that whatever reads the folder sees whole rows only, and a job that was killed goes on behind what
-it holds.
+One process writes, and writes each row once, whatever Ray runs twice. A file gets its name when it
+is complete: readers of the folder see whole rows only, and a killed job resumes after the rows that
+are there.
 """
 
 import json
@@ -34,9 +34,9 @@ from flashvl.data.storage import UNFINISHED, Location
 from flashvl.errors import ConfigError, FlashVLError
 
 BYTES_PER_FILE = 64 * 2**20
-"""Of a file's rows in memory; as Parquet they are fewer."""
+"""Bytes in memory of the rows that make a file; as Parquet they are fewer."""
 SECONDS_PER_FILE = 60.0
-"""No row waits longer for its file: so much work a killed job loses, and what is in flight."""
+"""Seconds for which a row waits for its file at most; a killed job loses the rows that wait."""
 SUMMARY = "_summary.json"
 REPORT = "report.html"
 TABLES = ("captions", "dead_letters")
@@ -44,18 +44,18 @@ TABLES = ("captions", "dead_letters")
 
 
 class OutputFolder:
-    """An output folder that is being filled with the rows of an input."""
+    """An output folder while a job writes to it."""
 
     def __init__(self, folder: Location, num_rows: int, kept: pa.Schema):
-        """Make the folder and what is in it; what a killed job left unfinished is removed.
+        """Make the folder with its two tables, and remove files that a killed job left unfinished.
 
         Args:
-            num_rows: of the input.
-            kept: columns that go through from it.
+            num_rows: rows of the input.
+            kept: columns that are copied from the input.
 
         Raises:
-            ConfigError: it cannot be made or written to.
-            FlashVLError: a row is in it twice, or is none of the input's.
+            ConfigError: the folder cannot be made or written to.
+            FlashVLError: the folder holds a row twice, or one that the input does not have.
         """
         self.folder, self.kept = folder, kept
         self.captions = OutputTableWriter(folder / "captions", pa.schema([*CAPTIONS, *kept]))
@@ -74,14 +74,14 @@ class OutputFolder:
             ) from None
         self.is_done: Done = np.zeros(num_rows, bool)
         self.num_done = self.num_dead = 0
-        """Of `is_done` those that are set, and those that are dead; on disk or waiting for it."""
+        """Rows that are done, and dead letters among them; on disk or waiting for their file."""
         self.audit()
 
     def audit(self) -> None:
-        """Count anew what is in the files.
+        """Count the rows in the files.
 
         Raises:
-            FlashVLError: a row is in the files twice, or is none of the input's.
+            FlashVLError: the files hold a row twice, or one that the input does not have.
         """
         num_rows = len(self.is_done)
         self.is_done[:] = False
@@ -106,7 +106,7 @@ class OutputFolder:
         self.num_done = self.captions.num_rows + self.num_dead
 
     def count_duplicate_ids(self) -> int:
-        """Rows whose id an earlier one has, by a hash of 64 bits: 8 bytes a row."""
+        """Number of rows with the id of an earlier row, by a 64-bit hash; takes 8 bytes a row."""
         hashes = [
             pd.util.hash_array(ids[pd.notna(ids)], categorize=False)
             for table in self._tables
@@ -115,12 +115,12 @@ class OutputFolder:
         return sum(map(len, hashes)) - len(np.unique(np.concatenate(hashes)))
 
     def write(self, rows: pa.Table) -> pa.Table:
-        """Take rows of `captioner.CAPTIONED`; returns those that are not there already.
+        """Take rows of `captioner.CAPTIONED`; returns those that were not taken before.
 
-        They are on disk at the latest after `flush`.
+        They are on disk after `flush` at the latest.
 
         Raises:
-            FlashVLError: the disk is full, or the folder cannot be written any more.
+            FlashVLError: the disk is full, or the folder can no longer be written.
         """
         places = rows["row"].to_numpy()
         _, firsts = np.unique(places, return_index=True)
@@ -136,7 +136,7 @@ class OutputFolder:
         return rows
 
     def _with_kept(self, rows: pa.Table) -> pa.Table:
-        """The last step of all, as rows cannot be taken of columns of every type."""
+        """The rows with their kept columns, added last as Arrow cannot `take` every type."""
         if "kept" not in rows.column_names:
             return rows
         kept = unbundle(rows["kept"], self.kept)
@@ -145,20 +145,20 @@ class OutputFolder:
         return rows
 
     def flush(self) -> None:
-        """Write what waits for its file.
+        """Write the rows that wait for their file.
 
         Raises:
-            FlashVLError: as `write`.
+            FlashVLError: the disk is full, or the folder can no longer be written.
         """
         with self._told_when_full():
             for table in self._tables:
                 table.flush()
 
     def finish_rows(self) -> None:
-        """Write the last rows, and count all again: every row of the input is there, once.
+        """Write the last rows, and count those in the files again.
 
         Raises:
-            FlashVLError: it is not so.
+            FlashVLError: as from `write` and `audit`.
         """
         self.flush()
         with self._told_when_full():
@@ -167,7 +167,7 @@ class OutputFolder:
         self.audit()
 
     def finish(self, report: str, summary: str) -> None:
-        """Write the report and the summary, which says that the folder is whole."""
+        """Write the report, and then the summary, which marks the folder as finished."""
         with self._told_when_full():
             (self.folder / REPORT).write(report.encode())
             (self.folder / SUMMARY).write(summary.encode())
@@ -278,24 +278,24 @@ class OutputTableWriter(OutputTable):
 
 
 SPAN = "flashvl.span"
-"""In a file's metadata: when the file before it was written, and when it was."""
+"""Key in a file's metadata: when the previous file was written, and when this one."""
 
 
 def written_between(footer: pq.FileMetaData) -> tuple[float, float]:
-    """When the rows of a file came, in seconds since 1970."""
+    """The time in which the rows of a file came, from and to, in seconds since 1970."""
     span = json.loads(footer.metadata[SPAN.encode()])
     return span["start_s"], span["end_s"]
 
 
 def check_output(folder: Location) -> None:
-    """Refuse an output folder that holds anything but a job's output; it need not exist.
+    """Refuse an output that is a file, or a folder with anything other than a job's output.
 
     Raises:
-        ConfigError: it is a file, or not empty.
+        ConfigError: the output cannot be used; a folder that does not exist can.
     """
     if folder.is_file():
         raise ConfigError(f"output {folder} is a file; name a folder")
-    ours = (LOCK, UNFINISHED, FILES)  # what a job leaves that was killed before its manifest
+    ours = (LOCK, UNFINISHED, FILES)  # may be left by a job that was killed before its manifest
     names = [name for name in folder.names() if not name.startswith(ours)]
     if names and not has_begun(folder):
         raise ConfigError(
@@ -305,7 +305,7 @@ def check_output(folder: Location) -> None:
 
 
 def remove_rows(folder: Location) -> None:
-    """Remove what an earlier job left; first what says that its rows are all there."""
+    """Remove what an earlier job wrote, first the summary that marks it as finished."""
     for name in (SUMMARY, REPORT):
         (folder / name).remove()
     for table in TABLES:

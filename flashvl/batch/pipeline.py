@@ -1,7 +1,7 @@
 """The rows of a source, read, cut into tiles and captioned by Ray Data, wherever there is room.
 
-An encoded image goes from the task that reads it to the one that decodes it, its tiles from there
-to an engine, as uint8; nothing decoded goes further.
+An encoded image is sent from the task that reads it to the task that decodes it, and its tiles, as
+uint8, from there to an engine.
 """
 
 import functools
@@ -25,13 +25,13 @@ from flashvl.errors import ConfigError, FlashVLError
 from flashvl.model.loading import SHIPPED, resolve_checkpoint
 
 ROWS_PER_TASK = 128
-"""Rows that one CPU task decodes and tiles: a second's work, and what a lost worker costs."""
+"""Rows that one CPU task decodes and tiles, in about a second; a lost worker costs one task."""
 BLOCKS_PER_ENGINE = 2
-"""Blocks that fill an engine's slots: fewer cost Ray less, more show progress sooner."""
+"""Blocks that fill an engine's slots; fewer cost Ray less time, more show progress sooner."""
 CALLS_PER_ENGINE = 4
-"""Blocks that an engine has at once: those that fill it, and some that wait."""
+"""Blocks that an engine has at once: those that fill its slots, and some that wait."""
 CALLS_AHEAD = 2
-"""Blocks on their way to an engine that has all its calls."""
+"""Blocks that are sent to an engine ahead of its calls."""
 
 
 def check_pool(job: CaptionJob) -> None:
@@ -65,15 +65,15 @@ def _engine_options(job: CaptionJob) -> dict[str, Any]:
 def captioned(
     job: CaptionJob, source: Source, is_done: Done, gate: ActorHandle
 ) -> Generator[pa.Table, None, None]:
-    """The rows of `source` that are not done, as they are: tables of `captioner.CAPTIONED`.
+    """The rows of `source` that are not done, captioned: tables of `captioner.CAPTIONED`.
 
-    A row may come twice where a machine was lost, or not at all: the caller counts.
+    Where a machine was lost, a row may come twice or not at all; the caller counts.
 
     Raises:
-        Exception: what a step raised, as it was raised there, save `DataError`.
+        Exception: the error of a step, other than `DataError`, as it was raised there.
     """
     folder = resolve_checkpoint(job.model)
-    # A shipped model is found by its name in whatever folder a node has the package in.
+    # A shipped model goes by its name: nodes may have the package in different folders.
     model = folder.name if folder.parent == SHIPPED else str(folder.absolute())
     job = job.model_copy(update={"model": model})
     rows_per_block = max(job.max_num_seqs // BLOCKS_PER_ENGINE, 1)
@@ -81,7 +81,7 @@ def captioned(
     num_nodes = sum(node["Alive"] for node in ray.nodes())
     rows = (
         source.read(is_done)
-        # A table may be one row group of any length, which one task would decode alone.
+        # Otherwise one task would decode a whole row group, however long.
         .repartition(target_num_rows_per_block=ROWS_PER_TASK)
         .map_batches(
             functools.partial(
@@ -94,8 +94,8 @@ def captioned(
             batch_size=rows_per_block,
             batch_format="pyarrow",
         )
-        # Cuts the task's output, so that a block is captioned while the next is decoded; and keeps
-        # Ray from fusing the decoding into the engine's actor, as it does where neither has a GPU.
+        # Cuts the task's output, so that a block is captioned while the next is decoded, and keeps
+        # Ray from running the decoding inside the engine's actor, where neither has a GPU.
         .repartition(target_num_rows_per_block=rows_per_block)
         .map_batches(
             Captioner,
@@ -115,8 +115,8 @@ def captioned(
             **_engine_options(job),
         )
     )
-    # Another engine when blocks wait for those that are there. Ray's own threshold is more than an
-    # engine is ever sent, so that the pool would stay as small as it began.
+    # Add an engine when blocks wait for the present ones. Ray's own threshold is higher than an
+    # engine's load ever is: the pool would never grow.
     scaling = rows.context.autoscaling_config
     scaling.actor_pool_util_upscaling_threshold = 1 + CALLS_AHEAD / CALLS_PER_ENGINE / 2
     rows.context.enable_progress_bars = False
@@ -126,6 +126,6 @@ def captioned(
         yield from rows.iter_batches(batch_size=None, batch_format="pyarrow")
     except RayTaskError as error:
         if isinstance(error.cause, FlashVLError):
-            # Ray puts advice of its own below the message.
+            # Ray appends advice of its own to the message.
             raise type(error.cause)(str(error.cause).splitlines()[0]) from None
         raise

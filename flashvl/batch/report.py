@@ -1,4 +1,4 @@
-"""A finished job's report: one HTML file that needs no other.
+"""A finished job's report, one self-contained HTML file.
 
 Totals, speed over time, lengths, a sample of pictures with their captions, dead letters by reason.
 """
@@ -25,35 +25,36 @@ from flashvl.errors import DataError
 
 NUM_SAMPLES = 24
 NUM_SAMPLE_FILES = 6
-"""Of captions, from which the samples are taken; each may cost the reading of a row group."""
+"""Files of captions from which the samples are taken; each may need a row group to be read."""
 THUMBNAIL_SIDE = 320
-"""Twice what a card shows, for screens of twice the density."""
+"""Pixels of a thumbnail's longer side: twice what a card shows, for screens of high density."""
 NUM_BARS = 40
+"""Bars of a chart at most."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CaptionedImage:
-    """A picture and what was said of it."""
+    """A picture and its caption."""
 
     id: str
     caption: str
     picture: str
-    """A data URI."""
+    """Thumbnail, as a data URI."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bar:
-    """Of a bar chart."""
+    """A bar of a chart."""
 
     label: str
     value: float
     share: float
-    """Of the tallest."""
+    """Height as a share of the tallest bar's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeadLetterGroup:
-    """Dead letters that died of the same."""
+    """Dead letters of the same step and error."""
 
     step: str
     error: str
@@ -65,7 +66,7 @@ class DeadLetterGroup:
 def build_report(
     source: Source, job: CaptionJob, output: OutputFolder, summary: dict[str, Any]
 ) -> str:
-    """The page of a job whose rows are all in `output`; Ray must be there."""
+    """The page of a job whose rows are all in `output`; Ray must be started."""
     return render_page(
         "flashvl.batch",
         summary=summary,
@@ -78,7 +79,7 @@ def build_report(
 
 
 def render_page(package: str, **values: Any) -> str:
-    """The `report.html.jinja` of a package, filled in."""
+    """The `report.html.jinja` of a package, filled in with `values`."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader(package, "."),
         autoescape=True,
@@ -90,7 +91,7 @@ def render_page(package: str, **values: Any) -> str:
 
 
 def _speed(output: OutputFolder) -> list[Bar]:
-    """Rows a second from the job's begin to its end, in equal pieces of time."""
+    """Rows a second over the job's time, which is cut into equal pieces."""
     spans = []
     for table in (output.captions, output.dead_letters):
         for footer in table.footers():
@@ -112,7 +113,7 @@ def _speed(output: OutputFolder) -> list[Bar]:
 
 
 def _lengths(output: OutputFolder) -> list[Bar]:
-    """Captions by their number of tokens."""
+    """Number of captions by length in tokens."""
     counts = np.zeros(1, np.int64)
     for lengths in output.captions.column("completion_tokens"):
         found = np.bincount(lengths, minlength=len(counts))
@@ -134,7 +135,7 @@ def _bars(labels: list[str], values: npt.NDArray[Any]) -> list[Bar]:
 
 
 def _reasons(output: OutputFolder) -> list[DeadLetterGroup]:
-    """The most frequent first; one of each for an example."""
+    """Dead letters by step and error, the most frequent first, each with an example."""
     counts: Counter[tuple[str, str]] = Counter()
     examples: dict[tuple[str, str], tuple[str, str]] = {}
     for columns in output.dead_letters.columns("step", "error", "id", "reason"):
@@ -154,7 +155,7 @@ def _reasons(output: OutputFolder) -> list[DeadLetterGroup]:
 
 
 def _samples(source: Source, job: CaptionJob, output: OutputFolder) -> list[CaptionedImage]:
-    """Of captions from some files, evenly; their pictures are read anew, by Ray's tasks."""
+    """Captions at even distances in some files; Ray's tasks read their pictures again."""
     names = output.captions.names()
     chosen = {names[n] for n in np.linspace(0, len(names) - 1, NUM_SAMPLE_FILES, dtype=int)}
     captions: dict[int, tuple[str, str]] = {}
@@ -197,7 +198,7 @@ def _draw(
         try:
             image = decode_image(next(reader.read(row)), image_limits)
         except DataError:
-            continue  # it was there when it was captioned
+            continue  # the image was readable when it was captioned
         drawn.append({"row": row["row"], "picture": make_thumbnail(image, THUMBNAIL_SIDE)})
     return pa.Table.from_pylist(
         drawn, schema=pa.schema([("row", pa.int64()), ("picture", pa.string())])

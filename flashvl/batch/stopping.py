@@ -1,4 +1,4 @@
-"""SIGTERM: a spot machine gets one before it is taken away, and a job when it is told to stop."""
+"""SIGTERM, which a spot machine gets before it is taken away, and a job when it is cancelled."""
 
 import signal
 import threading
@@ -11,11 +11,11 @@ from ray.actor import ActorHandle
 from flashvl.batch.gate import close
 
 GRACE_S = 20.0
-"""Rows that the engines have taken are waited for so long; spot machines give 30 s and more."""
+"""Seconds for which a job waits for rows that the engines have taken; spot machines give 30 s."""
 
 
 class Stop:
-    """Whether a job is to stop, and whether what it has begun has ended."""
+    """Whether a job must stop, and whether the rows that it has begun are answered."""
 
     def __init__(self, gate: ActorHandle):
         self._gate = gate
@@ -25,7 +25,7 @@ class Stop:
         threading.Thread(target=self._close_gate, daemon=True).start()
 
     def ask(self) -> None:
-        """Have the job stop; a signal's handler may call it."""
+        """Ask the job to stop; safe to call in a signal's handler."""
         self._deadline_s = time.monotonic() + GRACE_S
         self._asked.set()
 
@@ -34,21 +34,21 @@ class Stop:
         return self._asked.is_set()
 
     def is_over(self, num_answered: int) -> bool:
-        """The engines have given back what they took, or the time is up."""
+        """Whether the engines have answered the rows that they took, or the time is up."""
         if not self.is_asked:
             return False
         is_drained = self._num_let_in is not None and num_answered >= self._num_let_in
         return is_drained or time.monotonic() > self._deadline_s
 
     def _close_gate(self) -> None:
-        # Not in the handler, which may have interrupted Ray anywhere.
+        # In a thread, as the signal's handler may have interrupted Ray anywhere.
         self._asked.wait()
         self._num_let_in = close(self._gate)
 
 
 @contextmanager
 def stopped_by_sigterm(gate: ActorHandle) -> Iterator[Stop]:
-    """SIGTERM asks the job to stop, if this is the main thread, which alone may handle signals."""
+    """Let SIGTERM ask the job to stop, in the main thread, which alone may handle signals."""
     stop = Stop(gate)
     if threading.current_thread() is not threading.main_thread():
         yield stop

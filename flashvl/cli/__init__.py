@@ -1,4 +1,4 @@
-"""The `flashvl` command: parse, call one library function, print where the result is.
+"""The `flashvl` command: each subcommand parses, calls one library function and prints the result.
 
 Heavy libraries are imported inside the commands, so that `flashvl --help` answers at once.
 """
@@ -124,7 +124,10 @@ def caption(
             f" {summary.images_per_s:.1f} images/s"
         )
         if summary.duplicate_ids:
-            print(f"{summary.duplicate_ids} rows have an id that is another's too; row tells which")
+            print(
+                f"{summary.duplicate_ids} rows have the id of an earlier row;"
+                " the column row tells them apart"
+            )
         print(f"Open {plan.output / 'report.html'} to see a sample.")
 
 

@@ -35,7 +35,7 @@ ModelT = TypeVar("ModelT", bound=StrictModel)
 
 
 METAVARS = {int: "INTEGER", float: "NUMBER", str: "TEXT"}
-"""What the help shows for a value for which its command names nothing better."""
+"""Names of values in the help, where the command gives no better one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,14 +43,14 @@ class FieldOption:
     """A configuration's field as an option."""
 
     path: tuple[str, ...]
-    """Names of the sections that the field is in, the outermost first, and its own."""
+    """Names of the sections around the field, the outermost first, and its own."""
     field: FieldInfo
     default: Any
     kind: Any
     """The type of the value, or of one value of a tuple's."""
     least: float | None
     greatest: float | None
-    """Bounds of a number; the model alone knows those that are not allowed themselves."""
+    """Bounds of a number; the model alone knows those that a value must not equal."""
 
     @property
     def is_repeated(self) -> bool:
@@ -195,7 +195,7 @@ def _as_help(docstring: str, options: Mapping[str, FieldOption]) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write what `--json` asks for; called with `{}` before a long run, it finds a bad path early.
+    """Write the file of `--json`; called with `{}` before a long run, it finds a bad path early.
 
     Raises:
         ConfigError: the file cannot be written.

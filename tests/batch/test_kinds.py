@@ -396,7 +396,7 @@ def test_lines_with_images_in_every_form(
         reasons,
         [
             "not JSON",
-            "no JSON object",
+            "not a JSON object",
             "no",
             "image is null",
             "type float",
@@ -422,7 +422,7 @@ def test_refuses_what_is_not_json_lines(tmp_path: Path) -> None:
     path.write_text('[\n{"image": "a.png"}\n]\n')
     assert "an array: `jq -c '.[]' FILE` makes lines of it" in refused(path)
     path.write_text('{\n"image": "a.png"\n}\n')
-    assert "no JSON object a line" in refused(path)
+    assert "not hold JSON objects, one a line" in refused(path)
     path.write_text('{"img": "a.png", "n": 1}\n')
     assert "has no column 'image'; columns: img (string), n (string)" in refused(path)
     path.write_text('{"file_name": "a.png"}\n')
@@ -471,7 +471,7 @@ def test_of_broken_compressed_lines_what_is_whole_is_read(
     rows = read_all(source)
     assert sorted(rows) == list(range(source.num_rows))
     (broken,) = (place for place, row in rows.items() if row["step"] is not None)
-    assert 0 < broken < NUM_ROWS and f"broken behind line {broken}" in rows[broken]["reason"]
+    assert 0 < broken < NUM_ROWS and f"broken after line {broken}" in rows[broken]["reason"]
     images = [rows[place]["image"] for place in range(source.num_rows) if place != broken]
     assert images == [*PICTURES[:broken], *PICTURES]
 

@@ -215,7 +215,7 @@ def test_bytes_that_are_no_text(text_type: pa.DataType, tmp_path: Path) -> None:
     assert good["id"] == good["prompt"] == "one" and null["id"] is None
     assert good["step"] is None and null["step"] is None
     assert bad["id"] == r"t\xffwo" and bad["step"] == "read"
-    assert bad["reason"].startswith(r"id is no UTF-8: b't\xffwo'")
+    assert bad["reason"].startswith(r"id is not UTF-8: b't\xffwo'")
     assert bad["path"] == os.fsencode(tmp_path) + b"/t\xffwo"  # as on a disk
     mended = "t\N{REPLACEMENT CHARACTER}wo"
     assert bad["kept"] == {"kept": mended, "many": [mended], "one": {"x": mended}}
@@ -230,7 +230,7 @@ def test_a_prompt_that_is_no_text_costs_its_row(tmp_path: Path) -> None:
     file = write(tmp_path / "t.parquet", id=[1, 2, 3], ask=column)
     rows = read(find_source(str(file), prompt_column="ask")).to_pylist()
     assert [row["step"] for row in rows] == [None, "read", None]
-    assert rows[1]["reason"].startswith("prompt is no UTF-8") and rows[1]["id"] == "2"
+    assert rows[1]["reason"].startswith("prompt is not UTF-8") and rows[1]["id"] == "2"
 
 
 def test_a_column_whose_name_is_no_text_is_refused_in_one_line(tmp_path: Path) -> None:

@@ -1,8 +1,7 @@
 """The columns of an image table, of whatever types -> the rows that a `Source` reads.
 
-Those who write Parquet need not see to it that a string is UTF-8. A row whose id or prompt is not
-is a dead letter, its id escaped; a path may be any bytes, as on a disk; what is only kept is made
-readable.
+Strings in Parquet need not be UTF-8. A row whose id or prompt is not UTF-8 becomes a dead letter,
+with its id escaped. A path may be any bytes, as on a disk. Copied columns are made readable.
 """
 
 import itertools
@@ -20,7 +19,7 @@ from flashvl.data.plain import is_list, is_valid_text, plain_type, to_plain
 from flashvl.data.schema import ImageColumns, is_binary, is_pair, is_text
 
 Problems = dict[int, str]
-"""Of rows that cannot be captioned, why not."""
+"""Reasons why rows cannot be captioned, by the rows' places in a table."""
 
 
 def as_rows(
@@ -31,12 +30,12 @@ def as_rows(
     made_ids: Sequence[str],
     damage: str | None,
 ) -> pa.Table:
-    """What `Source.read` offers, but for `row`.
+    """The columns of `Source.read`, without `row`.
 
     Args:
-        folder: of the table's file, from which its paths go.
-        made_ids: for rows without an id of their own.
-        damage: what is wrong with all these rows, if they are damaged.
+        folder: folder of the table's file, to which paths are relative.
+        made_ids: ids for rows without one of their own.
+        damage: reason why none of these rows can be captioned, if they are damaged.
     """
     found: dict[str, pa.Array | pa.ChunkedArray] = {}
     found["id"], problems = _read_ids(table, columns.id, made_ids)
@@ -60,7 +59,7 @@ def as_rows(
 def _read_ids(
     table: pa.Table, column: str | None, made_ids: Sequence[str]
 ) -> tuple[pa.Array | pa.ChunkedArray, Problems]:
-    """The column's, as text: bytes of one length in hex, others as the text that they are."""
+    """Ids as text: bytes of a fixed length in hex, other bytes as the text that they hold."""
     if column is None:
         return pa.array(made_ids, pa.string()), {}
     ids = table[column]
@@ -78,7 +77,7 @@ def _read_ids(
 
 
 def _read_text(column: pa.ChunkedArray, role: str) -> tuple[pa.Array | pa.ChunkedArray, Problems]:
-    """Texts, those that are none with their bytes escaped; and which these are."""
+    """Texts, escaped where they are not UTF-8, and the problems of those rows."""
     column = to_plain(column)
     if is_valid_text(column):
         return column.cast(pa.string()), {}
@@ -86,7 +85,7 @@ def _read_text(column: pa.ChunkedArray, role: str) -> tuple[pa.Array | pa.Chunke
     for row, data in enumerate(_as_bytes(column)):
         texts.append(_escape(data))
         if data is not None and not _is_utf8(data):
-            problems[row] = f"{role} is no UTF-8: {data[:40]!r}; write the text as UTF-8"
+            problems[row] = f"{role} is not UTF-8: {data[:40]!r}; write the text as UTF-8"
     return pa.array(texts, pa.string()), problems
 
 
@@ -109,10 +108,10 @@ def _is_utf8(data: bytes) -> bool:
 def _split_images(
     column: pa.ChunkedArray, folder: str | None
 ) -> dict[str, pa.Array | pa.ChunkedArray]:
-    """`image` and `path`, or `images`.
+    """The columns `image` and `path`, or `images`.
 
     Args:
-        folder: where paths go from; None: they are not followed.
+        folder: folder to which paths are relative; None: they are not followed.
     """
     if not is_list(column.type):
         images, paths = _split(column, folder)
@@ -133,7 +132,7 @@ def _split_images(
 def _split(
     column: pa.ChunkedArray, folder: str | None
 ) -> tuple[pa.Array | pa.ChunkedArray, list[bytes | None]]:
-    """The encoded bytes, null where there are none; and the paths of those that lie elsewhere."""
+    """The images' bytes, null where there are none, and the paths of images that are files."""
     column = to_plain(column)
     nothing = pa.chunked_array([pa.nulls(len(column), pa.large_binary())])
     images, paths = nothing, nothing

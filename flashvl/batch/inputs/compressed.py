@@ -1,4 +1,4 @@
-"""Files that may be compressed whole, as their first bytes tell: gzip, bzip2 or xz."""
+"""Files that may be compressed as a whole by gzip, bzip2 or xz, as their first bytes show."""
 
 import bz2
 import gzip
@@ -13,7 +13,7 @@ from flashvl.data.storage import Location
 from flashvl.errors import ConfigError
 
 REMOTE_BUFFER_BYTES = 2**20
-"""A store answers with so much for little more than it takes to answer at all."""
+"""Bytes of a read from a store, where a larger read takes little longer than a smaller one."""
 
 _OPENERS: dict[bytes, Any] = {
     b"\x1f\x8b": gzip.open,
@@ -25,14 +25,14 @@ _ZSTD = b"\x28\xb5\x2f\xfd"
 
 @contextmanager
 def open_plain(location: Location) -> Iterator[tuple[BinaryIO, bool]]:
-    """The content, uncompressed, to seek in; and whether it is compressed, so that seeking costs.
+    """The content, uncompressed, and whether the file is compressed, so that seeking is slow.
 
     Raises:
-        ConfigError: it is compressed in a way that is not read.
-        OSError: it cannot be read.
+        ConfigError: the file is compressed by another program.
+        OSError: the file cannot be read.
     """
     buffer_bytes = io.DEFAULT_BUFFER_SIZE if location.is_local else REMOTE_BUFFER_BYTES
-    # Arrow's files have what it asks for, though not its type.
+    # Arrow's files have RawIOBase's methods, though not its type.
     with io.BufferedReader(cast(io.RawIOBase, location.open()), buffer_bytes) as file:
         magic = file.peek(8)
         if magic.startswith(_ZSTD):
@@ -43,13 +43,13 @@ def open_plain(location: Location) -> Iterator[tuple[BinaryIO, bool]]:
         if opener is None:
             yield file, False
         else:
-            # Not buffered again: of a broken file, reading ahead would lose what is there.
+            # Without another buffer: reading ahead in a broken file would lose its last good bytes.
             with opener(file, "rb") as stream:
                 yield stream, True
 
 
 def is_damage(error: Exception) -> bool:
-    """It is of a damaged file, and not of the store that it is in."""
+    """Whether an error is due to a damaged file rather than to its store."""
     return isinstance(
         error, (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
     ) or error.args == ("Invalid data stream",)  # bzip2's, else a plain OSError

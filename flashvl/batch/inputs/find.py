@@ -1,7 +1,7 @@
-"""What a captioning job reads, found, counted and checked before anything starts.
+"""The input of a captioning job, which is found, counted and checked before anything starts.
 
-A source knows its rows' number from Parquet footers, a tar's headers, a file's lines or the file
-list, never from the pipeline, so that the closing audit compares two independent counts.
+A source takes the number of its rows from Parquet footers, tar headers, lines or the list of files,
+never from the pipeline, so that the closing audit compares two independent counts.
 """
 
 from collections.abc import Sequence
@@ -27,9 +27,9 @@ SUFFIXES = {
     "image": IMAGE_SUFFIXES,
     "jsonl": tuple(f"{start}{end}" for start in (".jsonl", ".ndjson") for end in _COMPRESSED),
 }
-"""Of the kinds of input, those first that win where several are in one folder."""
+"""Names' endings of each kind of input; in a folder with several kinds, the first one is read."""
 NAMED_SUFFIXES = tuple(f".json{end}" for end in _COMPRESSED)
-"""JSON Lines, too, where a file is named; in a folder they may be anything."""
+"""Endings of JSON Lines where files are named; in a folder, such files may hold anything."""
 
 
 def find_source(
@@ -43,20 +43,19 @@ def find_source(
     image_limits: ImageLimits = DEFAULT_LIMITS,
     known: Sequence[ListedFile] = (),
 ) -> Source:
-    """The rows that `text` names: of Parquet, tars or JSON Lines, or image files.
+    """The rows of the input that `text` names.
 
-    `text` is a file, a folder, a glob or a brace pattern. A folder with a `*.parquet` anywhere
-    below it is a folder of Parquet; else its tars, its image files or its JSON Lines are read,
-    whichever there is first. Names that begin with a dot (and, for all but images, `_`) are left
-    out, as everywhere.
+    `text` is a file, a folder, a glob or a brace pattern. A folder is read as the first kind of
+    which it holds a file, at any depth: Parquet, tars, image files, JSON Lines. Names that begin
+    with a dot (and, except for images, with `_`) are left out, as is usual.
 
     Args:
         follow_paths: read the files that a table's rows name, wherever they are.
-        image_limits: no larger image need be read.
-        known: files whose rows come first, in this order, so far as they are there.
+        image_limits: images beyond these need not be read.
+        known: files whose rows come first, in this order, where they still exist.
 
     Raises:
-        ConfigError: there is nothing, not an image table, or more than one.
+        ConfigError: `text` names no input, an ambiguous one, or one that is not an image table.
     """
     kind, listing = _choose(text, list_files(text).in_order_of(known))
     names = {"image": image_column, "id": id_column, "prompt": prompt_column}
@@ -93,14 +92,14 @@ def _choose(text: str, listing: Listing) -> tuple[str, Listing]:
     """The kind of input, and its files.
 
     Raises:
-        ConfigError: there is none, or tars beside what may be as well meant.
+        ConfigError: there are no files to read, or tars beside files of another kind.
     """
     found: dict[str, list[ListedFile]] = {}
     for file in listing.files:
         if (kind := _kind(file, listing)) is not None:
             found.setdefault(kind, []).append(file)
     if not found:
-        first = f" ({listing.files[0].path} is none)" if listing.is_named else ""
+        first = f" ({listing.files[0].path} is not one)" if listing.is_named else ""
         raise ConfigError(
             f"input {text!r} holds no *.parquet, *.tar or *.jsonl and no image file"
             f" ({', '.join(suffix[1:] for suffix in IMAGE_SUFFIXES)}){first}; {REMEDY}"
@@ -116,7 +115,7 @@ def _choose(text: str, listing: Listing) -> tuple[str, Listing]:
 
 
 def _kind(file: ListedFile, listing: Listing) -> str | None:
-    """What a file is by its name; None: nothing that is read, or hidden, it or a folder of its."""
+    """A file's kind, by its name; None: it is not read, or it or its folder is hidden."""
     name = file.path.lower()
     kind = next((kind for kind, suffixes in SUFFIXES.items() if name.endswith(suffixes)), None)
     if listing.is_named:

@@ -1,4 +1,4 @@
-"""Image files, each a row."""
+"""Image files, each of which is a row."""
 
 import os
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp"),
     *(".tif", ".tiff", ".avif", ".heic", ".heif", ".hif", ".jp2", ".j2k", ".jpx"),
 )
-"""Files with one of these suffixes are images; what is in them is read later."""
+"""Endings of the names of image files."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageFiles(Source):
-    """Image files; the id is the path from the input's folder."""
+    """Image files; a row's id is the file's path from the input's folder."""
 
     @property
     def num_rows(self) -> int:
@@ -34,7 +34,7 @@ class ImageFiles(Source):
     def read(self, is_done: Done) -> ray.data.Dataset:
         rows = np.flatnonzero(~is_done)
         files = [self.files[row] for row in rows]
-        # A file's name may be no valid text: the path keeps its bytes, the id is made readable.
+        # A file's name need not be valid text: the path keeps its bytes, the id is made readable.
         names = [os.fsencode(self.listing.name(file)) for file in files]
         table = pa.table(
             {

@@ -1,10 +1,10 @@
-"""JSON Lines: an object a line, whose fields are an image table's columns.
+"""JSON Lines: each line an object, whose fields are the columns of an image table.
 
-An image is a path, from the file's own folder or absolute; a URI; base64, in a data URL or bare;
-`{"bytes": base64, "path": ...}`; or a list of these, asked about in one prompt.
+An image is a path, absolute or from the file's own folder; a URI; base64, in a data URL or bare;
+`{"bytes": base64, "path": ...}`; or a list of these, which share one prompt.
 
-Lines are counted once, before anything starts, and where the pieces begin is remembered, so that
-tasks read them from there.
+Lines are counted once, before anything starts. The offsets at which pieces of the file begin are
+kept, so that tasks can start to read there.
 """
 
 import itertools
@@ -42,11 +42,13 @@ from flashvl.data.storage import Location
 from flashvl.errors import ConfigError, DataError
 
 ROWS_PER_PIECE = 1024
+"""Lines of a piece of a file, at most."""
 BYTES_PER_PIECE = 8 * 2**20
+"""Bytes after which a piece ends with its line."""
 NUM_SAMPLED = 100
-"""Of the first lines, whose fields are taken for those of all."""
+"""First lines of an input, whose fields are taken for the fields of all lines."""
 IMAGE_COLUMNS = ("image", "file_name")
-"""The images' column where none is named; the second is what Hugging Face's folders call it."""
+"""Columns of images by default; the second is the name in Hugging Face's image folders."""
 
 _PIECE = pa.schema(
     [
@@ -63,14 +65,14 @@ _PIECE = pa.schema(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Lines:
-    """Where the lines of a file are; those that are blank count for nothing."""
+    """The places of a file's lines; blank lines do not count."""
 
     offsets: npt.NDArray[np.int64]
-    """(pieces + 1,): where each begins in the uncompressed file, and where the last ends."""
+    """(pieces + 1,): uncompressed offset at which each begins, and at which the last one ends."""
     firsts: npt.NDArray[np.int64]
-    """(pieces + 1,): the number of lines before each, and of all."""
+    """(pieces + 1,): number of lines before each, and of all lines."""
     problem: str | None
-    """Why there is no more to read than that; what is lost is one more row."""
+    """Reason why the rest of the file is lost, which counts as one more row; None: all is there."""
     is_compressed: bool
 
     @property
@@ -83,7 +85,7 @@ class JsonLines(Source):
     """Files of JSON Lines."""
 
     lines: list[Lines]
-    """Of its files, in their order."""
+    """The lines of each file, in the files' order."""
     columns: ImageColumns
     image_limits: ImageLimits
 
@@ -115,8 +117,10 @@ class JsonLines(Source):
         )
 
     def _pieces(self, is_done: Done) -> Iterator[pa.Table]:
-        """Those in which a row is not done yet; a compressed file's are one table, and one task's,
-        as it must be read from its beginning."""
+        """The pieces with rows that are not done, in tables of `_PIECE`.
+
+        The pieces of a compressed file are one table, for one task, as it is read from its start.
+        """
         first_row = 0
         for number, lines in enumerate(self.lines):
             done = is_done[first_row : first_row + lines.num_rows]
@@ -153,10 +157,11 @@ def find_lines(
     follow_paths: bool,
     image_limits: ImageLimits,
 ) -> JsonLines:
-    """
+    """The JSON Lines of a listing, with their lines counted and their columns chosen.
+
     Raises:
-        ConfigError: one is not readable, the first lines are no JSON objects, or have no such
-            field.
+        ConfigError: a file is not readable, the first lines are not JSON objects, or they lack a
+            field that is asked for.
     """
     store = listing.root.store
 
@@ -167,7 +172,7 @@ def find_lines(
         lines = list(pool.map(read, listing.files))
     number = next((n for n, each in enumerate(lines) if each.firsts[-1]), 0)
     first = Location(store, listing.files[number].path)
-    fields = _sample(first, min(int(lines[number].firsts[-1]), NUM_SAMPLED), image_limits)
+    fields = _find_fields(first, min(int(lines[number].firsts[-1]), NUM_SAMPLED), image_limits)
     if image is None:
         image = next((name for name in IMAGE_COLUMNS if name in fields), None)
     columns = find_image_columns(
@@ -182,11 +187,11 @@ def find_lines(
     return JsonLines(listing=listing, lines=lines, columns=columns, image_limits=image_limits)
 
 
-def _sample(location: Location, num_lines: int, image_limits: ImageLimits) -> list[str]:
-    """The fields of the first lines, of which there are so many.
+def _find_fields(location: Location, num_lines: int, image_limits: ImageLimits) -> list[str]:
+    """The names of the fields in the first `num_lines` lines.
 
     Raises:
-        ConfigError: they are no JSON objects.
+        ConfigError: the lines are not JSON objects.
     """
     fields: dict[str, None] = {}
     is_any, start = False, b""
@@ -200,16 +205,19 @@ def _sample(location: Location, num_lines: int, image_limits: ImageLimits) -> li
                 continue
     if start == b"[" or (start and not is_any):
         array = " (an array: `jq -c '.[]' FILE` makes lines of it)" if start == b"[" else ""
-        raise ConfigError(f"{location} holds no JSON object a line{array}; write it as JSON Lines")
-    # An empty table is no fault: it has whatever fields are asked for.
+        raise ConfigError(
+            f"{location} does not hold JSON objects, one a line{array}; write it as JSON Lines"
+        )
+    # An empty table is not an error: it counts as having the fields that are asked for.
     return [as_text(name) or "" for name in fields] if start else [IMAGE_COLUMNS[0]]
 
 
 def count_lines(location: Location, image_limits: ImageLimits) -> Lines:
-    """
+    """The places of a file's lines.
+
     Raises:
-        ConfigError: it is compressed in a way that is not read.
-        OSError: it cannot be read.
+        ConfigError: the file is compressed by another program than gzip, bzip2 or xz.
+        OSError: the file cannot be read.
     """
     offsets, firsts = [0], [0]
     count = end = 0
@@ -225,8 +233,8 @@ def count_lines(location: Location, image_limits: ImageLimits) -> Lines:
             if not is_damage(error):
                 raise
             problem = (
-                f"{as_name(str(location))} is broken behind line {count} ({error}): what it held"
-                " from there on is lost; make it anew"
+                f"{as_name(str(location))} is broken after line {count} ({error}): what it held"
+                " from there on is lost; make it again"
             )
     if count > firsts[-1]:
         offsets.append(end)
@@ -242,9 +250,9 @@ def count_lines(location: Location, image_limits: ImageLimits) -> Lines:
 def _read_lines(
     stream: BinaryIO, image_limits: ImageLimits, end: int | None = None
 ) -> Iterator[tuple[int, bytes | None]]:
-    """The lines that are not blank, from where the stream is: where each ends, and what is in it;
-    None where that is longer than any image."""
-    most = 2 * image_limits.max_image_bytes + 2**20  # base64, and what is beside it
+    """The lines that are not blank, from the stream's position: the offset at which each ends, and
+    its content, or None where that is longer than any image."""
+    most = 2 * image_limits.max_image_bytes + 2**20  # base64 and the other fields
     place = stream.tell()
     while end is None or place < end:
         line = stream.readline(most)
@@ -263,12 +271,15 @@ def _read_lines(
 
 
 def _parse(line: bytes | None) -> dict[str, Any]:
-    """
+    """The object in a line.
+
     Raises:
-        DataError: it is no JSON object.
+        DataError: the line is not a JSON object.
     """
     if line is None:
-        raise DataError("line is longer than any image of max_image_bytes; shorten it")
+        raise DataError(
+            "line is longer than an image of max_image_bytes; shorten it, or raise max_image_bytes"
+        )
     try:
         fields = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -276,7 +287,7 @@ def _parse(line: bytes | None) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"line is not JSON ({error}); write an object a line") from error
     if not isinstance(fields, dict):
-        raise DataError("line is no JSON object; write an object a line")
+        raise DataError("line is not a JSON object; write one on each line")
     return fields
 
 
@@ -290,7 +301,7 @@ def _read_pieces(
     kept: pa.Schema,
     image_limits: ImageLimits,
 ) -> Iterator[pa.Table]:
-    """The rows of some pieces that are not done, a few at a time."""
+    """The rows that are not done in some pieces, a few at a time."""
     has_prompt = columns.prompt is not None
     rows: list[dict[str, Any]] = []
     num_bytes = 0
@@ -309,7 +320,7 @@ def _read_pieces(
 def _left_lines(
     pieces: pa.Table, store: AbstractFileSystem, paths: list[bytes], image_limits: ImageLimits
 ) -> Iterator[tuple[dict[str, Any], str, bytes | None, int]]:
-    """The lines that are not done: their piece, file, content, and place in the piece."""
+    """The lines that are not done, each with its piece, file, content and place in the piece."""
     for number, group in itertools.groupby(pieces.to_pylist(), key=lambda piece: piece["file"]):
         path = os.fsdecode(paths[number])
         with open_plain(Location(store, path)) as (stream, _):
@@ -327,7 +338,7 @@ def _left_lines(
 def _as_row(
     problem: str | None, line: bytes | None, file: str, columns: ImageColumns
 ) -> dict[str, Any]:
-    """Of `rows.as_table`, but for its place; what is wrong with it is its `problem`."""
+    """A row for `rows.as_table`, without its number; a `problem` makes it a dead letter."""
     if problem is not None:
         return {"problem": problem}
     row: dict[str, Any] = {}
@@ -351,11 +362,11 @@ def _as_row(
 
 
 def _path(value: Any, folder: str, follows_paths: bool) -> bytes | None:
-    """An image in JSON -> what `Source` calls its path; None: it is null.
+    """An image in JSON -> its path as `Source` has it; None: the value is null.
 
     Raises:
-        DataError: it is none, or may not be followed.
-        UnicodeEncodeError: no path can be such a text.
+        DataError: the value is not an image, or is a path, where paths may not be followed.
+        UnicodeEncodeError: the text is not valid as a path.
     """
     reference = read_image_field(value)
     if reference is None:
@@ -366,7 +377,7 @@ def _path(value: Any, folder: str, follows_paths: bool) -> bytes | None:
 
 
 _BASE64_STARTS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk", "SUkqA", "TU0AK", "AAAA")
-"""What JPEG, PNG, GIF, WebP, BMP, TIFF, and AVIF and JPEG 2000 files begin with."""
+"""Beginnings of JPEG, PNG, GIF, WebP, BMP, TIFF, and AVIF or JPEG 2000 files in base64."""
 _BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]{40,}={0,2}\s*")
 
 
@@ -374,7 +385,7 @@ def read_image_field(value: Any) -> str | None:
     """An image in JSON -> its path or URL; bare base64 becomes a data URL.
 
     Raises:
-        DataError: it is none.
+        DataError: the value is not an image.
     """
     if isinstance(value, dict):
         if isinstance(value.get("bytes"), str):

@@ -1,4 +1,4 @@
-"""The files that an input's text names, whatever is in them."""
+"""The files that an input's text names, whatever they contain."""
 
 import glob
 import posixpath
@@ -13,13 +13,13 @@ from flashvl.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class ListedFile:
-    """A file of an input, and what tells whether it is still the same."""
+    """A file of an input, with what shows whether it has changed."""
 
     path: str
-    """Absolute in its store."""
+    """Path from the root of its store."""
     size: int
     stamp: str
-    """When it was changed, or what else its store tells versions apart by."""
+    """Time of the last change, or what else its store tells versions apart by."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,21 +27,21 @@ class Listing:
     """The files of an input, in the order of their rows."""
 
     root: Location
-    """The folder that the input names, or where its glob begins: what is above it is no part of the
-    input, and an id tells the way from there."""
+    """Folder that the input names, or in which its glob begins; ids are paths from there."""
     files: list[ListedFile]
     is_named: bool
-    """Each file was asked for, by its name or by a pattern: none of them is there by chance."""
+    """Whether each file was asked for, by name or pattern, rather than found in a folder."""
 
     def name(self, file: ListedFile) -> str:
-        """From the root."""
+        """A file's path from the root."""
         return posixpath.relpath(file.path, self.root.path)
 
     def only(self, files: list[ListedFile]) -> "Listing":
+        """The listing with some of its files, or with its files in another order."""
         return replace(self, files=files)
 
     def in_order_of(self, known: Sequence[ListedFile]) -> "Listing":
-        """With the files that a job knows first, in its order: rows keep their places."""
+        """The listing with a job's known files first, so that their rows keep their numbers."""
         place = {file.path: number for number, file in enumerate(known)}
         last = len(place)
         files = sorted(self.files, key=lambda file: (place.get(file.path, last), file.path))
@@ -49,12 +49,12 @@ class Listing:
 
 
 def list_files(text: str) -> Listing:
-    """The files that `text` names: one, those of a folder, or those of a glob or a brace pattern.
+    """The files that `text` names: a file, or all of a folder, a glob or a brace pattern.
 
-    Names that begin with a dot are left out, as everywhere, unless they are spelt out.
+    Names that begin with a dot are left out, as is usual, unless they are spelt out.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: `text` names no file.
     """
     location = locate(text)
     store = location.store
@@ -84,7 +84,7 @@ def _match(location: Location, pattern: str) -> list[str]:
     """The files of a glob, or the one file of that name.
 
     Raises:
-        ConfigError: the name is one of a brace pattern's, and there is no such file.
+        ConfigError: the name is from a brace pattern, and its file does not exist.
     """
     store = location.store
     if not glob.has_magic(pattern):
@@ -102,7 +102,7 @@ def _match(location: Location, pattern: str) -> list[str]:
 
 
 def _beginning(path: str) -> str:
-    """The folder above the first step that is a pattern, or above the file."""
+    """The folder above the first part of a path that is a pattern, or above the file."""
     segments = path.split("/")
     first = next(
         (n for n, segment in enumerate(segments) if glob.has_magic(segment) or "{" in segment), -1
@@ -114,7 +114,7 @@ _BRACES = re.compile(r"\{([^{}]*(?:,|\.\.)[^{}]*)\}")
 
 
 def _expand(pattern: str) -> Iterator[str]:
-    """`a{0..2}b` and `a{x,y}b` as the shell has them, zeros in front and all."""
+    """Expand `a{00..02}b` and `a{x,y}b` as the shell does, with leading zeros."""
     braces = _BRACES.search(pattern)
     if braces is None:
         yield pattern

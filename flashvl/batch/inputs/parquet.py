@@ -1,4 +1,4 @@
-"""Image tables in Parquet: their footers, and their rows a few at a time."""
+"""Image tables in Parquet, as their footers describe them."""
 
 import os
 from collections.abc import Iterator
@@ -29,13 +29,13 @@ class ParquetFile:
 
     path: str
     name: str
-    """From the input's folder: what an id begins with where the table has none."""
+    """Path from the input's folder, with which ids begin where the table has none."""
     row_groups: list[int]
-    """Rows of each."""
+    """Number of rows in each row group."""
     schema: pa.Schema
-    """The partition's columns with it."""
+    """Schema of the file, with the partition's columns."""
     partition: dict[str, str | None]
-    """Columns that the names of folders below the input tell, as in `date=2026-01-31/`."""
+    """Columns whose values are in the names of folders, as in `date=2026-01-31/`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +43,7 @@ class ParquetFiles(Source):
     """An image table, in one file or many."""
 
     tables: list[ParquetFile]
-    """Its files, in their order."""
+    """The table's files, in the order of their rows."""
     columns: ImageColumns
 
     @property
@@ -52,7 +52,7 @@ class ParquetFiles(Source):
 
     @property
     def kept(self) -> pa.Schema:
-        # A row that cannot be read has none of them.
+        # Null in a row that cannot be read.
         fields = map(self.tables[0].schema.field, self.columns.kept)
         return pa.schema([field.with_nullable(True) for field in fields])
 
@@ -79,7 +79,7 @@ class ParquetFiles(Source):
         )
 
     def _pieces(self, is_done: Done) -> Iterator[dict[str, Any]]:
-        """The row groups in which a row is not done yet."""
+        """The row groups with rows that are not done."""
         first_row = 0
         for file in self.tables:
             for number, count in enumerate(file.row_groups):
@@ -98,10 +98,10 @@ class ParquetFiles(Source):
 
 
 def read_footers(listing: Listing) -> list[ParquetFile]:
-    """What the files of a table say of themselves.
+    """The files of a table, as their footers describe them.
 
     Raises:
-        ConfigError: one is not readable.
+        ConfigError: a file is not readable as Parquet.
     """
 
     def read(listed: ListedFile) -> ParquetFile:
@@ -115,7 +115,7 @@ def read_footers(listing: Listing) -> list[ParquetFile]:
                 footer = file.metadata
                 row_groups = [footer.row_group(n).num_rows for n in range(footer.num_row_groups)]
                 schema = file.schema_arrow
-                # Names that are no text, and counts that are none, are seen here.
+                # Names that are not text and negative counts are found here.
                 names = set(schema.names)
                 if min(row_groups, default=0) < 0 or sum(row_groups) != footer.num_rows:
                     raise ValueError(f"its row groups have {row_groups} rows of {footer.num_rows}")
@@ -142,7 +142,7 @@ def read_footers(listing: Listing) -> list[ParquetFile]:
 
 
 def _partition(name: str) -> dict[str, str | None]:
-    """The columns that the folders of a file's name tell, in Hive's way."""
+    """The columns in the names of a file's folders, as Hive writes them."""
     segments = [segment.partition("=") for segment in name.split("/")[:-1]]
     return {
         unquote(column): None if value == HIVE_NULL else unquote(value)
@@ -152,7 +152,11 @@ def _partition(name: str) -> dict[str, str | None]:
 
 
 def check_alike(files: list[ParquetFile], columns: ImageColumns) -> None:
-    """All files have the columns that are read, of one type."""
+    """Check that all files have the columns that are read, with the same types.
+
+    Raises:
+        ConfigError: a file lacks a column, or has it with another type.
+    """
     first = files[0]
     for file in files:
         found = find_image_columns(

@@ -1,7 +1,7 @@
 """The rows of Parquet's row groups, a few at a time, in Ray's tasks.
 
-The rows of a row group that is damaged are dead letters when they are read. A store that does not
-answer is no such damage: it stops the job.
+Rows of a damaged row group become dead letters here. A store that does not answer is not damage: it
+stops the job.
 """
 
 import os
@@ -32,7 +32,7 @@ PIECE = pa.schema(
         ("partition", pa.map_(pa.string(), pa.string())),
     ]
 )
-"""A row group of which rows are to be read."""
+"""A row group with rows to read."""
 
 
 def read_row_groups(
@@ -41,10 +41,10 @@ def read_row_groups(
     """The rows of some row groups that are not done, a few at a time.
 
     Args:
-        schema: of the table's files, their partition's columns with them.
+        schema: schema of the table's files, with the partition's columns.
 
     Raises:
-        FlashVLError: a file is not what it was any more, or its store does not answer.
+        FlashVLError: a file has changed, or its store does not answer.
     """
     for piece in pieces.to_pylist():
         is_done = np.unpackbits(np.frombuffer(piece["is_done"], np.uint8)).astype(bool)
@@ -62,15 +62,15 @@ def read_row_groups(
 
 
 class _DamagedError(Exception):
-    """Of the row group's bytes, which are there, no rows can be made."""
+    """The row group's bytes could be read, but do not decode to rows."""
 
 
 def _read_piece(
     piece: dict[str, Any], store: AbstractFileSystem, columns: ImageColumns, schema: pa.Schema
 ) -> Iterator[tuple[int, pa.Table, str | None]]:
-    """Rows: the place of the first in the row group, their columns, and what damage they have.
+    """Tables of rows, each with its first row's place in the row group and its damage, if any.
 
-    Behind the first damage all are damaged, and have what other columns can be read.
+    From the first damage on, all rows are damaged, and keep the columns that can still be read.
     """
     row_group, num_rows = piece["row_group"], piece["num_rows"]
     file_columns = [name for name in columns.names if name not in dict(piece["partition"])]
@@ -86,7 +86,7 @@ def _read_piece(
         except _DamagedError as error:
             damage = (
                 f"{_name(location)}: row group {row_group} is damaged ({error});"
-                " replace the file, and caption it anew"
+                " replace the file and run again with --restart"
             )
             rest = _read_around(file, location, row_group, file_columns, schema, columns.image)
             yield start, _with_partition(rest, piece, columns).slice(start), damage
@@ -94,21 +94,22 @@ def _read_piece(
 
 @contextmanager
 def _opened(location: Location, row_group: int, num_rows: int) -> Iterator[pq.ParquetFile]:
-    """
+    """The file, opened.
+
     Raises:
-        FlashVLError: the file is not what it was when its rows were counted.
+        FlashVLError: the file has changed since its rows were counted, or cannot be read.
     """
     with ExitStack() as stack:
         try:
             opened = stack.enter_context(location.open())
-            # A page that fails its checksum is damage that might decode to another picture.
+            # A page with a wrong checksum might decode, to another picture.
             file = stack.enter_context(pq.ParquetFile(opened, page_checksum_verification=True))
             footer = file.metadata
             if row_group >= file.num_row_groups or footer.row_group(row_group).num_rows != num_rows:
-                raise ValueError("its rows are others than they were")
+                raise ValueError("its rows have changed")
         except (OSError, ValueError, pa.ArrowException) as error:
             raise FlashVLError(
-                f"{_name(location)} cannot be read any more ({one_line(error)}); see to it, and"
+                f"{_name(location)} cannot be read any more ({one_line(error)}); restore it, and"
                 " run the same command again for the rest"
             ) from error
         yield file
@@ -117,9 +118,10 @@ def _opened(location: Location, row_group: int, num_rows: int) -> Iterator[pq.Pa
 def _batches(
     file: pq.ParquetFile, location: Location, row_group: int, names: Sequence[str]
 ) -> Iterator[pa.RecordBatch]:
-    """
+    """The rows of a row group, a few at a time.
+
     Raises:
-        _DamagedError: the next rows cannot be made of what is in the file.
+        _DamagedError: the file's bytes do not decode to the next rows.
         FlashVLError: the store does not answer.
     """
     footer = file.metadata.row_group(row_group)
@@ -138,10 +140,10 @@ def _batches(
 
 
 def _check_bytes(location: Location, footer: pq.RowGroupMetaData) -> None:
-    """The store gives the row group's bytes: what Arrow complains of is then what they say.
+    """Check that the store returns the row group's bytes, so that Arrow's error means damage.
 
     Raises:
-        FlashVLError: it does not.
+        FlashVLError: the store does not answer.
     """
     try:
         with location.open() as file:
@@ -153,7 +155,7 @@ def _check_bytes(location: Location, footer: pq.RowGroupMetaData) -> None:
                     file.read_at(min(BYTES_PER_READ, end - offset), offset)
     except OSError as error:
         raise FlashVLError(
-            f"{_name(location)} cannot be read any more ({one_line(error)}); see to its store, and"
+            f"{_name(location)} cannot be read any more ({one_line(error)}); repair its store, and"
             " run the same command again for the rest"
         ) from error
 
@@ -166,7 +168,7 @@ def _read_around(
     schema: pa.Schema,
     image: str,
 ) -> pa.Table:
-    """A damaged row group's columns, null where they cannot be read; of the images none is."""
+    """A damaged row group's columns, null where they cannot be read; the images are not read."""
     num_rows = file.metadata.row_group(row_group).num_rows
     found = {
         name: pa.chunked_array([pa.nulls(num_rows, schema.field(name).type)]) for name in names

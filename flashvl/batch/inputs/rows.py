@@ -1,4 +1,4 @@
-"""What the sources of loosely typed files share: rows that are Python objects -> Arrow tables."""
+"""Rows as Python objects -> Arrow tables, for the sources of loosely typed files."""
 
 import json
 import os
@@ -13,14 +13,15 @@ from flashvl.data.fetching import is_data_url
 from flashvl.data.storage import is_uri
 
 MAX_READ_TASKS = 512
-"""An input's pieces are read by so many tasks at most, several in one where there are more."""
+"""Tasks that read an input at most; where it has more pieces, a task reads several."""
 ROWS_PER_READ = 64
-"""Rows that a task holds at once, at most; fewer where they are large."""
+"""Rows that a reading task holds at once, at most; fewer where they are large."""
 BYTES_PER_READ = 32 * 2**20
+"""Bytes of those rows, at most, unless one row has more."""
 
 
 def as_blocks(pieces: Sequence[pa.Table], schema: pa.Schema) -> list[pa.Table]:
-    """Tables of `schema`, each for one task."""
+    """The pieces as tables of `schema`, one for each task."""
     size = -(-len(pieces) // MAX_READ_TASKS)
     groups = (pieces[start : start + size] for start in range(0, len(pieces), size or 1))
     return [pa.concat_tables(group).select(schema.names).combine_chunks() for group in groups]
@@ -29,10 +30,10 @@ def as_blocks(pieces: Sequence[pa.Table], schema: pa.Schema) -> list[pa.Table]:
 def as_table(
     rows: Sequence[dict[str, Any]], kept: pa.Schema, images: Sequence[pa.Field], has_prompt: bool
 ) -> pa.Table:
-    """Of `Source.read`, from rows that have its names; what one leaves out is null.
+    """A table as from `Source.read`; values that a row leaves out are null.
 
     Args:
-        rows: one with a `problem` is a dead letter for that reason.
+        rows: a row with a `problem` becomes a dead letter for that reason.
         images: `IMAGE` or `IMAGES`.
     """
     fields = [*KEYS, *images, *FAILURE]
@@ -50,18 +51,18 @@ def as_table(
 
 
 def resolve_path(path: bytes, folder: bytes) -> bytes:
-    """A URI or data URL in a table of `folder` -> itself; a path, one in the table's own store."""
+    """A path of a table in `folder` -> a path in the table's store; URIs and data URLs stay."""
     text = os.fsdecode(path)
     return path if is_uri(text) or is_data_url(text) else posixpath.join(folder, path)
 
 
 def as_name(path: str) -> str:
-    """A path, or a name in a tar, that may be no valid text, made readable."""
+    """A path, or a name in a tar, made readable where it is not valid text."""
     return os.fsencode(path).decode(errors="replace")
 
 
 def as_text(value: Any) -> str | None:
-    """A JSON value as text: a string as it is, all else as JSON; no half of a surrogate pair."""
+    """A JSON value as text: a string as it is, other values as JSON, lone surrogates replaced."""
     if value is None:
         return None
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

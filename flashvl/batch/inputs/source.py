@@ -1,4 +1,4 @@
-"""What every source of rows offers, whatever its files are."""
+"""What every source of rows offers, whatever kind of files it reads."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -16,29 +16,29 @@ Done = npt.NDArray[np.bool_]
 """(rows of the input,): True where the output holds the row."""
 
 KEYS = [pa.field("id", pa.string()), pa.field("row", pa.int64())]
-"""Which row it is, for people and for certain."""
+"""Columns that name a row: its id, for people, and its number in the input, which is unique."""
 IMAGE = [pa.field("image", pa.large_binary()), pa.field("path", pa.binary())]
-"""Encoded, or where its file is: a path or a URI, in bytes, as a name need be no text."""
+"""Columns of an image: its bytes, or the path or URI of its file, as a name need not be text."""
 IMAGES = pa.field("images", pa.list_(pa.struct(IMAGE)))
-"""Of rows that have several, which are asked about in one prompt."""
+"""Column in place of `IMAGE` where rows have several images, which share one prompt."""
 FAILURE = [DEAD_LETTERS.field(name) for name in ("step", "error", "reason")]
-"""Null in rows that are well."""
+"""Columns that say why a row is a dead letter; null in other rows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source(ABC):
-    """Rows to caption, of the files that were listed."""
+    """The rows of an input's files."""
 
     listing: Listing
 
     @property
     def store(self) -> AbstractFileSystem:
-        """Where the paths without a scheme are that it reads."""
+        """File system of paths without a scheme."""
         return self.listing.root.store
 
     @property
     def files(self) -> list[ListedFile]:
-        """In the order of their rows."""
+        """The input's files, in the order of their rows."""
         return self.listing.files
 
     @property
@@ -48,32 +48,32 @@ class Source(ABC):
     @property
     @abstractmethod
     def kept(self) -> pa.Schema:
-        """The columns that go through to the output."""
+        """Columns that are copied to the output."""
 
     @abstractmethod
     def describe(self) -> str:
-        """What is read, for people; the same however many files there are."""
+        """What is read, for people; it does not depend on the number of files."""
 
     @abstractmethod
     def read(self, is_done: Done) -> ray.data.Dataset:
         """The rows that are not done yet.
 
-        `KEYS`, of which `row` is the place in the input, from 0; `IMAGE` or `IMAGES`; perhaps
-        `prompt`; perhaps `FAILURE`, of rows that are dead already; and, if any, `kept`, a struct of
-        what goes through to the output.
+        Their columns are `KEYS`, where `row` counts from 0; `IMAGE` or `IMAGES`; `prompt`, where
+        rows have prompts of their own; `FAILURE`, where rows may be dead letters; and `kept`, a
+        struct of the columns to copy, where there are any.
         """
 
 
 def describe_columns(
     kind: str, columns: ImageColumns, prefix: str, *, made_id: str, images: str | None = None
 ) -> str:
-    """What a source reads from which columns.
+    """A line, for people, on the columns from which a source reads.
 
     Args:
-        kind: of its files.
-        prefix: what a column's name is written after: `column `, or a tar member's `.`.
-        made_id: what an id is made of where there is no column of ids.
-        images: where the images are from, if not from one column.
+        kind: kind of the source's files.
+        prefix: text before a column's name: `column `, or the `.` of a tar's members.
+        made_id: parts of an id where there is no column of ids.
+        images: origin of the images where it is not a single column.
     """
     parts = [images or f"image from {prefix}{columns.image}"]
     parts.append(f"id from {f'{prefix}{columns.id}' if columns.id else made_id}")

@@ -1,12 +1,12 @@
-"""Tars of images, as WebDataset has them: members of one key make a sample.
+"""Tars of images, as WebDataset writes them: the members with one key are a sample.
 
     0001.jpg  0001.txt  0001.json  0002.jpg  ...
 
-The key is a member's path up to the first dot of its name, and what is behind that is its column:
-`jpg`, `txt`, `json`, `left.jpg`. Each image is a row, so that a sample of several is several rows.
+The key is a member's path up to the first dot of its name, and what follows the dot is its column:
+`jpg`, `txt`, `json`, `left.jpg`. Each image is a row, so a sample with several is several rows.
 
-The headers are read once, before anything starts; rows are then read by their offsets. Behind a
-break nothing can be found: the tar's images before it are rows, and what is lost is one more.
+The headers are read once, before anything starts; rows are then read by their offsets. Nothing can
+be found after a break in a tar: images before it are rows, and one more row stands for the rest.
 """
 
 import itertools
@@ -43,16 +43,15 @@ from flashvl.data.storage import Location
 from flashvl.errors import ConfigError, DataError
 
 ROWS_PER_TASK = 1024
-"""Of a tar that can be read from anywhere; a compressed one is read by one task, as it must be read
-from its beginning."""
+"""Rows of a tar that one task reads; one task reads all of a compressed tar, from its beginning."""
 GAP_BYTES = 2**16
-"""Members that lie so near each other are read at once."""
+"""Bytes between two members that are still read at once."""
 MAX_TEXT_BYTES = 2**20
-"""Of a member that is a text."""
+"""Bytes of a member that is read as text, at most."""
 NUM_JSON = 20
-"""Of a tar's first members of JSON, whose fields are taken for those of all."""
+"""A tar's first JSON members, whose fields are taken for the fields of all."""
 ANY_IMAGE = "image"
-"""The images' column where none is named: whatever ends as images do."""
+"""Name of the images' column where none is given: all members with an image's ending."""
 
 _Span = tuple[int, int]
 """(offset, size) of a member's content, in bytes of the uncompressed tar."""
@@ -76,12 +75,12 @@ _PIECE = pa.schema([*_MEMBER, ("row", pa.int64()), ("file", pa.int32())])
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tar:
-    """What the headers of a tar tell."""
+    """A tar as its headers describe it."""
 
     rows: pa.Table
-    """Of `_MEMBER`: its images, and a last one for what is lost behind a break."""
+    """Rows of `_MEMBER`: the tar's images, and a last row for what is lost after a break."""
     columns: frozenset[str]
-    """What there is beside images; `json.url` is a field of `json`."""
+    """Columns other than images; `json.url` is a field of `json`."""
     is_compressed: bool
 
 
@@ -90,7 +89,7 @@ class TarFiles(Source):
     """Tars of images."""
 
     tars: list[Tar]
-    """Its files, in their order."""
+    """The input's tars, in the order of its files."""
     columns: ImageColumns
     image_limits: ImageLimits
 
@@ -122,7 +121,7 @@ class TarFiles(Source):
         )
 
     def _pieces(self, is_done: Done) -> Iterator[pa.Table]:
-        """The rows that are not done, in tables of `_PIECE`, each of one tar."""
+        """The rows that are not done, in tables of `_PIECE`, each with rows of one tar."""
         first_row = 0
         for number, tar in enumerate(self.tars):
             rows = np.flatnonzero(~is_done[first_row : first_row + tar.rows.num_rows])
@@ -144,9 +143,11 @@ def find_tars(
     kept: Sequence[str],
     image_limits: ImageLimits,
 ) -> TarFiles:
-    """
+    """The tars of a listing, with their members found and their columns chosen.
+
     Raises:
-        ConfigError: one is not readable, none holds an image, or a column is in none of them.
+        ConfigError: a tar is not readable, no tar holds an image, or no tar has a column that is
+            asked for.
     """
     wanted = frozenset(
         head for column in (id or "id", prompt, *kept) if column for head in _heads(column)
@@ -178,20 +179,21 @@ def find_tars(
 
 
 def _heads(column: str) -> list[str]:
-    """The members that may hold a column: `json.url` is one of its own, or a field of `json`."""
+    """The members that may hold a column: `json.url` is a member, or a field of member `json`."""
     segments = column.split(".")
     ends = [n for n, segment in enumerate(segments[:-1], 1) if segment == "json"]
     return [column, *(".".join(segments[:end]) for end in ends)]
 
 
 def read_headers(location: Location, image: str | None, wanted: frozenset[str]) -> Tar:
-    """
+    """A tar's images and columns.
+
     Args:
-        image: column of the images; None: whatever ends as images do.
-        wanted: columns whose members' places are to be known.
+        image: column of the images; None: all members with an image's ending.
+        wanted: columns whose members are to be found, too.
 
     Raises:
-        ConfigError: it is not a tar.
+        ConfigError: the file is not a tar.
     """
     with open_plain(location) as (stream, is_compressed):
         index = _Index(image, wanted, stream)
@@ -209,7 +211,7 @@ def read_headers(location: Location, image: str | None, wanted: frozenset[str]) 
         name = posixpath.basename(location.path)
         reason = (
             f"{as_name(str(location))} is broken {problem}: what it held from there on is lost;"
-            " make it anew"
+            " make it again"
         )
         rows.append({"id": as_name(name), "offset": 0, "size": 0, "texts": [], "problem": reason})
     return Tar(
@@ -220,18 +222,18 @@ def read_headers(location: Location, image: str | None, wanted: frozenset[str]) 
 
 
 def _read_all(tar: tarfile.TarFile, stream: BinaryIO, index: "_Index") -> str | None:
-    """Give `index` the members that are whole; returns from where on the tar is broken, if so."""
+    """Give `index` the complete members; returns the place where the tar is broken, if it is."""
     last: tarfile.TarInfo | None = None
     try:
         while (member := tar.next()) is not None:
-            cast(Any, tar).members.clear()  # it would keep them all
+            cast(Any, tar).members.clear()  # tarfile would keep them all in memory
             if member.size < 0 or (last is not None and member.offset <= last.offset):
                 raise tarfile.ReadError("a header leads backwards")
             if last is not None:
                 index.add(last)
             last = member
         stream.seek(tar.offset)
-        # Of what is no header, and of nothing, tarfile says nothing: as if the tar ended there.
+        # Where there is no valid header, tarfile behaves as if the tar ended there.
         if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError("neither a header nor the mark of the end")
     except Exception as error:
@@ -239,7 +241,7 @@ def _read_all(tar: tarfile.TarFile, stream: BinaryIO, index: "_Index") -> str | 
             raise
         if last is not None and _is_whole(last, stream):
             index.add(last)
-            return f"behind member {last.name!r} ({error})"
+            return f"after member {last.name!r} ({error})"
         return f"at member {last.name!r} ({error})" if last is not None else f"({error})"
     if last is not None:
         index.add(last)
@@ -257,22 +259,22 @@ def _is_whole(member: tarfile.TarInfo, stream: BinaryIO) -> bool:
 
 
 def _is_break(error: Exception) -> bool:
-    """Of the tar, and not of the store that it is in; numbers in headers may be nonsense."""
+    """Whether an error is due to the tar, whose headers may hold nonsense, and not to its store."""
     return isinstance(error, (tarfile.TarError, ValueError, OverflowError)) or is_damage(error)
 
 
 class _Index:
-    """The members of a tar that matter, by their samples."""
+    """The members of a tar that are images or wanted columns, by sample."""
 
     def __init__(self, image: str | None, wanted: frozenset[str], stream: BinaryIO):
         self.columns: set[str] = set()
         self._image, self._wanted, self._stream = image, wanted, stream
         self._images: list[tuple[str, str, _Span, str | None]] = []
-        """Key, column, place, problem."""
+        """Key, column, place and problem of each image."""
         self._texts: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
-        """By key: the column's name, and where it is."""
+        """Wanted columns by key, each with its name and place."""
         self._places: dict[str, _Span] = {}
-        """By a member's name, for links to it."""
+        """Places of members by name, to resolve links."""
         self._num_json = 0
 
     def add(self, member: tarfile.TarInfo) -> None:
@@ -294,7 +296,7 @@ class _Index:
                 self._add_fields(column, place)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Of `_MEMBER`; an image is known by its whole name where its key has several."""
+        """Rows of `_MEMBER`; an image's id is its full name where its key has several images."""
         counts = Counter(key for key, *_ in self._images)
         return [
             {
@@ -313,7 +315,7 @@ class _Index:
         return f".{column.rpartition('.')[2]}" in IMAGE_SUFFIXES
 
     def _place(self, member: tarfile.TarInfo, name: str) -> tuple[_Span, str | None]:
-        """Where the content is, a link's at its target; or why it is nowhere."""
+        """The place of a member's content, for a link that of its target; or why there is none."""
         if member.issparse():
             return (0, 0), "member is stored sparsely; make the tar without --sparse"
         if member.isreg():
@@ -368,7 +370,7 @@ def _chunks(members: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]
 
 
 def _spans(member: dict[str, Any], image_limits: ImageLimits) -> list[_Span]:
-    """What is to be read for a row: nothing that is too large."""
+    """The spans to read for a row, without those that are too large."""
     spans = [
         (text["offset"], text["size"]) for text in member["texts"] if text["size"] <= MAX_TEXT_BYTES
     ]
@@ -378,7 +380,7 @@ def _spans(member: dict[str, Any], image_limits: ImageLimits) -> list[_Span]:
 
 
 def _read_spans(stream: BinaryIO, spans: Iterable[_Span]) -> dict[_Span, bytes]:
-    """The content of each, but for what can be read no more; from the first to the last."""
+    """The content of each span that can be read, in the order of their offsets."""
     found = {}
     for run in _runs(sorted(spans)):
         begin = run[0][0]
@@ -397,7 +399,7 @@ def _read_spans(stream: BinaryIO, spans: Iterable[_Span]) -> dict[_Span, bytes]:
 
 
 def _runs(spans: list[_Span]) -> Iterator[list[_Span]]:
-    """Those that lie near each other, to be read at once."""
+    """Spans that are near each other, to be read at once."""
     run: list[_Span] = []
     for span in spans:
         if run and span[0] - sum(run[-1]) > GAP_BYTES:
@@ -414,7 +416,7 @@ def _as_row(
     columns: ImageColumns,
     image_limits: ImageLimits,
 ) -> dict[str, Any]:
-    """Of `rows.as_table`; what is wrong with it is its `problem`."""
+    """A row for `rows.as_table`; a `problem` makes it a dead letter."""
     row = {"id": member["id"], "row": member["row"], "problem": member["problem"]}
     if member["problem"] is not None:
         return row
@@ -448,7 +450,7 @@ def _value(name: str, texts: dict[str, _Span], contents: dict[_Span, bytes]) -> 
     """A sample's value of a column: a member's text, or a field of its JSON; None: it has none.
 
     Raises:
-        DataError: it is not UTF-8, no JSON, or too large.
+        DataError: the member is not UTF-8, not JSON, or too large.
     """
     head = next((head for head in _heads(name) if head in texts), None)
     if head is None:
@@ -463,5 +465,5 @@ def _value(name: str, texts: dict[str, _Span], contents: dict[_Span, bytes]) -> 
     except UnicodeDecodeError as error:
         raise DataError(f"member .{head} is not UTF-8 ({error}); write it as UTF-8") from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"member .{head} is not JSON ({error}); write it anew") from None
+        raise DataError(f"member .{head} is not JSON ({error}); correct it") from None
     return as_text(fields.get(name.removeprefix(f"{head}."))) if isinstance(fields, dict) else None
