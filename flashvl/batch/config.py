@@ -18,7 +18,8 @@ class CaptionJob(StrictModel):
     output: str
     """Output folder or URI, outside the input: a new one, or one to resume."""
     model: str = "tiny"
-    """Shipped model's name (tiny), or folder of a Flash-VL or published FlashVL model."""
+    """Shipped model's name (tiny) or Flash-VL folder; commands also take a published FlashVL/* name
+    or folder."""
     dtype: Dtype = "auto"
     """Number format of the model; auto: the machine's fastest. With float32, slower, a caption
     depends neither on the images in the same batch nor on the machine."""

@@ -100,13 +100,14 @@ def caption(
     if options["input"].startswith("hf://"):
         _allow_downloads()
     with report_errors():
+        if json_schema is not None:
+            options["json_schema"] = _read(json_schema)
+        job = build(CaptionJob, options, command="caption")
         from flashvl.batch.job import check_caption_job, run_plan
         from flashvl.model.parts.prepare import prepare_model
 
-        options["model"] = str(prepare_model(options["model"]))
-        if json_schema is not None:
-            options["json_schema"] = _read(json_schema)
-        plan = check_caption_job(build(CaptionJob, options, command="caption"))
+        job = job.model_copy(update={"model": str(prepare_model(job.model))})
+        plan = check_caption_job(job)
         if dry_run:
             print(json.dumps(plan.describe(), indent=2) if as_json else plan)
             return

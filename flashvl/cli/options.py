@@ -23,7 +23,7 @@ ModelOption = Annotated[
     str,
     typer.Option(
         metavar="NAME|FOLDER",
-        help="Shipped model's name (tiny), or folder of a Flash-VL or published FlashVL model.",
+        help="Shipped model's name (tiny), Flash-VL folder, or published FlashVL/* name or folder.",
     ),
 ]
 JsonOption = Annotated[
