@@ -18,7 +18,7 @@ TEST_ENV := OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 MPLBACKEND=Agg RAY_USAGE_ST
 .DELETE_ON_ERROR:
 # The lines of one target build on those of the one before: `make -j` must not mix them.
 .NOTPARALLEL:
-.PHONY: help demo test test-slow lint format tiny tiny-dynamic tiny-iss install clean
+.PHONY: help demo test test-fast test-slow lint format tiny tiny-dynamic tiny-iss install clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,10 +29,13 @@ help: ## Show this list
 demo: $(STAMP) ## Caption 200 images with the embedded model; writes out/report.html
 	@$(RUN) $(BIN)/flashvl demo --output $(OUT) $(ARGS)
 
-test: $(STAMP) ## Run the tests (CPU, two cores)
+test: $(STAMP) ## Run the tests (CPU, up to 20 minutes on two cores)
 	@$(RUN) $(TEST_ENV) $(BIN)/python -m pytest $(ARGS)
 
-test-slow: $(STAMP) ## Run the tests marked slow
+test-fast: $(STAMP) ## Run those that neither start Ray nor train (up to 90 seconds)
+	@$(RUN) $(TEST_ENV) $(BIN)/python -m pytest -m "not ray and not long and not slow and not gpu" $(ARGS)
+
+test-slow: $(STAMP) ## Run those that take minutes each
 	@$(RUN) $(TEST_ENV) $(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
 
 lint: $(STAMP) ## Check style, formatting, types and the floors of the imports

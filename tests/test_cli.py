@@ -107,6 +107,7 @@ def test_parts_of_other_kinds_are_refused(tmp_path: Path) -> None:
     assert "holds a 'llava' model, not a vision tower" in refused("assemble", *arguments)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("arguments", "offline", "reason"),
     [
@@ -150,6 +151,7 @@ def test_a_recipe_that_is_not_there_is_named() -> None:
     assert "/no/recipe.yaml" in refused("train", "/no/recipe.yaml")
 
 
+@pytest.mark.long
 def test_an_entry_point_prints_no_traceback() -> None:
     done = subprocess.run(
         [sys.executable, "ray_jobs/train.py", STAGE1, "learing_rate=1"],

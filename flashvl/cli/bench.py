@@ -42,11 +42,11 @@ def images(rounds: RoundsOption = 20, json_file: JsonOption = None) -> None:
     Example: flashvl bench images
     """
     with report_errors():
+        _check_writable(json_file)
         from flashvl.bench.contenders import HEIGHT, WIDTH
         from flashvl.bench.images import compare_image_processing
         from flashvl.bench.report import describe_images
 
-        _check_writable(json_file)
         with show_progress("measuring") as on_progress:
             speeds = compare_image_processing(rounds, on_progress)
         _write(json_file, {"contenders": [asdict(each) for each in speeds]})
@@ -68,11 +68,11 @@ def latency(
     Example: flashvl bench latency --preset static --random-weights
     """
     with report_errors():
+        _check_writable(json_file, plot)
         from flashvl.bench.latency import compare_with_generate
         from flashvl.bench.report import describe_latencies
         from flashvl.model.parts.prepare import prepare_model
 
-        _check_writable(json_file, plot)
         with show_progress("measuring") as on_progress:
             report = compare_with_generate(
                 str(prepare_model(model)),
@@ -126,10 +126,10 @@ def peers(
     Example: flashvl bench peers --only flashvl --vllm vllm/bin/python
     """
     with report_errors():
+        _check_writable(json_file, plot)
         from flashvl.bench.peers import measure_peers, paper_scores
         from flashvl.bench.report import describe_latencies, describe_throughputs
 
-        _check_writable(json_file, plot)
         with show_progress("measuring") as on_progress:
             report = measure_peers(
                 preset, only, vllm, num_tokens=tokens, rounds=rounds, on_progress=on_progress
@@ -179,11 +179,11 @@ def throughput(
     --tokens 128 --rounds 1
     """
     with report_errors():
+        _check_writable(json_file)
         from flashvl.bench.report import describe_throughputs
         from flashvl.bench.throughput import WIDTHS, measure_widths
         from flashvl.model.parts.prepare import prepare_model
 
-        _check_writable(json_file)
         with show_progress("measuring") as on_progress:
             report = measure_widths(
                 str(prepare_model(model)),
@@ -211,11 +211,11 @@ def caption(
     Example: flashvl bench caption
     """
     with report_errors():
+        _check_writable(json_file)
         from flashvl.bench.caption import measure_captioning
         from flashvl.bench.report import describe_captioning
         from flashvl.model.parts.prepare import prepare_model
 
-        _check_writable(json_file)
         start_ray()
         with show_progress("measuring") as on_progress:
             speed = measure_captioning(str(prepare_model(model)), images, rounds, on_progress)
@@ -255,12 +255,12 @@ def serve(
     Example: flashvl bench serve --preset static --random-weights --requests 1 --seconds 0
     """
     with report_errors():
+        _check_writable(json_file)
         from flashvl.bench.report import describe_service
         from flashvl.bench.serve import HOST, measure_service, served_model
         from flashvl.model.parts.prepare import prepare_model
         from flashvl.serve.listening import reserved_port
 
-        _check_writable(json_file)
         with (
             reserved_port(HOST, port, is_held=not os.environ.get("RAY_ADDRESS")) as port,
             served_model(str(prepare_model(model)), preset, random_weights) as served,

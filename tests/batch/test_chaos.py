@@ -21,12 +21,13 @@ import pyarrow.parquet as pq
 import pytest
 from ray.cluster_utils import Cluster
 
+from flashvl.batch.job import run_caption_job
 from tests.support.cluster import workers
-from tests.support.jobs import picture, rows_of
+from tests.support.jobs import make_job, picture, rows_of
 
 NODE = {"num_cpus": 2, "object_store_memory": 80 * 2**20}
 MIN_LIFE_S = 15.0
-"""Of the driver: it starts in ten seconds, and a job that is killed before never gets anywhere."""
+"""Least life of the driver, which starts in ten seconds: killed sooner, it never gets anywhere."""
 
 
 def write_input(path: Path, num_rows: int) -> Path:
@@ -114,16 +115,16 @@ def run_until_done(
 
 @pytest.fixture(scope="module")
 def undisturbed(
-    tiny_random: Path, tmp_path_factory: pytest.TempPathFactory
+    ray_cluster: None, tiny_random: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[int], tuple[Path, dict[int, dict[str, Any]]]]:
-    """A number of rows -> a table of so many, and its output on a Ray of its own, by row."""
+    """Takes a number of rows; gives a table of that size, and its output when nothing is killed."""
 
     @functools.cache
     def run(num_rows: int) -> tuple[Path, dict[int, dict[str, Any]]]:
         folder = tmp_path_factory.mktemp("undisturbed")
         source = write_input(folder / "in.parquet", num_rows)
-        line = command(source, folder / "out", tiny_random)
-        assert subprocess.run(line).returncode == 0
+        job = make_job(tiny_random, source, folder / "out", max_num_seqs=16, max_error_rate=0.05)
+        run_caption_job(job)
         rows = rows_of(folder / "out")
         assert sorted(rows) == list(range(num_rows))
         return source, rows

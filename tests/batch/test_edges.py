@@ -123,6 +123,7 @@ def test_a_changed_function_mixes_old_and_new(
         run_caption_job(job.model_copy(update={"prompt": "What is it?"}))
 
 
+@pytest.mark.slow
 def test_one_bad_row_takes_good_ones_with_it(
     ray_cluster: None, table: Path, job: CaptionJob, tmp_path: Path
 ) -> None:
@@ -149,6 +150,7 @@ def test_one_bad_row_takes_good_ones_with_it(
     assert (summary.written, summary.dead) == (NUM_ROWS - 1, 1)
 
 
+@pytest.mark.slow
 def test_a_missing_file_becomes_none(
     ray_cluster: None, job: CaptionJob, table: Path, tmp_path: Path
 ) -> None:

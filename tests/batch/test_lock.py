@@ -53,6 +53,7 @@ def holder(place: str, folder: Path) -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
 def test_another_process_is_kept_out_until_it_is_killed(
     place: str, end: signal.Signals, tmp_path: Path
@@ -90,6 +91,7 @@ def test_of_many_at_once_one_has_it(place: str, tmp_path: Path) -> None:
     assert sorted(ends) == ["held"] + 7 * ["refused"]
 
 
+@pytest.mark.long
 def test_a_holder_that_was_away_for_too_long_is_stopped(tmp_path: Path) -> None:
     process = holder("store", tmp_path / "out")
     process.send_signal(signal.SIGSTOP)  # as a machine that hangs, or a network that is down

@@ -29,12 +29,14 @@ def test_a_peer_has_its_published_size(name: str) -> None:
     assert round(count / 1e9, 2) == PUBLISHED[name]
 
 
+@pytest.mark.long
 def test_each_answers_about_the_photo(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With one layer each: a wrong number of image tokens is refused by the models themselves."""
-
+    """With one narrow layer each: the models themselves refuse a wrong number of image tokens."""
     for name, peer in PEERS.items():
         config = peer.build_config()
-        config.text_config.num_hidden_layers = config.vision_config.num_hidden_layers = 1
+        for part in (config.text_config, config.vision_config):
+            part.num_hidden_layers = 1
+            part.intermediate_size = 64
         shallow = dataclasses.replace(peer, build_config=lambda config=config: config)
         monkeypatch.setitem(PEERS, name, shallow)
     jpeg = make_photo(0)

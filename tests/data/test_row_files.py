@@ -105,7 +105,14 @@ def test_a_file_that_may_not_be_read(photo: Path) -> None:
             "gopher://x/1.png",
             "file://nowhere/x",
         ),
-        *("hdfs://nowhere/x.png", "C://x", "s3:// /x", "s3://b\0/x", "s3://b/\udcff", "x://\n"),
+        *(
+            "hdfs://nowhere/x.png",
+            "C://x",
+            "s3:// /x",
+            "s3://b\0/x",
+            pytest.param("s3://b/\udcff", marks=pytest.mark.long),
+            "x://\n",
+        ),
         *(
             "mock://a/b.png",
             "https://example.invalid/x.png",
@@ -188,6 +195,7 @@ def test_objects_of_a_store(s3: tuple[ThreadedMotoServer, str]) -> None:
             read_row_file(path, table.store, MAX_BYTES)
 
 
+@pytest.mark.long
 def test_a_store_that_went_away_stops_the_job(s3: tuple[ThreadedMotoServer, str]) -> None:
     server, uri = s3
     assert read(uri.format("deep/a.png")) == b"pixels"
@@ -199,6 +207,7 @@ def test_a_store_that_went_away_stops_the_job(s3: tuple[ThreadedMotoServer, str]
         assert not isinstance(error.value, DataError)
 
 
+@pytest.mark.long
 def test_a_store_that_never_answered_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """One row may name a false store; if all do, the share of dead letters stops the job."""
     monkeypatch.setattr(row_files, "_silent", {})

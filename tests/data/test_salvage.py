@@ -206,6 +206,7 @@ def check(outcomes: list[tuple[str, str | None]], number: int) -> None:
     assert all(len(reason.splitlines()) == 1 and len(reason) < 400 for reason in reasons)
 
 
+@pytest.mark.long
 def test_damaged_files_are_an_image_or_an_error(tmp_path: Path) -> None:
     check(decode_damaged(400, tmp_path), 400)
 

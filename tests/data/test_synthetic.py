@@ -148,7 +148,8 @@ def difference(mask: np.ndarray, glyph: np.ndarray) -> int:
 
 def look(image: Image.Image) -> Seen:
     pixels = np.asarray(image).astype(int)
-    colors = Counter(map(tuple, pixels.reshape(-1, 3).tolist()))
+    packed = np.unique(pixels @ [65536, 256, 1])
+    colors = {(color >> 16, color >> 8 & 255, color & 255) for color in packed.tolist()}
     if len(colors) > 1000:
         return Seen("photo", [])
     if GRID_LINE in colors:

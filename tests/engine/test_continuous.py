@@ -70,7 +70,15 @@ class Subject:
         return tokens[: tokens.index(end)] if end in tokens else tokens, length
 
 
-@pytest.fixture(scope="module", params=["tiny", "tiny-dynamic", "tiny-overlap", "tiny-iss"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        "tiny",
+        pytest.param("tiny-dynamic", marks=pytest.mark.long),
+        pytest.param("tiny-overlap", marks=pytest.mark.long),
+        "tiny-iss",
+    ],
+)
 def subject(request: pytest.FixtureRequest, random_folder: Callable[[str], Path]) -> Subject:
     return Subject(random_folder(request.param))
 

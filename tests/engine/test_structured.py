@@ -419,6 +419,7 @@ HOSTILE = {
 }
 
 
+LONGEST = "an intersection of many states"
 SERVER = """
 import json, os, resource, sys
 from flashvl.engine import Engine, Request, StructuredOutputs
@@ -461,7 +462,13 @@ def server() -> Iterator[subprocess.Popen[str]]:
         yield process
 
 
-@pytest.mark.parametrize("outputs", HOSTILE.values(), ids=HOSTILE)
+@pytest.mark.parametrize(
+    "outputs",
+    [
+        pytest.param(outputs, id=name, marks=[pytest.mark.long] * (name == LONGEST))
+        for name, outputs in HOSTILE.items()
+    ],
+)
 def test_what_is_hostile_is_answered_or_refused_before_long(
     server: subprocess.Popen[str], outputs: dict[str, Any]
 ) -> None:

@@ -59,7 +59,11 @@ def test_items_are_held_out_and_of_their_task() -> None:
 
 @pytest.mark.parametrize(
     ("model", "least_average", "least"),
-    [("tiny", 0.85, 0.6), ("tiny-dynamic", 0.75, 0.5), ("tiny-iss", 0.7, 0.25)],
+    [
+        ("tiny", 0.85, 0.6),
+        pytest.param("tiny-dynamic", 0.75, 0.5, marks=pytest.mark.long),
+        pytest.param("tiny-iss", 0.7, 0.25, marks=pytest.mark.long),
+    ],
 )
 def test_the_shipped_models_know_their_world(
     model: str, least_average: float, least: float

@@ -674,6 +674,7 @@ def stranger(subject: Subject, tmp_path_factory: pytest.TempPathFactory) -> dict
     return found | {"logits": np.load(home / "logits.npy"), "text": text}
 
 
+@pytest.mark.long
 def test_a_stranger_loads_the_folder_with_the_code_in_it(
     subject: Subject, stranger: dict[str, Any]
 ) -> None:

@@ -687,6 +687,7 @@ print("grown:", 1024 * (peak_kib() - before))
 """
 
 
+@pytest.mark.long
 def test_memory_stays_below_a_fifth_above_the_model(tmp_path: Path) -> None:
     source = write_published(tmp_path / "large", "iss", hidden=7168)
     size = sum(file.stat().st_size for file in source.glob("*.safetensors"))

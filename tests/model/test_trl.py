@@ -26,6 +26,9 @@ COMMON: dict[str, Any] = {
 }
 
 
+pytestmark = pytest.mark.long
+
+
 @pytest.fixture(params=["tiny_random", "tiny_iss_random"])
 def folder(request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue(request.param)

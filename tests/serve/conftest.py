@@ -19,8 +19,10 @@ def batch_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def cluster(starts_ray: None) -> Iterator[Cluster]:
-    """One node, whose agent takes jobs."""
-    cluster = Cluster(initialize_head=True, head_node_args=head_of_its_own(num_cpus=4))
+    """One node, whose agent takes jobs, and tells of metrics every second rather than every ten."""
+    head = head_of_its_own(num_cpus=4)
+    head["_system_config"] = {"metrics_report_interval_ms": 1000}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     yield cluster
     cluster.shutdown()
 
