@@ -24,18 +24,18 @@ help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "  PYTHON=python3.12 names the Python that .venv is made with (now: $(PYTHON))."
-	@echo "  ARGS=... is handed on, as in: make test ARGS='-k tiling'"
+	@echo "  ARGS=... is passed on, as in: make test ARGS='-k tiling'"
 
-demo: $(STAMP) ## Caption 200 images with the embedded model; writes out/report.html
+demo: $(STAMP) ## Caption 200 images with the embedded model; write out/report.html
 	@$(RUN) $(BIN)/flashvl demo --output $(OUT) $(ARGS)
 
-test: $(STAMP) ## Run the tests (CPU, up to 20 minutes on two cores)
+test: $(STAMP) ## Run the tests (up to 20 minutes on two CPU cores)
 	@$(RUN) $(TEST_ENV) $(BIN)/python -m pytest $(ARGS)
 
-test-fast: $(STAMP) ## Run those that neither start Ray nor train (up to 90 seconds)
+test-fast: $(STAMP) ## Run the tests that neither start Ray nor train (90 seconds)
 	@$(RUN) $(TEST_ENV) $(BIN)/python -m pytest -m "not ray and not long and not slow and not gpu" $(ARGS)
 
-test-slow: $(STAMP) ## Run those that take minutes each
+test-slow: $(STAMP) ## Run the tests that take minutes each
 	@$(RUN) $(TEST_ENV) $(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
 
 lint: $(STAMP) ## Check style, formatting, types and the floors of the imports
@@ -51,13 +51,13 @@ format: $(STAMP) ## Sort the imports and format the code
 tiny: $(STAMP) ## Train the embedded model anew (up to an hour on two cores)
 	@$(RUN) $(BIN)/python ray_jobs/tiny.py $@ $(ARGS)
 
-tiny-dynamic: $(STAMP) ## Train its variant with dynamic tiling, from tiny
+tiny-dynamic: $(STAMP) ## Train tiny's variant with dynamic tiling
 	@$(RUN) $(BIN)/python ray_jobs/tiny.py $@ $(ARGS)
 
-tiny-iss: $(STAMP) ## Train its variant with Implicit Semantic Stitching, from tiny
+tiny-iss: $(STAMP) ## Train tiny's variant with Implicit Semantic Stitching
 	@$(RUN) $(BIN)/python ray_jobs/tiny.py $@ $(ARGS)
 
-install: $(STAMP) ## Make .venv and install flashvl into it, nothing else
+install: $(STAMP) ## Make .venv and install flashvl into it
 
 clean: ## Remove out/, caches and build leftovers; keeps .venv and runs/
 	rm -rf out build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

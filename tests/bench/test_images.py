@@ -1,4 +1,4 @@
-"""The benchmark of image processing: what it compares is the same work."""
+"""The benchmark of image processing: its figures for both ways fit together."""
 
 import json
 from pathlib import Path

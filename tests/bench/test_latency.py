@@ -32,7 +32,7 @@ def test_the_figures_fit_together(preset: str, tmp_path: Path) -> None:
     for each in latencies:
         assert len(each.rounds) == 2
         assert all(len(one.gaps_s) == 5 for one in each.rounds)
-        # Of two rounds, mean and median are one.
+        # With two rounds, the mean is the median.
         answer_s = sum(one.first_s + sum(one.gaps_s) for one in each.rounds) / 2
         prepare_s = sum(one.prepare_s for one in each.rounds) / 2
         assert each.tokens_per_s == pytest.approx(6 / answer_s)
@@ -52,7 +52,7 @@ def test_the_figures_fit_together(preset: str, tmp_path: Path) -> None:
 
 
 def test_the_work_is_what_the_layers_sizes_say() -> None:
-    """facts of arithmetic: 2 operations a weight and token, 4 a pair of tokens and channel."""
+    """By arithmetic: 2 operations a weight and token, 4 a pair of tokens and channel."""
     twins = random_twins("tiny")
     _, plain = build_flashvl(twins)
     work = plain.count_work(make_photo(0))

@@ -1,4 +1,4 @@
-"""The peers are the published models: their sizes, and what one image of 1024x768 costs them."""
+"""The peers have the published models' sizes and numbers of image tokens for 1024x768."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ PUBLISHED = {
 }
 """Parameters in 10^9, as the hub shows them."""
 UNTIED_HEAD = {"Aquila-VL-2B": 151_936 * 1536}
-"""Its file holds the head beside the embedding it equals."""
+"""Parameters that the hub counts twice: the file has the head and the embedding that equals it."""
 
 
 @pytest.mark.parametrize("name", PEERS)

@@ -1,4 +1,4 @@
-"""vLLM as a contender: the real one, of tiny models; and what is refused before it starts."""
+"""vLLM itself as a contender, with tiny models; and options that are refused before it starts."""
 
 import json
 import sys
@@ -71,7 +71,7 @@ def test_the_command_has_rows_of_vllm(vllm_python: Path, tmp_path: Path) -> None
     ("options", "message"),
     [
         (["--vllm", "nowhere/python"], "nowhere/python cannot be run: No such file"),
-        # Ours has none.
+        # This environment does not have vLLM.
         (["--vllm", sys.executable], "cannot import vLLM: ModuleNotFoundError"),
         (["--vllm", "/bin/false"], "cannot import vLLM"),
         (["--only", "LLaVA"], "--only 'LLaVA' is none of flashvl, "),

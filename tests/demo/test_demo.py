@@ -1,4 +1,4 @@
-"""The demo: its pictures are what they claim to be, and its report has all of them."""
+"""The demo: its pictures show their scenes, and its report has all of them."""
 
 from collections import Counter
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The picture of the tiles: its numbers, its colours, and the command that draws it."""
+"""Drawings of tiles: their numbers, their colours, and the command that draws them."""
 
 import json
 from dataclasses import replace
@@ -37,7 +37,7 @@ def rule_of(preset: str) -> tuple[Tiling, int]:
 
 
 def counts(picture: Image.Image) -> dict[tuple[int, ...], int]:
-    """Pixels of each colour."""
+    """The number of pixels of each colour."""
     return {color: times for times, color in picture.getcolors(picture.width * picture.height)}
 
 

@@ -1,4 +1,4 @@
-"""The exam itself: an oracle gets everything right, a model that guesses gets next to nothing."""
+"""The evaluation: an oracle gets everything right, and random weights next to nothing."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""Clients that nobody here wrote, each in its own words: `clients/` holds a script for each.
+"""The service as other projects' client libraries use it: `clients/` has a script for each.
 
-They have an environment of their own, made here unless FLASHVL_CLIENTS names a folder that has it.
+The libraries are installed into an environment of their own (`make_environment`).
 """
 
 import json
@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-import venv
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +25,15 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its folder; what is installed there already is used as it is."""
-    named = os.environ.get("FLASHVL_CLIENTS")
-    folder = Path(named) if named else tmp_path_factory.mktemp("clients")
-    if not (folder / "bin" / "python").exists():
-        venv.create(folder, with_pip=True)
-        install = [folder / "bin" / "python", "-m", "pip", "install", "-q", *PACKAGES]
-        subprocess.run(install, check=True, timeout=1200)
-    return folder
+def python(make_environment: Callable[..., Path]) -> Path:
+    """The Python of an environment with the libraries."""
+    return make_environment(*PACKAGES)
 
 
 @pytest.fixture(scope="module")
-def node_modules(environment: Path) -> Path:
+def node_modules(python: Path) -> Path:
+    """The folder of an environment with the libraries for Node."""
+    environment = python.parent.parent
     if shutil.which("node") is None or shutil.which("npm") is None:
         pytest.skip("needs node and npm (Debian: apt install nodejs npm)")
     if not (environment / "node_modules" / "ai").exists():
@@ -67,7 +63,7 @@ def run(*line: str | Path) -> dict[str, Any]:
 
 
 def check(told: dict[str, Any], scene: synthetic.Sample) -> None:
-    """Right to the letter where the model knows, and of the asked shape where it is made to."""
+    """The model's own answers are exact; those of a prescribed shape have that shape."""
     assert told["image"] == told["stream"] == scene.turns[0].answer
     assert told["turns"] == "2"
     assert told["tools"]["name"] == "report"
@@ -79,9 +75,9 @@ def check(told: dict[str, Any], scene: synthetic.Sample) -> None:
 
 @pytest.mark.parametrize("client", sorted(file.stem for file in CLIENTS.glob("*_client.py")))
 def test_python_clients(
-    client: str, environment: Path, url: str, picture: Path, scene: synthetic.Sample
+    client: str, python: Path, url: str, picture: Path, scene: synthetic.Sample
 ) -> None:
-    told = run(environment / "bin" / "python", CLIENTS / f"{client}.py", url, picture)
+    told = run(python, CLIENTS / f"{client}.py", url, picture)
     sys.stderr.write(f"{client}: {told}\n")
     check(told, scene)
 

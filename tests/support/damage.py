@@ -1,4 +1,4 @@
-"""Image files whose metadata is damaged and whose pixels are whole; and files damaged anywhere."""
+"""Image files with damaged metadata and whole pixels, and image files damaged anywhere."""
 
 import random
 import struct
@@ -13,7 +13,7 @@ from pillow_heif import as_plugin
 from tests.support.images import encode
 
 Damaged = dict[str, tuple[bytes, bytes]]
-"""What is damaged -> the file without it, and the file with it."""
+"""By the name of a damage: the whole file, and the same file with the damage."""
 
 BLOBS = np.random.default_rng(5).integers(0, 256, (3, 4, 3), dtype=np.uint8)
 PICTURE = Image.fromarray(BLOBS).resize((40, 30), Image.Resampling.BICUBIC)
@@ -23,7 +23,7 @@ ZERO_GARBAGE = b"\0" * 50
 GARBAGE = random.Random(1).randbytes(300)
 
 
-# Only for writing: reading HEIF must not take a plugin that someone has registered.
+# Only for writing: reading HEIF must not depend on a registered plugin.
 Image.register_save("HEIF", as_plugin._save_heif)
 Image.register_save_all("HEIF", as_plugin._save_all_heif)
 
@@ -36,7 +36,7 @@ def exif_of(orientation: int) -> bytes:
 
 
 def exif_damages() -> dict[str, bytes]:
-    """EXIF that says nothing that can be read, without the `Exif` before it."""
+    """EXIF blocks without anything readable in them, and without the leading `Exif`."""
     whole = exif_of(1)[6:]
     entry = struct.pack("<HHI", ORIENTATION, 3, 1) + struct.pack("<HH", 1, 0)
 
@@ -78,7 +78,7 @@ def png_chunk(name: bytes, content: bytes, checksum: int | None = None) -> bytes
 
 
 def png_damages() -> Damaged:
-    """Each before the pixels and behind them."""
+    """Every damage once before the pixels and once after them."""
     big = zlib.compress(bytes(3 * 2**20))
     fctl = struct.pack(">IIIIIHHBB", 0, 40, 30, 0, 0, 1, 10, 0, 0)
     damages = {
@@ -141,7 +141,7 @@ def png_damages() -> Damaged:
 
 
 def kept_beside_png_damages() -> Damaged:
-    """What decides about pixels is to survive what is damaged beside it."""
+    """Chunks that decide about pixels, beside a damaged one, which they must survive."""
     damage = png_chunk(b"zTXt", b"workflow\0\0" + zlib.compress(bytes(3 * 2**20)))
     palette = PICTURE.quantize(8)
     key = PICTURE.convert("L").getpixel((3, 3))
@@ -476,7 +476,7 @@ def jp2_damages() -> Damaged:
 
 
 def item_damages(file_format: str) -> Damaged:
-    """AVIF or HEIF whose EXIF, XMP or profile is damaged where it lies."""
+    """AVIF or HEIF files whose EXIF, XMP or profile is damaged in its place."""
     whole = encode(PICTURE, file_format, exif=exif_of(1), xmp=XMP * 5, icc_profile=GARBAGE)
     damaged = {}
     exif = whole.rindex(b"MM\0*")
@@ -524,7 +524,7 @@ def damaged_metadata() -> dict[str, Damaged]:
 
 
 def whole_files() -> dict[str, bytes]:
-    """Small files of every format and of many kinds, with metadata wherever there is a place."""
+    """Small files of every format and many kinds, with metadata wherever the format takes any."""
     told: dict[str, Any] = {"exif": exif_of(6), "icc_profile": GARBAGE, "xmp": XMP}
     rgba, palette = PICTURE.convert("RGBA").rotate(30), PICTURE.quantize(16)
 
@@ -570,7 +570,7 @@ EXTREMES = (0, 1, 2, 12, 255, 256, 2**15, 2**16 - 1, 2**16, 2**24, 2**31 - 1, 2*
 
 
 def damage(data: bytes, others: list[bytes], chance: random.Random) -> bytes:
-    """One to four damages; half of them within the first 200 bytes, where headers are."""
+    """The data with one to four damages, half of them in the first 200 bytes, the headers."""
     for _ in range(chance.randint(1, 4)):
         at = chance.randrange(max(1, min(len(data), chance.choice((200, len(data))))))
         end = at + chance.choice((1, 2, 4, 8, 40, 400))
@@ -602,7 +602,7 @@ def damage(data: bytes, others: list[bytes], chance: random.Random) -> bytes:
 
 
 def damaged_files(number: int, seed: int = 0) -> Iterator[tuple[str, bytes]]:
-    """So many files, of each format in turn; the same ones for the same seed."""
+    """`number` files of each format in turn; a seed always gives the same ones."""
     files = whole_files()
     chance = random.Random(seed)
     for index in range(number):

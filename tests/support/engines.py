@@ -1,4 +1,4 @@
-"""Requests to an engine in the test's own process, which others' answers are compared with."""
+"""Answers of an engine in the test's own process, for comparison with a service's or a job's."""
 
 from typing import Any
 

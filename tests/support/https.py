@@ -1,4 +1,4 @@
-"""A server that speaks https on this machine, with a certificate made on the spot."""
+"""An https server on this machine with a certificate of its own."""
 
 import datetime
 import ipaddress
@@ -14,10 +14,10 @@ from pathlib import Path
 def https_server(
     handler: type[BaseHTTPRequestHandler], folder: Path, address: str = "127.0.0.1"
 ) -> Iterator[tuple[int, Path]]:
-    """Its port, and the certificate in `folder` that whoever asks it is to trust.
+    """Run a server; gives its port, and a certificate in `folder` that clients must trust.
 
     Args:
-        address: this machine's, where it listens; beside `localhost`, the certificate is for it.
+        address: this machine's address to listen at; the certificate is for it and `localhost`.
     """
     certificate, key = _certificate(folder, address)
     server = ThreadingHTTPServer((address, 0), handler)

@@ -1,4 +1,4 @@
-"""A server of one dataset by the routes of huggingface.co that its own client asks."""
+"""A server with one dataset and the routes of huggingface.co that Hugging Face's client uses."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ REPO = "someone/pictures"
 
 @contextmanager
 def hub_of(folder: Path) -> Iterator[str]:
-    """The endpoint of a hub that has the files of `folder` as the dataset `REPO`."""
+    """Run a hub with the files of `folder` as the dataset `REPO`; gives its endpoint."""
 
     def entry(path: Path) -> dict[str, Any]:
         name = path.relative_to(folder).as_posix()

@@ -1,4 +1,4 @@
-"""Images that tests of every part make, and the forms in which they hand them on."""
+"""Images for tests of every part, and their forms: files, base64, data URLs."""
 
 import base64
 import io

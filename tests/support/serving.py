@@ -1,4 +1,4 @@
-"""Services in processes of their own, deployments on clusters, and what is asked of them."""
+"""Services in processes of their own, applications deployed on clusters, and requests to them."""
 
 import os
 import subprocess
@@ -40,7 +40,7 @@ def serving(*options: str, **environment: str) -> Iterator[Service]:
         env=os.environ | environment,
         stdout=subprocess.PIPE,
         text=True,
-        start_new_session=True,  # what a terminal tells a command and all that it started
+        start_new_session=True,  # so that a test can signal all its processes, as a terminal does
     )
     assert process.stdout is not None
     try:
@@ -61,7 +61,7 @@ def serving(*options: str, **environment: str) -> Iterator[Service]:
 
 @dataclass(kw_only=True)
 class Deployment:
-    """An application that `serve deploy` has put on a cluster, and puts there anew."""
+    """An application that `serve deploy` puts on a cluster, and replaces there."""
 
     cluster: Cluster
     dashboard: str
@@ -72,7 +72,7 @@ class Deployment:
         return f"http://127.0.0.1:{self.port}"
 
     def deploy(self, config: dict[str, Any]) -> None:
-        """Hand it to Serve and wait until it runs as the configuration says."""
+        """Deploy the configuration, and wait until the application runs as it says."""
         config = config | {"http_options": {"host": "127.0.0.1", "port": self.port}}
         with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
             yaml.safe_dump(config, file)
@@ -83,21 +83,21 @@ class Deployment:
         wait_until(lambda: self.status()["status"] == "RUNNING", 240)
 
     def status(self) -> dict[str, Any]:
-        """Of the application, as Serve tells it."""
+        """Serve's own description of the application."""
         url = f"{self.dashboard}/api/serve/applications/"
         headers = {"Authorization": f"Bearer {os.environ['RAY_AUTH_TOKEN']}"}
         told = requests.get(url, headers=headers, timeout=30)
         return told.json()["applications"]["flashvl"]
 
     def replicas(self) -> dict[str, int]:
-        """Of the engines that run: each one's id, and its process's."""
+        """The ids of the replicas that run, each with the id of its process."""
         replicas = self.status()["deployments"]["EngineReplica"]["replicas"]
         return {each["replica_id"]: each["pid"] for each in replicas if each["state"] == "RUNNING"}
 
 
 @contextmanager
 def deploying(num_cpus: int = 6) -> Iterator[Deployment]:
-    """A cluster for an application."""
+    """Start a cluster for an application."""
     head = head_of_its_own(num_cpus)
     cluster = Cluster(initialize_head=True, head_node_args=head)
     dashboard = f"http://127.0.0.1:{head['dashboard_port']}"
@@ -117,7 +117,7 @@ def wait_until_idle(url: str) -> None:
 
 
 def ask(text: str, *images: bytes) -> list[dict[str, object]]:
-    """OpenAI's messages of one turn."""
+    """The messages of one user turn with images, in OpenAI's form."""
     parts: list[dict[str, object]] = [
         {"type": "image_url", "image_url": {"url": data_url(image)}} for image in images
     ]
