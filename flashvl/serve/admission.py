@@ -1,4 +1,4 @@
-"""Who may ask, and how much he may send: settled before a request is parsed."""
+"""Checks before a request is parsed: its API key, the engines' room, the length of its body."""
 
 import asyncio
 import contextlib
@@ -20,21 +20,21 @@ from flashvl.serve.traffic import STOPPING, Traffic
 
 KEYS_VARIABLE = "FLASHVL_API_KEYS"
 OPEN_PATHS = PATHS | {"/health", "/healthz", "/readyz", "/version", "/docs", "/openapi.json"}
-"""Asked for without a key: they tell nothing and do nothing."""
+"""Paths that need no key: they tell nothing about the users and start nothing."""
 ALIVE_PATH = "/healthz"
-"""Answered to the end: who does not live is killed."""
+"""Path that is answered while the service drains: a process that does not answer it is killed."""
 ANSWERED_PATHS = frozenset(
     {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/captions"}
 )
-"""What the engines are asked for."""
+"""Paths whose requests engines answer."""
 
 
 def read_api_keys(file: str | None) -> tuple[bytes, ...]:
-    """Those of the environment and of a file.
+    """The API keys in the environment and in a file.
 
     Raises:
-        ConfigError: the file cannot be read, or holds none: a service that is to be closed must not
-            stand open by mistake.
+        ConfigError: the file cannot be read or holds no key; a service that should be closed must
+            not be open by mistake.
     """
     keys = os.environ.get(KEYS_VARIABLE, "").split(",")
     if file is not None:
@@ -51,7 +51,7 @@ def read_api_keys(file: str | None) -> tuple[bytes, ...]:
 
 
 class Admission:
-    """ASGI middleware: checks a request's key, then reads its body, whole and within bounds."""
+    """ASGI middleware that checks a request's key, then reads its whole body within bounds."""
 
     def __init__(
         self,
@@ -65,9 +65,9 @@ class Admission:
     ):
         """
         Args:
-            timeout_s: for the body.
-            traffic: told of each request.
-            check_room: raises RequestError where `ANSWERED_PATHS` have no room at the moment.
+            timeout_s: seconds within which the body must have come.
+            traffic: counts the requests under way.
+            check_room: raises RequestError if the engines have no room; asked for `ANSWERED_PATHS`.
         """
         self.app, self.api_keys, self.check_room = app, api_keys, check_room
         self.traffic = traffic
@@ -103,7 +103,7 @@ class Admission:
             return
         scheme, _, given = headers.get("authorization", "").partition(" ")
         key = given.strip().encode() if scheme.lower() == "bearer" else b""
-        # Each of them, whole, whatever the ones before said.
+        # Each key is compared whole, whether or not one before was equal: the time tells nothing.
         if not sum(hmac.compare_digest(key, each) for each in self.api_keys):
             problem = "is not one of this service's" if key else "is missing"
             raise RequestError(
@@ -146,7 +146,7 @@ class _DisconnectedError(Exception):
 
 
 def as_response(refusal: RequestError) -> JSONResponse:
-    """In OpenAI's shape; counted by its code."""
+    """The HTTP response, in OpenAI's shape, to a request that is refused; also counts it."""
     refusals().inc(tags={"reason": refusal.code or str(refusal.status)})
     headers: dict[str, Any] = {}
     if refusal.retry_after_s is not None:

@@ -1,4 +1,4 @@
-"""What the kinds of request share: the model behind them, and the log of what it answered."""
+"""What the handlers of all kinds of request share: the model, and the log of its answers."""
 
 import logging
 from dataclasses import dataclass
@@ -12,15 +12,16 @@ logger = logging.getLogger("ray.serve")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Served:
-    """The model that the service answers for."""
+    """The model that a service offers, and what reaches it."""
 
     name: str
+    """What clients call the model."""
     prompts: Prompts
     engines: Engines
 
 
 def log_answers(completions: list[Completion]) -> None:
-    """What an answer cost, and nothing of what was said; Serve puts the request's id beside it."""
+    """Log what a request cost, and nothing of its text; Serve adds the request's id."""
     first = completions[0]
     logger.info(
         "answered prompt_tokens=%d completion_tokens=%d finish_reasons=%s"

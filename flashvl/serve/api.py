@@ -1,4 +1,4 @@
-"""The HTTP routes: OpenAI's where OpenAI has one."""
+"""The HTTP routes, with OpenAI's paths where OpenAI has one."""
 
 import asyncio
 from typing import Annotated, Any
@@ -41,6 +41,7 @@ from flashvl.serve.responses import ResponseHandler
 from flashvl.serve.streaming import EVENTS
 
 READY_TIMEOUT_S = 5.0
+"""Seconds within which an engine must tell its load to count as ready."""
 
 
 def make_api(config: ServiceConfig, engines: Engines) -> FastAPI:
@@ -69,13 +70,13 @@ def make_api(config: ServiceConfig, engines: Engines) -> FastAPI:
 
     @api.post("/v1/completions", response_model=TextCompletion, responses=EVENTS)
     async def create_completion(request: CompletionRequest) -> Any:
-        """Go on with a text as it is, without a chat template and without images."""
+        """Continue a text as it is, without a chat template and without images."""
         check_model(request.model)
         return await texts.complete(request)
 
     @api.post("/v1/responses", response_model=Response, responses=EVENTS)
     async def create_response(request: ResponseRequest) -> Any:
-        """Answer a conversation in OpenAI's newer form; nothing of it is kept."""
+        """Answer a conversation in OpenAI's newer form. The service keeps nothing of it."""
         check_model(request.model)
         return await responses.respond(request)
 
@@ -88,16 +89,18 @@ def make_api(config: ServiceConfig, engines: Engines) -> FastAPI:
 
     @api.get("/v1/models")
     async def list_models() -> ModelList:
+        """List the one model of this service."""
         return ModelList(data=[describe_model()])
 
     @api.get("/v1/models/{model}")
     async def get_model(model: Annotated[str, Path()]) -> Model:
+        """Describe the model of this service."""
         check_model(model)
         return describe_model()
 
     @api.post("/tokenize")
     async def tokenize(request: TokenizeRequest) -> Tokenized:
-        """The prompt that a conversation makes, images and all; or that a text makes."""
+        """Count and list the tokens of a conversation, its images included, or of a text."""
         check_model(request.model)
         tokens = await prompts.tokens_of(request)
         names = prompts.tokenizer.convert_ids_to_tokens(tokens)
@@ -110,13 +113,13 @@ def make_api(config: ServiceConfig, engines: Engines) -> FastAPI:
 
     @api.post("/detokenize")
     async def detokenize(request: DetokenizeRequest) -> Detokenized:
-        """The text that token ids stand for, control tokens and all."""
+        """Turn token ids into their text, control tokens included."""
         check_model(request.model)
         return Detokenized(prompt=await prompts.detokenize(request.tokens))
 
     @api.post("/v1/tiles")
     async def tiles(request: TilesRequest) -> dict[str, Any]:
-        """How an image of this size is cut, and the tokens that it costs."""
+        """Tell how an image of this size is cut into tiles, and how many tokens it takes."""
         processor = prompts.processor
         rule = processor.image_processor.tiling_rule
         return describe_tiles((request.width, request.height), rule, processor.image_seq_length)
@@ -126,22 +129,23 @@ def make_api(config: ServiceConfig, engines: Engines) -> FastAPI:
 
     @api.get("/healthz")
     async def healthz() -> Alive:
-        """This ingress lives."""
+        """Tell that the process which takes requests is alive."""
         return Alive()
 
     @api.get("/readyz")
     async def readyz() -> Ready:
-        """An engine has answered about a picture, and would answer another."""
+        """Tell that an engine is ready to answer, and how many requests it has."""
         running, waiting = await engines.load(READY_TIMEOUT_S)
         return Ready(running=running, waiting=waiting)
 
     @api.get("/health")
     async def health() -> Ready:
-        """As vLLM has it: the same as `/readyz`."""
+        """The same as `/readyz`, at the path that vLLM has for it."""
         return await readyz()
 
     @api.get("/version")
     async def version() -> Version:
+        """Tell the version of flashvl."""
         return Version(version=__version__)
 
     add_playground(api, served.name, resolve_checkpoint(config.model))
@@ -178,22 +182,24 @@ def make_api(config: ServiceConfig, engines: Engines) -> FastAPI:
 
 
 def add_batches(api: FastAPI, batches: Batches) -> None:
-    """Offline jobs on the same cluster."""
+    """Add the routes of offline captioning jobs on the same cluster."""
 
     @api.post("/v1/batches")
     async def create_batch(request: BatchRequest) -> Batch:
-        """Caption a table: what `flashvl caption` does, as a job on this cluster."""
+        """Caption a table or a folder of images, as `flashvl caption` does, on this cluster."""
         return await asyncio.to_thread(batches.create, request)
 
     @api.get("/v1/batches")
     async def list_batches() -> BatchList:
+        """List all batches, the newest first."""
         return await asyncio.to_thread(batches.list)
 
     @api.get("/v1/batches/{batch_id}")
     async def get_batch(batch_id: str) -> Batch:
+        """Tell how far a batch is."""
         return await asyncio.to_thread(batches.get, batch_id)
 
     @api.post("/v1/batches/{batch_id}/cancel")
     async def cancel_batch(batch_id: str) -> Batch:
-        """Stop it; what it has written stays, and the same request goes on with it."""
+        """Stop a batch. What it has written stays, and the same request resumes it."""
         return await asyncio.to_thread(batches.cancel, batch_id)

@@ -1,8 +1,8 @@
-"""The Serve application: an ingress that speaks HTTP, and engines behind it.
+"""The Serve application: an ingress that speaks HTTP, and replicas of the engine.
 
-`serve deploy serve_configs/tiny.yaml` builds it by `flashvl.serve.app:build_app`. Serve then lets
-the requests of a replica that it replaces or removes end within `graceful_shutdown_timeout_s`;
-`serve shutdown` ends the proxies at once, and what they carry with them.
+`serve deploy serve_configs/tiny.yaml` builds it by `flashvl.serve.app:build_app`. When Serve
+replaces or removes a replica, it lets its requests end within `graceful_shutdown_timeout_s`;
+`serve shutdown` ends Serve's proxies at once, and all requests under way with them.
 """
 
 import math
@@ -25,15 +25,16 @@ from flashvl.serve.replica import EngineReplica
 from flashvl.serve.traffic import Traffic
 
 TARGET_SHARE = 0.75
-"""Of an engine's slots in use, on average, that the autoscaler aims at: a full batch is the best
+"""Share of an engine's slots that the autoscaler tries to keep in use: a full batch is the best
 throughput, and some room keeps the queue short until the next replica has started."""
 UNBOUNDED = 100_000
-"""Requests that Serve lets through to a replica, which itself says when it is too many."""
+"""Requests that Serve sends to a replica at once; the replica itself refuses those for which it has
+no room."""
 
 
 @serve.ingress()
 class Ingress:
-    """Reads requests, and hands them on to the engines."""
+    """The deployment that reads HTTP requests and hands them on to the engines."""
 
     def __init__(self, config: ServiceConfig, engines: DeploymentHandle):
         self.config = config
@@ -44,12 +45,12 @@ class Ingress:
         return make_api(self.config, self.engines)
 
     async def drain(self, grace_s: float) -> None:
-        """As `Traffic.drain`, of which Serve knows only the waiting."""
+        """Take no more requests, and wait for those under way, as `Traffic.drain` says."""
         await self.traffic.drain(grace_s)
 
 
 def build_app(config: ServiceConfig) -> serve.Application:
-    """The application of one model, for `serve.run` and for files as in `serve_configs/`."""
+    """The application for one model; `serve.run` and the files in `serve_configs/` use it."""
     config = config.model_copy(update={"model": str(prepare_model(config.model))})
     least, most = pool_of(config.replicas)
     num_nodes = sum(node["Alive"] for node in ray.nodes())
@@ -76,7 +77,7 @@ def build_app(config: ServiceConfig) -> serve.Application:
         ray_actor_options={
             "num_cpus": 1,
             "num_gpus": num_gpus,
-            # Serve's gRPC would take 4 MiB. Read when the replica's process starts.
+            # Serve's gRPC takes only 4 MiB by default; it reads this when the process starts.
             "runtime_env": {
                 "env_vars": {
                     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(largest_request),

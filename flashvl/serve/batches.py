@@ -1,6 +1,6 @@
-"""`/v1/batches`: the offline job of `flashvl.batch`, submitted to the same cluster as a Ray job.
+"""`/v1/batches`: captioning jobs of `flashvl.batch`, submitted to the same cluster as Ray jobs.
 
-Ray keeps the jobs, whichever ingress is asked; how far one is, its output itself tells.
+Ray keeps the list of jobs, so every ingress knows them all; a job's output tells how far it is.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from flashvl.serve.protocol import Closed, RequestError
 logger = logging.getLogger("ray.serve")
 
 SUBMIT_S = 30.0
-"""In which the cluster must take a job."""
+"""Seconds within which the cluster must accept a job."""
 
 BATCH_ID = re.compile(r"batch-[0-9a-f]{32}")
 
@@ -49,24 +49,32 @@ STATUS: dict[JobStatus, BatchStatus] = {
 
 class BatchRequest(Closed):
     input: PathOrURI
-    """Parquet or a folder of images, below one of the service's `batch_roots`."""
+    """Parquet, tars, JSON Lines or images, below one of the service's `batch_roots`."""
     output: PathOrURI
-    """Folder that is new or a batch's to go on with, below one of them."""
+    """Output folder below one of the service's `batch_roots`: a new one, or one to resume."""
     prompt: Annotated[str, StringConstraints(max_length=100_000)] = DEFAULT_PROMPT
+    """Question or instruction for every image."""
     prompt_column: str | None = None
+    """Column with a prompt for each row, in place of `prompt`."""
     image_column: str | None = None
+    """Column with the images; by default `image`, or the only column of bytes."""
     id_column: str | None = None
+    """Column with an id for each row; by default `id`."""
     max_new_tokens: Annotated[int, Field(ge=1, le=4096)] = 64
+    """Tokens of a caption at most."""
     replicas: Replicas = "1"
+    """Engines of the job: their number, or MIN:MAX."""
     limit: PositiveInt | None = None
+    """Rows to caption, the first ones; by default all."""
 
 
 class RequestCounts(BaseModel):
     total: int
+    """Rows to caption."""
     completed: int
-    """Captions on disk."""
+    """Rows whose captions are on disk."""
     failed: int
-    """Dead letters on disk."""
+    """Rows that are on disk as dead letters."""
 
 
 class Batch(BaseModel):
@@ -78,7 +86,7 @@ class Batch(BaseModel):
     request: BatchRequest
     request_counts: RequestCounts
     error: str | None = None
-    """Why it failed."""
+    """The reason of a failure."""
 
 
 class BatchList(BaseModel):
@@ -87,7 +95,7 @@ class BatchList(BaseModel):
 
 
 class Batches:
-    """The cluster's batches; its methods wait for Ray and for stores, so call them in a thread."""
+    """The cluster's batches. The methods wait for Ray and for stores: call them in a thread."""
 
     def __init__(self, config: ServiceConfig):
         self.config = config
@@ -97,15 +105,15 @@ class Batches:
         return JobSubmissionClient(ray.get_runtime_context().gcs_address)
 
     def create(self, request: BatchRequest) -> Batch:
-        """Submit a job, once it is known that it can begin.
+        """Submit a job after checking that it can begin.
 
         Raises:
-            RequestError: input or output will not do.
+            RequestError: the input or the output cannot be used.
         """
         for name in ("input", "output"):
             place = getattr(request, name)
             is_absolute = place.startswith("/") or "://" in place
-            # What a glob finds is found below its own beginning.
+            # A glob finds nothing outside the folder that it begins with.
             if not is_absolute or not is_below(place, self.config.batch_roots):
                 raise RequestError(
                     400, f"{name} must lie below one of the service's batch_roots", param=name
@@ -125,9 +133,10 @@ class Batches:
         return self.get(batch_id)
 
     def _submit(self, batch_id: str, entrypoint: str, description: str) -> None:
-        """
+        """Submit a job, trying again while the cluster's agents start.
+
         Raises:
-            RequestError: the cluster takes no job; its agents need seconds to be there.
+            RequestError: the cluster has not accepted the job within `SUBMIT_S`.
         """
         deadline_s = time.monotonic() + SUBMIT_S
         while True:
@@ -147,22 +156,24 @@ class Batches:
             time.sleep(1.0)
 
     def get(self, batch_id: str) -> Batch:
-        """
+        """The batch with this id.
+
         Raises:
-            RequestError: there is no such batch.
+            RequestError: there is no batch with this id.
         """
         return self._as_batch(self._find(batch_id))
 
     def list(self) -> BatchList:
-        """The newest first."""
+        """All batches, the newest first."""
         jobs = [job for job in self._client.list_jobs() if "flashvl" in (job.metadata or {})]
         jobs.sort(key=lambda job: job.start_time or 0, reverse=True)
         return BatchList(data=[self._as_batch(job) for job in jobs])
 
     def cancel(self, batch_id: str) -> Batch:
-        """
+        """Stop the batch with this id, unless it has ended.
+
         Raises:
-            RequestError: there is no such batch.
+            RequestError: there is no batch with this id.
         """
         job = self._find(batch_id)
         if not job.status.is_terminal():
@@ -171,9 +182,9 @@ class Batches:
 
     def _find(self, batch_id: str) -> JobDetails:
         job = None
-        # Ray's client writes an id into a URL as it is, where `#` and `/` mean something.
+        # Ray's client puts an id into a URL unescaped, where `#` and `/` would mean something.
         if BATCH_ID.fullmatch(batch_id):
-            with contextlib.suppress(RuntimeError):  # Ray's word for "not found"
+            with contextlib.suppress(RuntimeError):  # what the client raises for "not found"
                 job = self._client.get_job_info(batch_id)
         if job is None or "flashvl" not in (job.metadata or {}):
             raise RequestError(404, f"no batch {batch_id[:100]!r}", param="batch_id")
@@ -185,7 +196,7 @@ class Batches:
         captions, dead = (OutputTable(output / name).count_rows() for name in TABLES)
         status = STATUS[job.status]
         if status == "failed" and (output / SUMMARY).is_file():
-            status = "completed"  # the job was done when its driver was lost
+            status = "completed"  # the job had finished when its driver was lost
         return Batch(
             id=job.submission_id,
             status=status,
@@ -207,7 +218,7 @@ def _describe(request: BatchRequest, plan: Plan) -> str:
 
 
 def _command(options: dict[str, Any]) -> list[str]:
-    """`flashvl caption` with these options."""
+    """The command line of `flashvl caption` with these options."""
     line = [sys.executable, "-m", "flashvl", "caption"]
     for name, value in options.items():
         flag = name.replace("_", "-")

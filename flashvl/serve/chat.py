@@ -1,4 +1,4 @@
-"""Conversations: requests -> what the engines answer, whole or piece by piece."""
+"""Conversations: requests -> the engines' answers in OpenAI's form, whole or as a stream."""
 
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -31,9 +31,10 @@ class ChatHandler:
         self.served = served
 
     async def complete(self, request: ChatCompletionRequest) -> Response:
-        """
+        """The response to a chat completion request: JSON, or a stream of events.
+
         Raises:
-            RequestError: it is not answered.
+            RequestError: the request cannot be answered.
         """
         wanted = await self.served.prompts.read_chat(request)
         if request.stream:
@@ -54,15 +55,15 @@ class ChatHandler:
         log_answers(completions)
         left_out: dict[str, Any] = {} if answer.timing else {"timing": True}
         for choice in answer.choices:
-            if choice.message.tool_calls is None:  # as OpenAI does
+            if choice.message.tool_calls is None:  # OpenAI leaves the field out then
                 left_out.setdefault("choices", {})[choice.index] = {"message": {"tool_calls"}}
         return JSONResponse(answer.model_dump(exclude=left_out))
 
     async def caption(self, image: bytes, prompt: str, max_tokens: int | None) -> Captioned:
-        """As a conversation of one turn, of an image that needs no label.
+        """The caption of one encoded image, asked for by a conversation of one turn.
 
         Raises:
-            RequestError: it is not answered.
+            RequestError: the request cannot be answered.
         """
         request = ChatCompletionRequest(
             model=self.served.name,
@@ -101,7 +102,7 @@ class ChatHandler:
         )
 
     async def _events(self, request: ChatCompletionRequest, answers: Answers) -> AsyncIterator[str]:
-        """OpenAI's `chat.completion.chunk`s, and an end or an error."""
+        """OpenAI's `chat.completion.chunk` events, and then the end mark or an error."""
         common = {
             "id": new_id("chatcmpl-"),
             "object": "chat.completion.chunk",
@@ -153,7 +154,7 @@ def _finish_reason(completion: Completion, reader: AnswerReader) -> ChatFinishRe
 
 
 def _as_delta(piece: Piece, reader: AnswerReader) -> dict[str, Any]:
-    """A call's first delta tells its name, and the next ones its arguments, as OpenAI's do."""
+    """OpenAI's delta: the first one of a tool call has its name, the next ones its arguments."""
     if piece.call is None:
         return {"content": piece.text}
     call = reader.calls[piece.call]

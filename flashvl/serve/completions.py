@@ -1,4 +1,4 @@
-"""Texts to go on with: requests -> what the engines make of them."""
+"""Texts to continue: requests -> the engines' answers in OpenAI's older form."""
 
 import codecs
 from collections.abc import AsyncIterator, Sequence
@@ -27,9 +27,10 @@ class TextHandler:
         self.served = served
 
     async def complete(self, request: CompletionRequest) -> Response:
-        """
+        """The response to a text completion request: JSON, or a stream of events.
+
         Raises:
-            RequestError: it is not answered.
+            RequestError: the request cannot be answered.
         """
         if request.echo and request.logprobs is not None:
             raise RequestError(
@@ -68,7 +69,7 @@ class TextHandler:
     async def _events(
         self, request: CompletionRequest, answers: Answers, echoes: list[str]
     ) -> AsyncIterator[str]:
-        """OpenAI's chunks, each a piece of one answer, and an end or an error."""
+        """OpenAI's `text_completion` events, and then the end mark or an error."""
         common = {
             "id": new_id("cmpl-"),
             "object": "text_completion",
@@ -133,6 +134,7 @@ class Offsets:
         self._end = 0
 
     def add(self, token: bytes) -> int:
+        """The place where the text of the next token, with these bytes, begins."""
         begin = self._end
         self._end += len(self._decoder.decode(token))
         return begin

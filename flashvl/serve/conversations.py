@@ -1,4 +1,4 @@
-"""OpenAI's messages -> a conversation as the chat template has it, tools and all."""
+"""OpenAI's messages -> a conversation for the chat template, with its tools and tool calls."""
 
 from collections.abc import Sequence
 
@@ -14,13 +14,14 @@ from flashvl.serve.protocol.messages import (
 from flashvl.serve.tools import ToolUse, calls_of, write_call, write_response
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
-"""The chat template's own, where a conversation has none."""
+"""System message that the chat template gives to a conversation without one."""
 
 TemplateParts = list[dict[str, str]]
+"""A content as the chat template takes it: texts and places of images."""
 
 
 def as_conversation(messages: list[ChatMessage], tools: ToolUse | None) -> list[Message]:
-    """The turns in order; what tools gave back is the user's turn, that of several calls one."""
+    """The turns in order; the results of one or several tool calls are one turn of the user."""
     turns: list[tuple[str, TemplateParts]] = []
     is_tools = False
     for message in messages:
@@ -51,9 +52,9 @@ def _as_turn(message: ChatMessage) -> tuple[str, TemplateParts]:
 
 
 def _as_parts(content: str | Sequence[TextPart | ImagePart | RefusalPart]) -> TemplateParts:
-    """The images before the text if they stood behind all of it.
+    """The parts of a content; images after all of its text are moved before it.
 
-    The model learnt to read a question that follows its picture.
+    The model was trained on questions that follow their image.
     """
     if isinstance(content, str):
         return [_text(content)]

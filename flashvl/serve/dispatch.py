@@ -1,4 +1,4 @@
-"""From the ingress to the engines: an answer from whichever replica has room and lives."""
+"""From the ingress to the engines: an answer from any replica that has room and is alive."""
 
 import asyncio
 import time
@@ -19,49 +19,53 @@ from flashvl.serve.replica import Refusal, ReplicaRequest
 from flashvl.serve.traffic import Traffic, stopping
 
 ATTEMPTS = 5
-"""Replicas that a request is sent to, each having died before it said anything."""
+"""Replicas that a request is sent to, one after another, if each dies before its first delta."""
 PAUSE_S = 0.5
-"""Before the next: Serve has to learn of the death."""
+"""Seconds before the second retry, and as many more before each next one: Serve must learn that the
+replica has died."""
 LOST = (RayActorError, ReplicaUnavailableError, AioRpcError)
+"""Exceptions that mean that a replica is gone."""
 
 
 def lost() -> RequestError:
-    """What a client hears whose engine died."""
+    """The error for a client whose engine died."""
     return RequestError(503, "the engine was lost; send the request again", retry_after_s=1)
 
 
 class Engines:
-    """The engine replicas, by Serve's handle."""
+    """The engine replicas, reached through Serve's handle."""
 
     def __init__(self, handle: DeploymentHandle, timeout_s: float, traffic: Traffic):
         """
         Args:
-            timeout_s: for a whole answer.
+            timeout_s: seconds within which an answer must be complete.
+            traffic: limits each wait while the service drains.
         """
-        # By Serve's gRPC, straight to the replica: a token as an object of Ray's costs more than to
-        # make it.
+        # Straight to the replica by Serve's gRPC: sending a token as a Ray object would cost more
+        # than generating it.
         self.streams = handle.options(stream=True, _by_reference=False)
         self.handle, self.timeout_s, self.traffic = handle, timeout_s, traffic
         self._refusal: RequestError | None = None
         self._full_until_s = 0.0
 
     def check_room(self) -> None:
-        """Refuse unread what an engine would refuse: to read it would slow down what is answered.
+        """Refuse a request before it is read, as reading it would slow down those being answered.
 
         Raises:
-            RequestError: an engine has just refused a request, and has no room yet.
+            RequestError: an engine has just refused another request, and has no room yet.
         """
         if self._refusal is not None and time.monotonic() < self._full_until_s:
             raise self._refusal
 
     async def answer(self, request: ReplicaRequest) -> AsyncGenerator[Delta, None]:
-        """The deltas of one answer; one only, the last, where it is not streamed.
+        """The deltas of one answer; only the last one, if the request is not streamed.
 
-        A replica that dies before its first delta is replaced by another: nobody has seen anything
-        of the answer yet.
+        If a replica dies before its first delta, another one is asked: the client has not seen any
+        part of the answer.
 
         Raises:
-            RequestError: refused, too slow, or its replica died in the middle.
+            RequestError: the request is refused or takes too long, or its replica dies in the
+                middle of the answer.
         """
         deadline_s = asyncio.get_running_loop().time() + self.timeout_s
         try:
@@ -70,7 +74,7 @@ class Engines:
                 deltas = self.streams.answer.remote(request)
                 try:
                     while True:
-                        # Each wait by itself: they are not all of the same task.
+                        # A limit for each wait: they need not all run in the same task.
                         with self.traffic.waiting(deadline_s) as limit:
                             async with limit:
                                 delta = await anext(deltas, None)
@@ -100,10 +104,10 @@ class Engines:
             raise stopping() from None
 
     async def load(self, timeout_s: float) -> tuple[int, int]:
-        """Requests that an engine runs, and that wait there.
+        """The numbers of requests that one engine is answering and that wait for it.
 
         Raises:
-            RequestError: none is there to tell.
+            RequestError: no engine has told within `timeout_s`.
         """
         try:
             async with asyncio.timeout(timeout_s):

@@ -1,4 +1,4 @@
-"""Every error that a client can meet, answered as OpenAI does."""
+"""Every error that a client can get, in OpenAI's form."""
 
 from typing import Any
 
@@ -13,19 +13,21 @@ from flashvl.serve.protocol.errors import ErrorResponse, RequestError
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse, "description": text}
     for status, text in (
-        (400, "Something in the request will not do; `param` names it."),
+        (400, "The request has a field that cannot be used; `param` names it."),
         (401, "The API key is missing or wrong."),
-        (404, "No such model, batch or path."),
+        (404, "There is no model, batch or path with this name."),
         (408, "The body did not arrive in time."),
         (413, "The body is too long."),
-        (429, "All places to wait are taken; `Retry-After` tells when to try again."),
-        (503, "No engine is there, or the one that was asked was lost."),
+        (429, "The queue is full; `Retry-After` tells when to try again."),
+        (503, "No engine is available, or the one that was answering was lost."),
         (504, "The answer took too long."),
     )
 }
 
 
 def answer_errors_as_openai_does(api: FastAPI) -> None:
+    """Add handlers of exceptions to an application."""
+
     @api.exception_handler(RequestError)
     async def refuse(_: Request, error: RequestError) -> Response:
         return as_response(error)
@@ -33,7 +35,7 @@ def answer_errors_as_openai_does(api: FastAPI) -> None:
     @api.exception_handler(RequestValidationError)
     async def refuse_fields(_: Request, error: RequestValidationError) -> Response:
         problems = error.errors()
-        # A field that is wrong may be why another is missing.
+        # A wrong field may be the reason why another one is missing.
         problem = next((each for each in problems if each["type"] != "missing"), problems[0])
         param = _place(problem, error.body)
         message = f"{param or 'body'}{_in_our_words(problem)}"
@@ -41,7 +43,7 @@ def answer_errors_as_openai_does(api: FastAPI) -> None:
 
     @api.exception_handler(Exception)
     async def admit_fault(_: Request, error: Exception) -> Response:
-        # Starlette raises it again behind this, and so it is in the log with its traceback.
+        # Starlette raises it again after this, so that the log has it with its traceback.
         return as_response(RequestError(500, "the service has failed; its log tells why"))
 
     @api.exception_handler(HTTPException)
@@ -49,7 +51,7 @@ def answer_errors_as_openai_does(api: FastAPI) -> None:
         method, path = request.method, request.url.path[:100]
         allowed = (error.headers or {}).get("Allow", "other methods")
         told = {
-            400: "body cannot be read: it must be JSON, or of /v1/captions a multipart form whose"
+            400: "body cannot be read: it must be JSON, or for /v1/captions a multipart form whose"
             " texts are shorter than 1 MiB",
             404: f"no path {path!r} here; GET /openapi.json lists those that there are",
             405: f"{path} takes {allowed}, not {method}",
@@ -60,7 +62,7 @@ def answer_errors_as_openai_does(api: FastAPI) -> None:
 
 
 def _in_our_words(problem: dict[str, Any]) -> str:
-    """What is wrong with a field, to be said behind its name."""
+    """What is wrong with a field, to be written after its name."""
     kind, context, value = problem["type"], problem.get("ctx", {}), problem.get("input")
     shown = "" if isinstance(value, dict | list | None) else f", not {value!r:.60}"
     match kind:
@@ -85,7 +87,7 @@ def _in_our_words(problem: dict[str, Any]) -> str:
 
 
 def _place(problem: dict[str, Any], body: Any) -> str | None:
-    """The field that is wrong, as `messages.0.content`: without the variants that were tried."""
+    """The wrong field, such as `messages.0.content`, without the variants that pydantic tried."""
     place, node = [], body
     for number, part in enumerate(problem["loc"][1:], start=2):
         is_last = number == len(problem["loc"])

@@ -1,4 +1,4 @@
-"""The port of a service: known to be free before anything is started, and kept until it is used."""
+"""The port of a service: known to be free before anything starts, and held until it is used."""
 
 import ipaddress
 import socket
@@ -10,18 +10,19 @@ from flashvl.errors import ConfigError
 
 @contextmanager
 def reserved_port(host: str, port: int, *, is_held: bool) -> Iterator[int]:
-    """The port, which no other program can take meanwhile; with 0, any that is free.
+    """Hold a port that no other program can take meanwhile, and yield it; 0 takes any free port.
 
-    The socket that holds it does not listen, and lets sockets of this user's bind the same address
-    as Serve's proxies do (SO_REUSEPORT). Two services that only did that would share a port without
-    knowing it, and each would answer a part of the requests.
+    The socket that holds the port does not listen. It lets this user's other sockets bind the same
+    address, as Serve's proxies do (SO_REUSEPORT). If two services did only that, they would share a
+    port unawares, and each would answer a part of the requests.
 
     Args:
-        is_held: False where another user's processes are to listen there.
+        is_held: whether to hold the port after checking it; False where another user's processes
+            are to listen there.
 
     Raises:
-        ConfigError: something listens there, the address is none of this machine's, or this user
-            may not listen there.
+        ConfigError: another program listens there, the address is not one of this machine's, or
+            this user may not listen there.
     """
     with _bind(host, port) as holder:
         port = holder.getsockname()[1]
@@ -33,10 +34,10 @@ def reserved_port(host: str, port: int, *, is_held: bool) -> Iterator[int]:
 
 
 def _bind(host: str, port: int) -> socket.socket:
-    """A socket that shares its port with nobody.
+    """A socket that shares its port with no other.
 
-    Where connections of a service that has ended are still about, it shares it with who asks for
-    it in the same way.
+    If connections of an earlier service are still closing, it shares the port with sockets that
+    have the same option (SO_REUSEADDR).
     """
     for is_shared in (False, True):
         holder = socket.socket(socket.AF_INET6 if _is_ipv6(host) else socket.AF_INET)
@@ -54,12 +55,12 @@ def _bind(host: str, port: int) -> socket.socket:
 
 
 def address_of(host: str, port: int) -> str:
-    """As in a URL, where an IPv6 address stands in brackets."""
+    """Host and port as in a URL, where an IPv6 address is in brackets."""
     return f"[{host}]:{port}" if _is_ipv6(host) else f"{host}:{port}"
 
 
 def _is_ipv6(host: str) -> bool:
-    """As Serve decides it: names are taken for IPv4."""
+    """Whether Serve would use IPv6 for this host; it takes names for IPv4."""
     try:
         return ipaddress.ip_address(host).version == 6
     except ValueError:

@@ -1,6 +1,6 @@
-"""What a Prometheus server learns of the engines, through Ray's own exporter on each node.
+"""The engines' metrics for Prometheus, exported by Ray on each node.
 
-Ray puts `ray_` before the names, and the tags `deployment`, `replica` and `application` on them.
+Ray puts `ray_` before the names, and adds the tags `deployment`, `replica` and `application`.
 """
 
 import functools
@@ -10,12 +10,14 @@ from ray.serve.metrics import Counter, Gauge, Histogram
 from flashvl.engine import Completion, EngineStats
 
 SECONDS = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0]
+"""Boundaries of the histograms of waits."""
 STEP_SECONDS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0]
+"""Boundaries of the histogram of times between tokens."""
 
 
 @functools.cache
 def refusals() -> Counter:
-    """Of this process: requests that were not answered, by the error's code."""
+    """The counter, one a process, of requests that were not answered, by the error's code."""
     return Counter(
         "flashvl_request_refused_total",
         description="Requests that were not answered, by reason.",
@@ -24,31 +26,33 @@ def refusals() -> Counter:
 
 
 class EngineMetrics:
-    """Of one replica."""
+    """The metrics of one replica."""
 
     def __init__(self) -> None:
         self.ttft = Histogram(
             "flashvl_time_to_first_token_seconds",
-            description="From the engine's receipt of a request to its first token.",
+            description="Time from when the engine receives a request to its first token.",
             boundaries=SECONDS,
         )
         self.tpot = Histogram(
             "flashvl_time_per_output_token_seconds",
-            description="From token to token of an answer, its mean.",
+            description="Mean time between two tokens of an answer.",
             boundaries=STEP_SECONDS,
         )
         self.queue_time = Histogram(
             "flashvl_request_queue_time_seconds",
-            description="From the engine's receipt of a request to a free slot.",
+            description="Time from when the engine receives a request to when it gets a slot.",
             boundaries=SECONDS,
         )
-        self.prompt_tokens = Counter("flashvl_prompt_tokens_total", description="Of all answers.")
+        self.prompt_tokens = Counter(
+            "flashvl_prompt_tokens_total", description="Tokens of the prompts that were answered."
+        )
         self.generation_tokens = Counter(
-            "flashvl_generation_tokens_total", description="Of all answers."
+            "flashvl_generation_tokens_total", description="Tokens of all answers."
         )
         self.answers = Counter(
             "flashvl_request_success_total",
-            description="Answers, by what ended them.",
+            description="Answers, by the reason of their end.",
             tag_keys=("finished_reason",),
         )
         self.running = Gauge(
@@ -59,18 +63,19 @@ class EngineMetrics:
         )
         self.occupancy = Gauge(
             "flashvl_batch_occupancy_ratio",
-            description="The part of the slots in use, the mean since the last report.",
+            description="Share of the slots in use, the mean since the last report.",
         )
         self.image_hits = Counter(
-            "flashvl_image_cache_hits_total", description="Images whose features were kept."
+            "flashvl_image_cache_hits_total",
+            description="Images whose features were kept from an earlier request.",
         )
         self.image_misses = Counter(
-            "flashvl_image_cache_misses_total", description="Images that were encoded."
+            "flashvl_image_cache_misses_total", description="Images that the model had to encode."
         )
         self._reported = (0, 0, 0, 0)
 
     def count(self, completion: Completion) -> None:
-        """An answer."""
+        """Count one answer."""
         timing, num_tokens = completion.timing, len(completion.token_ids)
         self.ttft.observe(timing.first_token_s)
         self.queue_time.observe(timing.queue_s)

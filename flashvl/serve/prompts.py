@@ -1,4 +1,4 @@
-"""A client's requests -> what an engine is asked, checked as far as it can be without decoding."""
+"""Clients' requests -> requests for the engines, checked as far as possible without decoding."""
 
 import asyncio
 import json
@@ -31,13 +31,14 @@ from flashvl.serve.replica import ReplicaRequest
 from flashvl.serve.tools import ToolUse, arguments_schema
 
 LEAST_TEMPERATURE = 1e-3
-"""Below it the engine would overflow, and the likeliest token is as good as certain."""
+"""Lower temperatures count as 0: logits divided by them would overflow, and the likeliest token is
+as good as certain."""
 LEAST_TOP_P = 1e-6
-"""Of which only the likeliest token is left."""
+"""Lower values of `top_p` count as this one, which leaves only the likeliest token."""
 
 
 class Prompts:
-    """Knows the model's processor, but not its weights."""
+    """Makes prompts with a model's processor; does not know its weights."""
 
     def __init__(self, config: ServiceConfig):
         """
@@ -52,7 +53,7 @@ class Prompts:
         self.vocab_size: int = model_config.text_config.vocab_size
         self.grammars = Grammars(self.tokenizer, self.vocab_size, [self.tokenizer.eos_token_id])
         self.fetcher = Fetcher(config.media_hosts, remedy="send the image as a data URL")
-        # One thread, beside the event loop: a tokenizer is not made for several.
+        # One thread of its own: a tokenizer must not be used by several at once.
         self._thread = ThreadPoolExecutor(1, "flashvl-prompts")
 
     async def read_chat(
@@ -120,10 +121,11 @@ class Prompts:
     async def read_messages(
         self, messages: list[ChatMessage], tools: ToolUse | None
     ) -> tuple[list[Message], list[bytes]]:
-        """Messages as the chat template wants them, and their images, still encoded.
+        """Messages for the chat template, and their images, still encoded.
 
         Raises:
-            RequestError: too many images, or one that cannot be had.
+            RequestError: there are too many images, one cannot be fetched or read, or the last
+                message is the assistant's.
         """
         urls = [
             (part.image_url.url, f"messages.{number}.content.{place}.image_url.url")
@@ -149,7 +151,7 @@ class Prompts:
         return as_conversation(messages, tools), images
 
     async def encode(self, messages: list[Message], images: list[bytes]) -> list[int]:
-        """The prompt's token ids, by what the images' headers say.
+        """The token ids of a conversation, with places for images of the sizes in their headers.
 
         Raises:
             RequestError: an image is outside the limits, or the prompt is too long.
@@ -163,10 +165,11 @@ class Prompts:
         return prompt
 
     async def tokenize(self, prompt: str | list[int], add_special_tokens: bool = True) -> list[int]:
-        """The token ids of a prompt that is no conversation.
+        """The token ids of a prompt that is not a conversation.
 
         Raises:
-            RequestError: it has none, some of no token or of an image, or too many.
+            RequestError: the prompt is empty or too long, or has a token of an image or one that
+                the model does not have.
         """
         tokens: list[int]
         if isinstance(prompt, str):
@@ -187,7 +190,7 @@ class Prompts:
         return tokens
 
     async def tokens_of(self, request: TokenizeRequest) -> list[int]:
-        """Of a conversation, or of a prompt that is none.
+        """The token ids of a conversation, or of a prompt that is not one.
 
         Raises:
             RequestError: as `read_chat` and `tokenize`.
@@ -198,18 +201,20 @@ class Prompts:
         return await self.encode(*await self.read_messages(request.messages, tools))
 
     async def detokenize(self, tokens: list[int]) -> str:
-        """
+        """The text of token ids.
+
         Raises:
-            RequestError: one is no token of the model's.
+            RequestError: the model does not have one of the tokens.
         """
         self.check_tokens(tokens, "tokens")
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._thread, self.tokenizer.decode, tokens)
 
     def check_tokens(self, tokens: Any, param: str) -> None:
-        """
+        """Check a field `param` that holds token ids.
+
         Raises:
-            RequestError: one is no token of the model's.
+            RequestError: the model does not have one of the tokens.
         """
         if tokens and max(tokens) >= self.vocab_size:
             raise RequestError(
@@ -221,7 +226,7 @@ class Prompts:
     def _check_length(self, prompt: list[int], param: str, remedy: str) -> None:
         """
         Raises:
-            RequestError: there is no room for an answer behind it.
+            RequestError: the prompt leaves no room for an answer.
         """
         if len(prompt) >= self.max_model_len:
             raise RequestError(
@@ -259,10 +264,10 @@ class Prompts:
     async def _structure(
         self, request: ChatCompletionRequest | CompletionRequest, tools: ToolUse | None
     ) -> StructuredOutputs | None:
-        """What the answer must look like, by the tools or by the one of two fields that says it.
+        """The form that tools, `response_format` or `structured_outputs` give the answer.
 
         Raises:
-            RequestError: more than one says it, or what it says cannot be used.
+            RequestError: `structured_outputs` and another are given, or the form cannot be used.
         """
         schema = schema_of(request.response_format)
         if request.structured_outputs is not None:
@@ -287,10 +292,10 @@ class Prompts:
         return structured
 
     async def _check_tools(self, given: list[Tool], tools: ToolUse | None) -> None:
-        """Name the tool that cannot be used, if it is one.
+        """Find out whether one of the tools is the reason why the form cannot be used.
 
         Raises:
-            RequestError: it is.
+            RequestError: one is; the error names it.
         """
         for tool in tools.tools if tools else ():
             arguments = json.dumps(arguments_schema(tool.function.parameters))
@@ -300,18 +305,19 @@ class Prompts:
     async def _check_grammar(self, structured: StructuredOutputs, param: str) -> None:
         """
         Raises:
-            RequestError: it cannot be compiled.
+            RequestError: the grammar cannot be compiled; the error names `param`.
         """
         try:
             await asyncio.to_thread(self.grammars.compile, structured)
         except DataError as error:
-            told = str(error).partition(" ")[2]  # the engine's own name for it is none of theirs
+            told = str(error).partition(" ")[2]  # without the engine's name of the field
             raise RequestError(400, f"{param} {told}", param=param) from None
 
     def _max_new_tokens(self, name: str, wanted: int | None, num_tokens: int) -> int:
-        """
+        """Tokens of the answer at most, where the field `name` asks for `wanted`.
+
         Raises:
-            RequestError: there is no room for as many as the request asks for.
+            RequestError: there is no room for that number of tokens.
         """
         room = min(self.max_model_len - num_tokens, self.config.max_new_tokens)
         if wanted is None:
@@ -329,7 +335,7 @@ class Prompts:
 
 
 def schema_of(wanted: ResponseFormat | None) -> dict[str, Any] | None:
-    """The JSON schema that OpenAI's `response_format` comes to; None: any text."""
+    """The JSON schema that OpenAI's `response_format` asks for; None: any text."""
     if isinstance(wanted, JSONObjectFormat):
         return {"type": "object"}
     return wanted.json_schema.schema_ if isinstance(wanted, JSONSchemaFormat) else None

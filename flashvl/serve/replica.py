@@ -1,7 +1,7 @@
-"""The engine as a Serve deployment: one replica holds one model, and says no before it is too much.
+"""The engine as a Serve deployment: each replica holds a model, and refuses requests when full.
 
-A replica admits what its slots and its queue hold, and no more, whoever asks: Serve's own bound is
-for each caller.
+A replica admits as many requests as its slots and its queue hold, from all callers together;
+Serve's own bound would count those of each caller alone.
 """
 
 import asyncio
@@ -25,13 +25,14 @@ from flashvl.serve.config import ServiceConfig
 from flashvl.serve.metrics import EngineMetrics, refusals
 
 REPORT_S = 2.0
-"""Between two reports of the gauges."""
+"""Seconds between two reports of the gauges."""
 OFFLINE_SHARE = 0.75
-"""Of the slots, that rows of offline jobs may have: an online request finds one free at once."""
+"""Share of the slots that rows of jobs may take, so that an online request finds one free."""
 RETRY_AFTER_S = 1.0
-"""At least; and longer where answers have taken longer."""
+"""Least seconds after which a client is told to try again; more where answers take longer."""
 FULL_S = 1.0
-"""At most: clients that leave make room at once."""
+"""Most seconds for which further requests are refused unread: clients that leave make room at any
+time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,13 +49,14 @@ class ReplicaRequest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Refusal:
-    """In place of an answer."""
+    """What a replica says in place of an answer."""
 
     reason: Literal["overloaded", "bad_request", "invalid_image"]
     message: str
     retry_after_s: int | None = None
     full_for_s: float = 0.0
-    """So long others may be refused unread: a part of the queue gets free, and no slot."""
+    """Seconds for which other requests may be refused unread: until then, part of the queue gets
+    free, but no slot."""
 
 
 class EngineReplica(RemoteEngine):
@@ -62,8 +64,11 @@ class EngineReplica(RemoteEngine):
 
     def __init__(self, config: ServiceConfig, engines_per_node: int):
         """
+        Args:
+            engines_per_node: engines that share the cores of a node.
+
         Raises:
-            CheckpointError: the model will not do.
+            CheckpointError: the model cannot be used.
         """
         share_cores(engines_per_node)
         self.config = config
@@ -71,7 +76,7 @@ class EngineReplica(RemoteEngine):
         engine = Engine.from_pretrained(
             config.model, config.dtype, max_num_seqs=config.max_num_seqs
         )
-        engine.generate([_health_request()])  # a model that cannot answer never becomes ready
+        engine.generate([_health_request()])  # a replica that cannot answer never gets ready
         self.engine = AsyncEngine(engine)
         self.num_admitted = self.num_offline = 0
         self._seconds_per_answer = 0.0
@@ -79,9 +84,9 @@ class EngineReplica(RemoteEngine):
         self._reporting: asyncio.Task[None] | None = None
 
     async def answer(self, asked: ReplicaRequest) -> AsyncIterator[Delta | Refusal]:
-        """The deltas of one answer, or the last of them only where it is not streamed.
+        """The deltas of one answer, or only the last of them if the request is not streamed.
 
-        To close the iterator, as Serve does when a client is gone, frees the slot at once.
+        Closing the iterator, as Serve does when a client is gone, frees the slot at once.
         """
         self._report_from_now_on()
         config = self.config
@@ -100,7 +105,7 @@ class EngineReplica(RemoteEngine):
         completion: Completion | None = None
         self.num_admitted += 1
         try:
-            try:  # beside the event loop, which others' tokens go through
+            try:  # outside the event loop, which other requests' tokens pass through
                 tiles = await asyncio.to_thread(
                     decode_tiles, asked.images, self.engine.processor, config.image_limits
                 )
@@ -110,7 +115,7 @@ class EngineReplica(RemoteEngine):
             async with contextlib.aclosing(self._deltas(asked, tiles)) as deltas:
                 async for delta in deltas:
                     completion = delta.completion
-                    if completion is not None:  # counted first: who has the last asks for no more
+                    if completion is not None:  # counted before the caller, who has all now, stops
                         self.metrics.count(completion)
                         self._learn_duration(time.monotonic() - began_s)
                     yield delta
@@ -157,16 +162,16 @@ class EngineReplica(RemoteEngine):
             yield Delta(text=completion.text, completion=completion)
 
     async def load(self) -> tuple[int, int]:
-        """Requests that are running, and that wait."""
+        """The numbers of requests that are running and that wait."""
         stats = self.engine.stats()
         return stats.num_running, stats.num_waiting
 
     async def check_health(self) -> None:
-        """One token about a small picture, unless the engine has answered others since last time.
+        """Answer with one token about a small picture, unless the engine has worked since then.
 
-        It takes the way of every request, through the engine's own thread: a model that hangs is
-        not healthy, though its actor answers. Behind a long queue it would come too late, and there
-        is no need.
+        The request goes through the engine's own thread, as all do: a replica whose model hangs is
+        not healthy, although its actor answers. While the engine works, the request would wait in
+        the queue, and is not needed.
         """
         stats = self.engine.stats()
         if stats.num_steps == self._steps_when_checked or stats.is_idle:
@@ -174,7 +179,7 @@ class EngineReplica(RemoteEngine):
         self._steps_when_checked = self.engine.stats().num_steps
 
     def _until_free(self, places: float) -> float:
-        """Seconds until so many are free, by Little's law: requests leave at the rate
+        """Seconds until `places` more requests fit, by Little's law: requests leave at the rate
         (requests here) / (seconds that each stays)."""
         return places * self._seconds_per_answer / self.num_admitted
 

@@ -1,4 +1,4 @@
-"""A service on the Ray that an entry point has started."""
+"""A service on a Ray cluster that an entry point has started or joined."""
 
 import logging
 import time
@@ -19,15 +19,15 @@ from flashvl.serve.stopping import StopSignals
 APPLICATION = "flashvl"
 POLL_S = 0.2
 LAST_BYTES_S = 0.5
-"""For Serve's proxy to send what it has of the last answers."""
+"""Seconds for Serve's proxy to send the ends of the last answers."""
 
 
 @contextmanager
 def deployed(config: ServiceConfig, host: str, port: int) -> Iterator[str]:
-    """The application while it answers; yields its address.
+    """Deploy the application, yield its URL, and end it with the `with` block.
 
     Raises:
-        CheckpointError: the model will not do; nothing was deployed.
+        CheckpointError: the model cannot be used; nothing was deployed.
         ConfigError: Serve cannot listen there.
     """
     _check_deployable(config)
@@ -46,16 +46,16 @@ def serve_until_stopped(
     *,
     is_ray_ours: bool,
 ) -> None:
-    """Deploy the application and wait for a signal, then end it once it has answered.
+    """Deploy the application, wait for a signal, and end it when its requests are answered.
 
     Args:
-        signals: raise until the service answers.
-        tell: is told where the service is, when it answers, and that it stops.
-        is_ray_ours: Ray ends with this process, and Serve with it.
+        signals: raises `Stopped` until the service answers, and then counts.
+        tell: prints a line for the user: the service's address, and later that it stops.
+        is_ray_ours: whether Ray, and Serve with it, ends with this process.
 
     Raises:
-        CheckpointError: as `deployed`.
-        ConfigError: as `deployed`.
+        CheckpointError: the model cannot be used; nothing was deployed.
+        ConfigError: Serve cannot listen there.
         Stopped: a signal came before the service answered.
     """
     signals.install()
@@ -66,7 +66,7 @@ def serve_until_stopped(
         tell(f"{model_id(config.model)} answers at {url}")
         while not signals.count:
             time.sleep(POLL_S)
-        tell("Stopping when what is under way is answered; the same again stops at once.")
+        tell("Stopping when the requests under way are answered; once more stops at once.")
         _drain(config.graceful_shutdown_timeout_s, signals)
     finally:
         signals.is_raising = False
@@ -77,8 +77,8 @@ def serve_until_stopped(
 def _check_deployable(config: ServiceConfig) -> None:
     """
     Raises:
-        CheckpointError: the model will not do.
-        ConfigError: the cluster has a Serve already, whose proxies listen where they do.
+        CheckpointError: the model cannot be used.
+        ConfigError: the cluster runs Serve already, whose proxies keep their own host and port.
     """
     load_processor(config.model)
     if serve.status().proxies:
@@ -89,12 +89,12 @@ def _check_deployable(config: ServiceConfig) -> None:
 
 
 def _deploy(config: ServiceConfig, host: str, port: int) -> str:
-    """Start Serve and the application; returns its address.
+    """Start Serve and the application; returns its URL.
 
     Raises:
         ConfigError: Serve cannot listen there.
     """
-    # This process has nothing to tell; the service's own have their logs.
+    # The processes of the service have their logs; this one would only repeat them.
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         serve.start(http_options={"host": host, "port": port})
@@ -110,7 +110,7 @@ def _deploy(config: ServiceConfig, host: str, port: int) -> str:
 
 
 def _drain(grace_s: float, signals: StopSignals) -> None:
-    """Have the requests under way end, in the time that they are given or that a signal leaves."""
+    """Let the requests under way end within `grace_s`, or at once after another signal."""
     ingress = serve.get_app_handle(APPLICATION)
     ends = [ingress.drain.remote(grace_s)]
     while True:

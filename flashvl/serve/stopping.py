@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: what they mean while a service starts, answers and ends."""
+"""SIGTERM and Ctrl-C: their effects while a service starts, answers and ends."""
 
 import signal
 import socket
@@ -9,18 +9,19 @@ from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 REPEAT_S = 1.0
+"""Seconds after which `Stopped` is raised again, if it was lost."""
 
 
 class Stopped(BaseException):
-    """What a signal raises where nothing is under way that should end first."""
+    """Raised by a signal while there is nothing that should end first."""
 
 
 class StopSignals:
-    """Counts the signals, and raises `Stopped` for as long as that is what they mean.
+    """Counts the signals, and raises `Stopped` at each while `is_raising` is True.
 
-    A start goes through code that puts handlers of its own in our place (`ray.init`) and that loses
-    exceptions (callbacks of C++, finalizers). So a thread hears of each signal from the interpreter
-    itself, whatever its handler is, and has the main thread raise `Stopped` until it is heeded.
+    While a service starts, other code replaces our handlers (`ray.init`) and loses exceptions
+    (callbacks of C++, finalizers). So a thread learns of each signal from the interpreter itself,
+    whatever its handler is, and makes the main thread raise `Stopped` until that has an effect.
     """
 
     def __init__(self) -> None:
@@ -35,7 +36,7 @@ class StopSignals:
         self.install()
 
     def install(self) -> None:
-        """Have the signals do nothing else; to be called again after `ray.init`."""
+        """Make the signals do nothing else; call it again after `ray.init`."""
         for number in SIGNALS:
             signal.signal(number, lambda *_: None)
 
@@ -58,7 +59,7 @@ class StopSignals:
 
 @contextmanager
 def until_stopped() -> Iterator[StopSignals]:
-    """Ends where `Stopped` is raised, and leaves the signals' handlers as they were."""
+    """Run a `with` block until `Stopped` is raised, and restore the signals' handlers."""
     before = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGALRM)}
     signals = StopSignals()
     try:
@@ -66,7 +67,7 @@ def until_stopped() -> Iterator[StopSignals]:
     except Stopped:
         pass
     except SystemExit:
-        if not signals.count:  # else it is Ray's way to be stopped
+        if not signals.count:  # otherwise Ray has raised it because of our signal
             raise
     finally:
         signals.is_raising = False

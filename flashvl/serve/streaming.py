@@ -1,4 +1,4 @@
-"""Several answers at once, whole or as one stream of server-sent events."""
+"""Several answers to one request, whole or as one stream of server-sent events."""
 
 import asyncio
 import contextlib
@@ -22,16 +22,16 @@ EVENTS: dict[int | str, dict[str, Any]] = {
                 "example": 'data: {"object":"chat.completion.chunk", ...}\n\ndata: [DONE]\n\n',
             }
         },
-        "description": "The answer; with `stream`, as server-sent events while it is made.",
+        "description": "The answer; with `stream`, server-sent events while it is generated.",
     }
 }
 
 
 async def answer_whole(engines: Engines, requests: list[ReplicaRequest]) -> list[Completion]:
-    """All of them, or none: where one is refused, the others are given up.
+    """The completions of all requests; if one fails, the others are cancelled.
 
     Raises:
-        RequestError: one of them is refused, too slow or lost.
+        RequestError: one of the requests is refused, takes too long or is lost.
     """
     tasks = [asyncio.create_task(_whole(engines, request)) for request in requests]
     try:
@@ -49,9 +49,9 @@ async def _whole(engines: Engines, request: ReplicaRequest) -> Completion:
 
 
 class Answers:
-    """The deltas of several answers as they come, with the answer's number.
+    """The deltas of several answers as they come, each with its answer's number.
 
-    Each answer has a task of its own from its beginning on, in which its timeout holds to its end.
+    Each answer has a task of its own, in which its timeout holds from its beginning to its end.
     """
 
     def __init__(self, engines: Engines, requests: list[ReplicaRequest]):
@@ -63,10 +63,10 @@ class Answers:
         ]
 
     async def begin(self) -> None:
-        """Wait for the first delta of each: until then a refusal has a status of its own.
+        """Wait for the first delta of each answer; until then, an error can have its HTTP status.
 
         Raises:
-            RequestError: one of them is refused, too slow or lost.
+            RequestError: one of the requests is refused, takes too long or is lost.
         """
         begun: set[int] = set()
         try:
@@ -81,7 +81,7 @@ class Answers:
     async def __aiter__(self) -> AsyncGenerator[tuple[int, Delta], None]:
         """
         Raises:
-            RequestError: one of them is too slow or lost.
+            RequestError: one of the answers takes too long or is lost.
         """
         for item in self._early:
             yield item
@@ -92,7 +92,7 @@ class Answers:
             left -= delta.completion is not None
 
     async def close(self) -> None:
-        """Give up what has not come yet, which frees its slots."""
+        """Cancel the answers that have not ended, which frees their slots."""
         await _end(self._tasks)
 
     async def _next(self) -> tuple[int, Delta]:
@@ -121,13 +121,13 @@ async def _end(tasks: list[asyncio.Task[Any]]) -> None:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events of some answers, which are given up when the client is gone."""
+    """Server-sent events of some answers, which are cancelled when the client is gone."""
 
     def __init__(self, events: AsyncIterator[str], answers: Answers):
         super().__init__(
             events,
             media_type="text/event-stream",
-            # Nothing on the way is to hold them back.
+            # No proxy on the way may hold events back.
             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
         )
         self.answers = answers
@@ -140,7 +140,7 @@ class EventStream(StreamingResponse):
 
 
 def event(content: BaseModel | dict[str, Any], name: str | None = None) -> str:
-    """One of them, named or not."""
+    """One server-sent event, with or without a name."""
     if isinstance(content, BaseModel):
         content = content.model_dump()
     data = f"data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"
@@ -148,4 +148,4 @@ def event(content: BaseModel | dict[str, Any], name: str | None = None) -> str:
 
 
 DONE = "data: [DONE]\n\n"
-"""The last event, but of `/v1/responses`."""
+"""The last event of a stream, except for `/v1/responses`."""

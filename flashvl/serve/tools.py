@@ -1,7 +1,7 @@
-"""Tools that an answer may call: how a prompt tells of them, and how an answer calls them.
+"""Tools that an answer may call: their descriptions in the prompt, and their calls in the answer.
 
-In the form of Qwen2.5's chat template: the tools between `<tools>` in the system's message, a call
-between `<tool_call>` in the assistant's, what it gave back between `<tool_response>` in the user's.
+The form is that of Qwen2.5's chat template: the tools between `<tools>` in the system's message, a
+call between `<tool_call>` in the assistant's, its result between `<tool_response>` in the user's.
 """
 
 import json
@@ -21,7 +21,7 @@ OPEN, CLOSE = "<tool_call>", "</tool_call>"
 HEAD = re.compile(r'\n\{"name": "([^"]*)", "arguments": ')
 TAIL = "}\n" + CLOSE
 MAX_CALLS = 8
-"""Of one answer, so that a model which repeats itself comes to an end."""
+"""Calls in one answer at most, so that a model which repeats itself comes to an end."""
 HOW_TO_CALL = f"""To call one, answer with
 {OPEN}
 {{"name": its name, "arguments": an object}}
@@ -34,16 +34,16 @@ class ToolUse:
 
     tools: list[Tool]
     is_must: bool = False
-    """It calls one, whatever else it could say."""
+    """Whether the answer must call a tool."""
     is_single: bool = False
-    """It calls no more than one."""
+    """Whether the answer may call one tool at most."""
 
     @classmethod
     def of(cls, request: ChatCompletionRequest) -> "ToolUse | None":
-        """None: the answer calls none.
+        """The tools that the answer to `request` may call; None where it may call none.
 
         Raises:
-            RequestError: the choice is none of the tools, or two have the same name.
+            RequestError: the choice is not one of the tools, or two tools have the same name.
         """
         by_name = {tool.function.name: tool for tool in request.tools}
         if len(by_name) < len(request.tools):
@@ -70,7 +70,7 @@ class ToolUse:
 
     @property
     def instructions(self) -> str:
-        """For the system's message."""
+        """Text that the system's message ends with: the tools, and the form of a call."""
         told = [
             tool.function.model_dump(exclude={"strict"}, exclude_defaults=True)
             for tool in self.tools
@@ -79,10 +79,10 @@ class ToolUse:
         return "\n".join(["# Tools", "", "<tools>", *lines, "</tools>", "", HOW_TO_CALL])
 
     def grammar(self, answer: dict[str, Any] | None) -> str:
-        """llguidance's Lark form of: an answer, or a text and then calls.
+        """The grammar of an answer or of a text and then calls, in llguidance's form of Lark.
 
         Args:
-            answer: JSON schema of what is no call; None: any text.
+            answer: JSON schema of an answer that calls no tool; None: any text.
         """
         calls = "call" if self.is_single else f"call (again call){{0,{MAX_CALLS - 1}}}"
         rules = ["%llguidance {}"]
@@ -94,7 +94,7 @@ class ToolUse:
                 f"answer: %json {in_json_style(answer)}",
             ]
         else:
-            # Once a text holds the mark, a call follows: it can be nothing else.
+            # A text that holds the mark is always followed by a call.
             rules += [
                 f"start: TEXT | lead {calls}",
                 f"TEXT: /(?s:.*)/ & ~/(?s:.*{OPEN}.*)/",
@@ -114,13 +114,13 @@ class ToolUse:
 
 
 def arguments_schema(parameters: dict[str, Any]) -> dict[str, Any]:
-    """Of an object, even where a tool does not say so."""
+    """The JSON schema of a tool's arguments: an object, even where the tool does not say so."""
     is_told = "type" in parameters or "$ref" in parameters
     return parameters if is_told else {**parameters, "type": "object"}
 
 
 def in_json_style(schema: dict[str, Any]) -> str:
-    """A schema as llguidance's Lark has it, written as the engine has answers written."""
+    """A schema for llguidance's Lark, with the white space of the engine's JSON answers."""
     return json.dumps({**schema, "x-guidance": JSON_STYLE})
 
 
@@ -129,28 +129,28 @@ def _quote(text: str) -> str:
 
 
 def calls_of(message: AssistantMessage) -> list[FunctionCall]:
-    """What a turn has called, in OpenAI's older form or its newer one."""
+    """The calls in an assistant's message, in OpenAI's older form or its newer one."""
     calls = [call.function for call in message.tool_calls]
     return calls if message.function_call is None else [message.function_call, *calls]
 
 
 def write_call(call: FunctionCall) -> str:
-    """As an answer has it."""
+    """The text of a call, as it is in an answer."""
     try:
         arguments = json.dumps(json.loads(call.arguments or "{}"), ensure_ascii=False)
     except (ValueError, RecursionError):
-        arguments = call.arguments  # whatever it was, the model is to see it
+        arguments = call.arguments  # the model must see it, whatever it was
     return f'{OPEN}\n{{"name": {_quote(call.name)}, "arguments": {arguments}}}\n{CLOSE}'
 
 
 def write_response(content: str) -> str:
-    """As the user's turn has what a tool gave back."""
+    """The text of a tool's result, as it is in the user's turn."""
     return f"<tool_response>\n{content}\n</tool_response>"
 
 
 @dataclass(kw_only=True, slots=True)
 class Call:
-    """A call that an answer makes."""
+    """A call in an answer."""
 
     name: str
     id: str = field(default_factory=lambda: new_id("call_")[:29])
@@ -159,27 +159,27 @@ class Call:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Piece:
-    """What some characters of an answer added to it."""
+    """What some characters of an answer add to it."""
 
     text: str = ""
-    """To its content; or, where there is a call, to that one's arguments."""
+    """Text that is added to the answer's content, or to the arguments of its call `call`."""
     call: int | None = None
-    """Number of the call, which begins if it has not been heard of."""
+    """Number of a call, which begins with the first piece that has this number; None: content."""
 
 
 class AnswerReader:
-    """An answer's text, piece by piece -> its content and its calls, by the form of the grammar."""
+    """An answer's text, piece by piece -> its content and its calls, by the marks of the grammar."""
 
     def __init__(self, uses_tools: bool):
         self.uses_tools = uses_tools
         self.content = ""
         self.calls: list[Call] = []
         self._left = ""
-        """Read, and not understood yet."""
+        """Text that has been read and may still become a mark of a call."""
         self._is_call = self._has_head = False
 
     def read(self, text: str, is_last: bool = False) -> Iterator[Piece]:
-        """What is new; nothing of what may still become a mark of a call."""
+        """The pieces that `text` adds, without an end that may still become a mark of a call."""
         self._left += text
         while True:
             if self._is_call and not self._has_head:
@@ -190,21 +190,21 @@ class AnswerReader:
                 self._has_head = True
                 self.calls.append(Call(name=head[1]))
                 yield Piece(call=len(self.calls) - 1)
-            before, is_whole, behind = self._split(is_last)
-            self._left = behind
+            before, is_whole, after = self._split(is_last)
+            self._left = after
             yield from self._take(before)
             if not is_whole:
                 return
             self._is_call, self._has_head = not self._is_call, False
 
     def _split(self, is_last: bool) -> tuple[str, bool, str]:
-        """What stands before the next mark, whether that is there, and what comes behind."""
+        """The text before the next mark, whether the mark is there, and the text after it."""
         if not self.uses_tools:
             return self._left, False, ""
         mark = TAIL if self._is_call else OPEN
-        before, found, behind = self._left.partition(mark)
+        before, found, after = self._left.partition(mark)
         if found or (is_last and not self._is_call):
-            return before, bool(found), behind
+            return before, bool(found), after
         end = len(before) - _overlap(before, mark)
         return before[:end], False, before[end:]
 
@@ -212,12 +212,12 @@ class AnswerReader:
         if self._is_call and text:
             self.calls[-1].arguments += text
             yield Piece(text=text, call=len(self.calls) - 1)
-        elif text and not self.calls:  # else it is the line break between two calls
+        elif text and not self.calls:  # after a call, it is the line break before the next one
             self.content += text
             yield Piece(text=text)
 
 
 def _overlap(text: str, mark: str) -> int:
-    """Of the longest end of `text` with which `mark` begins."""
+    """Length of the longest end of `text` with which `mark` begins."""
     longest = min(len(text), len(mark) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(mark[:n])), 0)

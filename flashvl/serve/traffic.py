@@ -1,4 +1,4 @@
-"""The requests under way in one ingress, and how they end when the service does."""
+"""The requests under way in one ingress, and their end when the service ends."""
 
 import asyncio
 import math
@@ -8,15 +8,17 @@ from contextlib import contextmanager
 from flashvl.serve.protocol import RequestError
 
 POLL_S = 0.05
+"""Seconds between two looks at whether all requests have ended."""
 ERRORS_S = 1.0
-"""For what has come to the end of its time to tell its client so."""
+"""Seconds for requests whose time is over to tell their clients so."""
 RETRY_AFTER_S = 5
+"""Seconds after which a client is told to try again."""
 STOPPING = "service_stopping"
-"""The error's code."""
+"""Code of the error that clients get while the service stops."""
 
 
 class Traffic:
-    """Lets requests in until the service is to end, and then those out that have begun."""
+    """Counts the requests under way; when the service is to end, it refuses new ones."""
 
     def __init__(self) -> None:
         self._num_under_way = 0
@@ -25,14 +27,15 @@ class Traffic:
 
     @property
     def is_draining(self) -> bool:
+        """Whether the service is to end."""
         return self._deadline_s < math.inf
 
     @contextmanager
     def request(self) -> Iterator[None]:
-        """One that is under way as long as this lasts.
+        """Count a request as under way for the length of a `with` block.
 
         Raises:
-            RequestError: no more of them are taken.
+            RequestError: the service is to end, and takes no more requests.
         """
         if self.is_draining:
             raise stopping()
@@ -44,9 +47,10 @@ class Traffic:
 
     @contextmanager
     def waiting(self, deadline_s: float) -> Iterator[asyncio.Timeout]:
-        """A time limit for `async with` around one wait, by the event loop's clock.
+        """A time limit for one wait, to be used in `async with`.
 
-        Raises TimeoutError there at `deadline_s`, or when the service does not wait any longer.
+        It raises TimeoutError there at `deadline_s` by the event loop's clock, or when the time of
+        the service that is to end is over.
         """
         limit = asyncio.timeout_at(min(deadline_s, self._deadline_s))
         self._waits.add(limit)
@@ -58,8 +62,8 @@ class Traffic:
     async def drain(self, grace_s: float) -> None:
         """Take no more requests, and wait until those under way have ended.
 
-        Called again, it may shorten the time that they have; what has not ended then ends with an
-        error.
+        Those that have not ended after `grace_s` end with an error. Another call may shorten that
+        time.
         """
         now_s = asyncio.get_running_loop().time
         self._deadline_s = min(self._deadline_s, now_s() + grace_s)
@@ -72,7 +76,7 @@ class Traffic:
 
 
 def stopping() -> RequestError:
-    """What clients hear from then on."""
+    """The error for requests that the service cannot answer because it stops."""
     return RequestError(
         503,
         "the service is stopping; send the request again, to another or when it is back",

@@ -1,6 +1,7 @@
 """The page at `/`: a picture, a conversation about it, and what both cost.
 
-It knows the service's HTTP routes only; what it needs is here, and nothing comes from elsewhere.
+The page knows only the service's HTTP routes, and all its files are here: it loads nothing from
+elsewhere.
 """
 
 import dataclasses
@@ -23,28 +24,29 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
 }
 EXAMPLE_SIDE = 320
-"""Of an example's picture, in pixels."""
+"""Width and height of an example's picture in pixels."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Example:
-    """A picture to try, of the procedural world, and what one may ask about it."""
+    """A picture of the procedural world to try, and questions about it."""
 
     name: str
     sample: synthetic.Sample
 
     @property
     def questions(self) -> list[str]:
-        """The task's first, of which the caption is one."""
+        """Questions about the picture: its task's first, and then the one for a caption."""
         return [turn.question for turn in reversed(self.sample.turns)]
 
     def jpeg(self) -> bytes:
+        """The picture, drawn and encoded."""
         drawn = dataclasses.replace(self.sample, size=EXAMPLE_SIDE)
         return synthetic.encode_jpeg(drawn.image(), quality=90)
 
 
 def examples() -> dict[str, Example]:
-    """By the names of their files: one a task, and one that is no drawing."""
+    """The examples by their files' names: one for each task, and one that is not a drawing."""
     chosen: list[tuple[str, synthetic.Task, int]] = [
         ("shapes", "caption", 4),
         ("many shapes", "count", 15),
@@ -65,15 +67,15 @@ FILES = {"playground.css": "text/css", "playground.js": "text/javascript"}
 PATHS = frozenset(
     {"/", *(f"/playground/{name}" for name in (*FILES, *(f"examples/{e}" for e in examples())))}
 )
-"""Asked for without a key: they are the same for every model."""
+"""Paths that need no API key: their content is the same for every model."""
 
 
 def add_playground(api: FastAPI, model: str, folder: Path) -> None:
-    """The routes of the page.
+    """Add the routes of the page.
 
     Args:
-        model: its name for clients.
-        folder: of the model, whose README.md is its card.
+        model: what clients call the model.
+        folder: the model's folder, whose README.md is its card.
     """
     card = folder / "README.md"
     shown = examples()

@@ -5,12 +5,12 @@ const MAX_SIDE = 4096;
 const QUESTIONS = ["Describe the image."];
 const at = (id) => document.getElementById(id);
 
-let picture = null;       // data URL of what is shown
-let frame = [0, 0];       // of the tiles around it, in its pixels
+let picture = null;       // data URL of the picture that is shown
+let frame = [0, 0];       // width and height of what the tiles add around the picture, in its pixels
 let turns = [];           // messages so far, without the picture
 let running = null;       // AbortController of the answer that is being streamed
-let heldBack = null;      // what waits for an API key
-let choices = 0;          // pictures chosen so far: what an earlier one still waits for is void
+let heldBack = null;      // function to call again once there is an API key
+let choices = 0;          // pictures chosen so far; what was begun for an earlier one is dropped
 
 // The service
 
@@ -29,7 +29,7 @@ async function call(path, body, signal) {
 
 function askForKey(again) {
   heldBack = again;
-  at("key-label").textContent = at("key").value.trim() && again ? "The service does not take this key; another?" : "This service asks for an API key";
+  at("key-label").textContent = at("key").value.trim() && again ? "The service refused this key; enter another one" : "This service asks for an API key";
   at("key-form").hidden = false;
   at("key").focus();
   at("key").select();
@@ -63,7 +63,7 @@ async function watchQueue() {
       told = load.running || load.waiting ? `${load.running} running, ${load.waiting} waiting` : "ready";
       state = "ready";
     }
-  } catch { /* as it is said above */ }
+  } catch { /* told and state say it already */ }
   if (queue.textContent !== told) queue.textContent = told;
   queue.className = state;
 }
@@ -90,7 +90,7 @@ async function show(url, questions, name = "") {
   try { await image.decode(); } catch {
     if (choice !== choices) return;
     removePicture();
-    at("picture-error").textContent = `${name || "That"} is no picture that this browser can show.`;
+    at("picture-error").textContent = `${name || "This file"} is not a picture that this browser can show.`;
     at("picture-error").hidden = false;
     at("picture-error").scrollIntoView({block: "nearest"});
     return;
@@ -105,7 +105,7 @@ async function show(url, questions, name = "") {
 }
 
 function fit() {
-  // As large as there is room with what the tiles have outside of it, small pictures too.
+  // As large as fits, together with what the tiles add around it; small pictures are enlarged too.
   const {naturalWidth: width, naturalHeight: height, style} = at("image");
   const share = matchMedia("(max-width: 52rem)").matches ? .34 : .55;
   const scale = Math.min(at("shown").clientWidth / (width + 2 * frame[0]), innerHeight * share / (height + 2 * frame[1]));
@@ -223,7 +223,7 @@ async function useCamera() {
   removePicture();
   at("empty").hidden = true;
   at("camera-view").hidden = false;
-  at("video").srcObject = stream;  // plays by itself, and then tells that there is a picture to take
+  at("video").srcObject = stream;  // starts to play, and then fires loadeddata
 }
 
 function stop(stream) {
@@ -312,7 +312,7 @@ async function ask(question) {
     if (text) answer.append(note("stopped"));
   } finally {
     shown.removeAttribute("aria-busy");
-    // What was begun before the conversation was cleared is no part of the next.
+    // An answer that began before the conversation was cleared does not belong to the next one.
     if (text && mine.isConnected) turns.push({role: "user", content: question}, {role: "assistant", content: text});
     if (running === control) running = null;
     showRunning();
@@ -369,7 +369,7 @@ function setQuestion(text) {
   at("question").dispatchEvent(new Event("input"));
 }
 
-// The request, for elsewhere
+// The request as a command and as a program
 
 const asCurl = (body, key) => `curl ${location.origin}/v1/chat/completions \\
   -H 'Content-Type: application/json' \\${key ? `
@@ -394,7 +394,7 @@ async function copy(kind) {
   if (!body.messages.length) body.messages = request(QUESTIONS[0]).messages;
   const text = (kind === "curl" ? asCurl : asPython)(body, at("key").value.trim());
   try { await navigator.clipboard.writeText(text); } catch {
-    // Where the page came by plain http from another machine.
+    // Browsers have no clipboard for pages that came by plain http from another machine.
     const area = document.createElement("textarea");
     area.value = text;
     document.body.append(area);
@@ -419,7 +419,7 @@ async function showCard(event) {
   }
 }
 
-// What people do
+// Events
 
 function on(id, kind, react) { at(id)?.addEventListener(kind, react); }
 
