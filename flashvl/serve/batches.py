@@ -14,7 +14,7 @@ import uuid
 from typing import Annotated, Any, Literal
 
 import ray
-from pydantic import BaseModel, Field, PositiveInt, StringConstraints
+from pydantic import Field, PositiveInt, StringConstraints
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from flashvl.batch.config import CaptionJob
@@ -24,7 +24,7 @@ from flashvl.config import DEFAULT_PROMPT, Replicas, validate
 from flashvl.data.storage import is_below, locate
 from flashvl.errors import FlashVLError
 from flashvl.serve.config import ServiceConfig
-from flashvl.serve.protocol import Closed, RequestError
+from flashvl.serve.protocol import Answer, Closed, RequestError
 
 logger = logging.getLogger("ray.serve")
 
@@ -68,7 +68,7 @@ class BatchRequest(Closed):
     """Rows to caption, the first ones; by default all."""
 
 
-class RequestCounts(BaseModel):
+class RequestCounts(Answer):
     total: int
     """Rows to caption."""
     completed: int
@@ -77,7 +77,7 @@ class RequestCounts(BaseModel):
     """Rows that are on disk as dead letters."""
 
 
-class Batch(BaseModel):
+class Batch(Answer):
     id: str
     object: Literal["batch"] = "batch"
     status: BatchStatus
@@ -89,7 +89,7 @@ class Batch(BaseModel):
     """The reason of a failure."""
 
 
-class BatchList(BaseModel):
+class BatchList(Answer):
     object: Literal["list"] = "list"
     data: list[Batch]
 

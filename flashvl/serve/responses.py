@@ -1,4 +1,4 @@
-"""OpenAI's newer form of a chat: the same conversation, told in items, answered in events."""
+"""OpenAI's newer form of a chat: the conversation comes as items, the answer goes out as events."""
 
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -63,9 +63,10 @@ class ResponseHandler:
         self.served = served
 
     async def respond(self, request: ResponseRequest) -> HTTPResponse:
-        """
+        """The response to a request of `/v1/responses`: JSON, or a stream of events.
+
         Raises:
-            RequestError: it is not answered.
+            RequestError: the request cannot be answered.
         """
         chat, places = as_chat(request)
         try:
@@ -109,7 +110,7 @@ class ResponseHandler:
 
 
 class ResponseWriter:
-    """An answer's text, piece by piece -> the response's items, and the events that tell of it."""
+    """An answer's text, piece by piece -> the response's items, and the events that report them."""
 
     def __init__(self, request: ResponseRequest, model: str, uses_tools: bool):
         self.response = Response(
@@ -130,23 +131,25 @@ class ResponseWriter:
         )
         self._reader = AnswerReader(uses_tools)
         self._item: OutputMessage | OutputCall | None = None
-        """That is being written: the last of the output."""
+        """The output item that is being written, the last one."""
         self._call: int | None = None
-        """Its number among the calls; None: it is a message."""
+        """Number of the item's tool call; None: the item is a message."""
         self._logprobs: list[TokenLogprob] = []
-        """Of tokens that have made no text yet, as parts of characters."""
+        """Log-probabilities of tokens that have added no text yet, being parts of characters."""
         self._sequence_number = -1
 
     def begin(self) -> Iterator[dict[str, Any]]:
+        """The events before the answer's first text."""
         yield self._event("response.created", response=self.response.model_dump())
         yield self._event("response.in_progress", response=self.response.model_dump())
 
     def write(
         self, text: str, logprobs: list[TokenLogprob], is_last: bool = False
     ) -> Iterator[dict[str, Any]]:
-        """
+        """The events for a piece of the answer's text.
+
         Args:
-            logprobs: of the tokens that made the text.
+            logprobs: log-probabilities of the tokens that added the text.
         """
         self._logprobs += logprobs
         for piece in self._reader.read(text, is_last):
@@ -154,7 +157,7 @@ class ResponseWriter:
             yield from self._add(piece)
 
     def end(self, completion: Completion) -> Iterator[dict[str, Any]]:
-        """Behind the last of the text."""
+        """The events after the last piece of the text."""
         is_whole = completion.finish_reason == "stop"
         status: ResponseStatus = "completed" if is_whole else "incomplete"
         if not self.response.output:
@@ -174,7 +177,7 @@ class ResponseWriter:
         yield self._event(f"response.{status}", response=self.response.model_dump())
 
     def fail(self, error: RequestError) -> dict[str, Any]:
-        """The last event of a response that broke off."""
+        """The last event of a response that an error ends."""
         self.response.status = "failed"
         self.response.error = ResponseError(
             code=error.code or "server_error", message=error.message
@@ -182,7 +185,7 @@ class ResponseWriter:
         return self._event("response.failed", response=self.response.model_dump())
 
     def _turn_to(self, piece: Piece) -> Iterator[dict[str, Any]]:
-        """Begin another item, if the piece is not of the present one."""
+        """The events of a change of items, if the piece does not belong to the present one."""
         if self._item is not None and piece.call == self._call:
             return
         yield from self._close("completed")
@@ -248,7 +251,7 @@ class ResponseWriter:
 
 
 def as_chat(request: ResponseRequest) -> tuple[ChatCompletionRequest, list[str]]:
-    """The same as a chat, and where in the request each of its messages begins."""
+    """The conversation as a chat request, and the place in `request` of each of its messages."""
     messages: list[ChatMessage] = []
     places: list[str] = []
     if request.instructions is not None:
@@ -277,7 +280,7 @@ def as_chat(request: ResponseRequest) -> tuple[ChatCompletionRequest, list[str]]
 
 
 def _add_item(messages: list[ChatMessage], item: InputItem) -> None:
-    """Calls stand in the assistant's turn, behind its text."""
+    """Add an item to the messages; a call joins the assistant's turn before it, if there is one."""
     if isinstance(item, FunctionCallItem):
         call = FunctionCall(name=item.name, arguments=item.arguments)
         last = messages[-1] if messages else None
@@ -325,11 +328,11 @@ def _as_named(choice: NamedFunction) -> NamedTool:
 
 
 def _as_place(param: str | None, places: list[str]) -> str | None:
-    """Where a fault of the chat is in the request that it was made of."""
-    head, _, behind = (param or "").partition(".")
+    """The field of the original request that the chat's field `param` was made from."""
+    head, _, rest = (param or "").partition(".")
     if head == "messages":
-        number, _, behind = behind.partition(".")
+        number, _, rest = rest.partition(".")
         place = places[int(number)] if number else "input"
-        return ".".join(filter(None, (place, behind.removesuffix(".url"))))
+        return ".".join(filter(None, (place, rest.removesuffix(".url"))))
     renamed = {"max_completion_tokens": "max_output_tokens", "response_format": "text.format"}
     return renamed.get(head, param)

@@ -168,7 +168,7 @@ class Piece:
 
 
 class AnswerReader:
-    """An answer's text, piece by piece -> its content and its calls, by the marks of the grammar."""
+    """An answer's text, piece by piece -> its content and calls, by the marks of the grammar."""
 
     def __init__(self, uses_tools: bool):
         self.uses_tools = uses_tools

@@ -1,4 +1,4 @@
-"""What must not get through, over the wire: whole requests that are made to do harm."""
+"""Requests that are made to do harm, sent over the wire as a whole."""
 
 import socket
 import struct
@@ -79,7 +79,7 @@ def test_more_than_is_allowed_is_refused(url: str) -> None:
 
 
 def send(url: str, head: str, *pieces: bytes, pause_s: float = 0.0) -> bytes:
-    """Raw HTTP; returns what comes back until the service hangs up, or stops sending."""
+    """Send raw HTTP; returns what comes back until the service hangs up or stops sending."""
     parts = urlsplit(url)
     with socket.create_connection((parts.hostname or "", parts.port or 80), timeout=40) as wire:
         wire.sendall(head.format(host=parts.netloc).replace("\n", "\r\n").encode())
@@ -112,11 +112,11 @@ POST = "POST /v1/chat/completions HTTP/1.1\nHost: {host}\nContent-Type: applicat
 
 
 def test_a_body_of_500_mb_is_refused_before_it_is_there(url: str, cluster: Cluster) -> None:
-    """With its length told, and without."""
+    """With a Content-Length header, and without."""
     answer = send(url, POST.replace("{host}", "x") + "Content-Length: 524288000\n\n", b"{")
     assert b" 413 " in answer.split(b"\r\n")[0], answer[:200]
     used = memory(cluster)
-    # As fast as a gigabit a second brings it: Serve's proxy reads on while we refuse.
+    # As fast as a network of a gigabit a second: Serve's proxy continues to read while we refuse.
     piece = b"100000\r\n" + b" " * 2**20 + b"\r\n"
     answer = send(url, POST + "Transfer-Encoding: chunked\n\n", *[piece] * 500, pause_s=0.008)
     assert b" 413 " in answer.split(b"\r\n")[0], answer[:200]
@@ -124,7 +124,7 @@ def test_a_body_of_500_mb_is_refused_before_it_is_there(url: str, cluster: Clust
 
 
 def memory(cluster: Cluster) -> int:
-    """Of what a body goes through, in bytes: Serve's proxy and the ingress."""
+    """Bytes of memory of the processes that a body goes through: Serve's proxy and the ingress."""
     (node,) = cluster.list_all_nodes()
     raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
     return sum(
@@ -165,7 +165,7 @@ def test_unpaired_surrogates_and_nulls_are_no_trouble(url: str) -> None:
 
 
 def test_what_a_header_says_is_not_repeated(url: str) -> None:
-    """Nor can an id that a client chose break out of its header."""
+    """An id that a client chooses cannot break out of its header either."""
     answer = requests.get(f"{url}/healthz", headers={"X-Request-ID": "abc-1"}, timeout=10)
     assert answer.headers["x-request-id"] == "abc-1"
     head = "GET /v1/models HTTP/1.1\nHost: {host}\nX-Request-ID: a\\r\\nSet-Cookie: b\n\n"
@@ -194,7 +194,7 @@ def test_it_listens_on_this_machine_only(service: Service) -> None:
 
 @pytest.fixture(scope="module")
 def closed(starts_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """With keys, of a file and of the environment, and with little patience."""
+    """A service with keys from a file and from the environment, and short timeouts."""
     keys = tmp_path_factory.mktemp("keys") / "keys"
     keys.write_text("first-key\n\nsecond-key\n")
     origin = "--cors-origin=https://ours.example"

@@ -1,4 +1,4 @@
-"""`/v1/batches`: whole jobs by HTTP, and paths that lead out of where they may."""
+"""`/v1/batches`: whole jobs by HTTP, and paths that lead out of the allowed folders."""
 
 import os
 import time
@@ -100,7 +100,7 @@ def test_paths_lead_nowhere_else(url: str, batch_root: Path, tmp_path: Path) -> 
 
 
 def test_a_table_that_names_files_reads_none_of_them(url: str, batch_root: Path) -> None:
-    """Else any picture of the machine could be described, or a file's first bytes told."""
+    """Otherwise a client could learn of any picture, or the first bytes of any file, on a node."""
     table = batch_root / "paths.parquet"
     pq.write_table(pa.table({"image": ["/etc/passwd", str(batch_root / "x.png")]}), table)
     refused = create(url, input=str(table), output=str(batch_root / "paths"))
@@ -122,7 +122,7 @@ def test_a_table_that_names_files_reads_none_of_them(url: str, batch_root: Path)
     store=st.sampled_from(["", "file://", "s3://bucket"]),
 )
 def test_below_is_below_whatever_the_steps(steps: list[str], store: str) -> None:
-    """Against the library's own normalisation."""
+    """Our check of paths, against the library's own normalisation."""
     path = "/root/" + "/".join(steps)
     normal = os.path.normpath(path)
     expected = normal == "/root" or normal.startswith("/root/")

@@ -1,4 +1,4 @@
-"""`/v1/completions` by OpenAI's own client: it goes on as the engine does."""
+"""`/v1/completions` by OpenAI's own client: it continues a text as the engine does."""
 
 from collections import defaultdict
 from typing import Any

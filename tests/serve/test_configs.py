@@ -1,4 +1,4 @@
-"""The files of serve_configs/: Serve takes them, and so do we."""
+"""The files of serve_configs/: Serve accepts them, and so does flashvl."""
 
 from pathlib import Path
 

@@ -61,7 +61,7 @@ def test_every_generated_request_has_an_answer_of_the_description(
 ) -> None:
     case = data.draw(schema[path][method].as_strategy())
     if isinstance(case.body, dict) and "model" in case.body:
-        # Else none would get further than the model's name, nor past the pictures.
+        # Otherwise every request would fail at the model's name or at the pictures.
         if data.draw(st.booleans()):
             case.body["model"] = "tiny"
         if data.draw(st.booleans()):

@@ -1,4 +1,4 @@
-"""Damaged image files at the service: an answer or a refusal in one line, and it lives on."""
+"""Damaged image files: the service answers or refuses in one line, and continues to work."""
 
 import pytest
 import requests

@@ -104,7 +104,7 @@ def test_garbage_is_a_data_error_at_most(rest: str) -> None:
 
 
 def test_what_counts_is_what_the_bytes_are(url: str) -> None:
-    """Over the wire: mislabelled, broken into lines, of another alphabet; and not base64 at all."""
+    """Over the wire: with a wrong label, line breaks or another alphabet; and not base64 at all."""
     lines = base64.encodebytes(PICTURE).decode()
     safe = base64.urlsafe_b64encode(PICTURE).decode().rstrip("=")
     spellings = [

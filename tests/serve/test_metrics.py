@@ -1,4 +1,4 @@
-"""What a Prometheus server reads of the service, and what the logs keep to themselves."""
+"""What a Prometheus server reads from the service, and what the logs leave out."""
 
 import time
 from pathlib import Path
@@ -14,7 +14,7 @@ SECRET = "my secret question"
 
 
 def read(cluster: Cluster) -> dict[str, float]:
-    """Sums over replicas, by the samples' names and what tells them apart."""
+    """Sums over replicas, by the samples' names and labels."""
     port = cluster.head_node.metrics_export_port
     text = requests.get(f"http://{cluster.head_node.node_ip_address}:{port}/metrics", timeout=30)
     found: dict[str, float] = {}
@@ -28,7 +28,7 @@ def read(cluster: Cluster) -> dict[str, float]:
 
 
 def read_settled(cluster: Cluster) -> dict[str, float]:
-    """What `read` says once the metrics of earlier tests have arrived, some seconds later."""
+    """The metrics once those of the tests before have arrived: Ray's agent gets them every 10 s."""
     name, last = "ray_flashvl_generation_tokens_total", -1.0
     while (now := read(cluster)).get(name, 0.0) != last:
         last = now.get(name, 0.0)

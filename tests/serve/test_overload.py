@@ -18,7 +18,7 @@ BUSY = {"ignore_eos": True, "max_tokens": 50}
 
 @pytest.fixture(scope="module")
 def small(starts_ray: None) -> Iterator[Service]:
-    """With a slot, and a place to wait."""
+    """A service with one slot and one place in its queue."""
     with serving("--max-num-seqs=1", "--max-waiting=1") as started:
         yield started
 
@@ -82,7 +82,7 @@ def test_every_shape_is_refused_alike(small: Service) -> None:
 
 @pytest.mark.parametrize("shape", ["several", "several, streamed", "completions, streamed"])
 def test_more_answers_than_have_room_are_refused_as_one(small: Service, shape: str) -> None:
-    """Each part of a request is refused or not at a moment of its own; the slots get free."""
+    """Each answer of a request is refused or not at its own time; the slots become free."""
     for _ in range(5):
         check_refusal(post(small.url, shape))
     wait_until_idle(small.url)

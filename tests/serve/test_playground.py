@@ -63,14 +63,14 @@ PHONE = {"width": 390, "height": 844}
 
 @contextmanager
 def opened(browser: Browser, url: str, **options: Any) -> Iterator[Page]:
-    """The open page; what it complains of in its console, or asks of others, fails the test."""
+    """The open page; an error in its console, or a request to another host, fails the test."""
     context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}} | options)
     context.grant_permissions(["clipboard-read", "clipboard-write", "camera"])
     page = context.new_page()
     complaints: list[str] = []
 
     def listen(message: ConsoleMessage) -> None:
-        # A refusal is told to the user, and by the browser to its console.
+        # The page shows a refusal to the user; the browser also writes it to its console.
         is_refusal = "(Bad Request)" in message.text or "(Unauthorized)" in message.text
         if message.type == "error" and not is_refusal:
             complaints.append(message.text)
@@ -143,7 +143,7 @@ def test_drop_ask_and_read_the_answer(page: Page, picture: bytes, engine: Engine
     expect(page.locator(".phases")).to_contain_text("first token")
     assert question(page).input_value() == ""
 
-    # A second turn knows of the first one's picture; a new chat of none of it.
+    # A second turn knows the picture of the first one; a new chat knows nothing of either.
     assert ask(page, "How many shapes are there?").isdigit()
     expect(page.locator(".user")).to_have_count(2)
     page.get_by_role("button", name="New chat").click()
@@ -165,7 +165,7 @@ def test_paste(page: Page, picture: bytes) -> None:
 
 
 def test_examples_are_asked_about_and_answered(page: Page) -> None:
-    """Each is a click and a key away from its answer, which is right."""
+    """A click and a key bring each example's answer, which is right."""
     for example in examples().values():
         page.get_by_label(f"Example: {example.name}", exact=True).click()
         expect(page.locator("#cut")).to_contain_text("tokens")
@@ -201,7 +201,7 @@ def test_the_camera_is_cancelled_before_its_first_frame(page: Page) -> None:
     for _ in range(5):
         page.evaluate(f"({OPENED})().then(() => document.getElementById('no-camera').click())")
         expect(page.locator("#choose")).to_be_visible()
-    # Nor can a picture be taken before there is one.
+    # A picture cannot be taken before the camera shows one.
     is_disabled = page.evaluate(
         f"({OPENED})().then(() => document.getElementById('shoot').disabled)"
     )
@@ -230,7 +230,7 @@ def test_every_camera_that_was_opened_is_closed(page: Page) -> None:
 
 
 def test_the_picture_chosen_last_is_the_one_shown(page: Page, picture: bytes) -> None:
-    """Whatever takes longer, or fails, of those before it."""
+    """The last chosen picture is shown, even if an earlier one takes longer or fails."""
     slow, broken = encode(noise(0, (1500, 1500))), b"no picture"
     for earlier in (slow, broken):
         page.evaluate(
@@ -335,7 +335,7 @@ def test_an_answer_is_stopped(page: Page) -> None:
 
 
 def test_the_request_is_copied_and_runs_elsewhere(page: Page, tmp_path: Path) -> None:
-    """As curl and as Python, after a turn, for the question in the box."""
+    """As a curl command and as Python: after a turn, and with the question in the box."""
     page.get_by_label("Example: a chart").click()
     expect(page.locator("#cut")).to_contain_text("tokens")
     ask(page, "Describe the image.")
@@ -468,7 +468,7 @@ def test_kept_patches_and_dropped_overlap_can_be_told_apart(
 
 
 def test_pictures_of_it(browser: Browser, url: str) -> None:
-    """Where FLASHVL_SCREENSHOTS names a folder: to be looked at, and for the README."""
+    """Screenshots for people and for the README, if FLASHVL_SCREENSHOTS names a folder."""
     folder = os.environ.get("FLASHVL_SCREENSHOTS")
     if folder is None:
         pytest.skip("FLASHVL_SCREENSHOTS names no folder")

@@ -1,4 +1,4 @@
-"""What the engines are asked for a client's request."""
+"""The requests for engines that a client's request makes."""
 
 import asyncio
 
@@ -26,7 +26,7 @@ def chat(**fields: object) -> ChatCompletionRequest:
 
 
 def test_a_prompt_is_token_ids_that_the_decoded_images_would_give(prompts: Prompts) -> None:
-    """So that an engine need not tokenize what the service has tokenized."""
+    """An engine need not tokenize again what the service has tokenized."""
     (wanted,) = asyncio.run(prompts.read_chat(chat(seed=3)))
     tiles = decode_tiles(wanted.images, prompts.processor)
     content = [*[{"type": "image"}] * 3, {"type": "text", "text": "Which of <image>?"}]

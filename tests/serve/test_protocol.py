@@ -32,7 +32,7 @@ IMAGE = {"url": "data:image/png;base64,AAAA"}
 CALL = {"name": "f"}
 NAMED = {"type": "function", "function": CALL}
 LEAST: dict[type[Closed], dict[str, Any]] = {
-    # Of each kind of object that clients send, the shortest.
+    # The shortest object of each kind that clients send.
     BatchRequest: {"input": "/a", "output": "/b"},
     ChatCompletionRequest: {"model": "tiny", "messages": [USER]},
     CompletionOptions: {},
@@ -96,7 +96,7 @@ LEAST: dict[type[Closed], dict[str, Any]] = {
     tools.Tool: NAMED,
 }
 UNLIKE = {responses.ItemReference, service.CaptionRequest}
-"""That is always refused; that is a form, which knows no null."""
+"""Kinds without null fields: one is always refused, and one is a form."""
 
 
 def kinds(base: type[Closed] = Closed) -> Iterator[type[Closed]]:
@@ -106,7 +106,7 @@ def kinds(base: type[Closed] = Closed) -> Iterator[type[Closed]]:
 
 
 def names(model: type[BaseModel]) -> set[str]:
-    """Of its fields, as they are sent."""
+    """The names of the fields as they are sent."""
     return {field.alias or name for name, field in model.model_fields.items()}
 
 
@@ -116,7 +116,7 @@ def test_every_kind_of_object_is_here() -> None:
 
 @pytest.mark.parametrize("kind", LEAST, ids=lambda kind: kind.__name__)
 def test_null_is_absent(kind: type[Closed]) -> None:
-    """Of every field; and a required one that is null is missing."""
+    """Null counts as absent for every field; a required field that is null is missing."""
     least = LEAST[kind]
     expected = kind.model_validate(least)
     for name in names(kind) - least.keys():
@@ -186,7 +186,7 @@ def test_what_this_service_lacks_is_refused_by_name_and_taken_where_it_asks_for_
     ],
 )
 def test_every_field_of_openais_is_known(theirs: Any, ours: type[Closed]) -> None:
-    """Taken, or refused by an error that says what to do."""
+    """Each field of vLLM is taken, or refused by an error that says what to do."""
     assert get_type_hints(theirs).keys() - names(ours) == set()
 
 
@@ -266,7 +266,7 @@ def test_what_would_change_the_answer_and_is_not_there_is_refused(name: str, val
 
 
 def test_answers_come_back_as_history() -> None:
-    """OpenAI's client's, as it dumps them, and vLLM's, with all their empty fields."""
+    """Answers of OpenAI's client, as it dumps them, and of vLLM, with all their empty fields."""
     body = {
         "id": "1",
         "object": "chat.completion",

@@ -23,7 +23,7 @@ PICTURES = [encode(noise(seed)) for seed in range(8)]
 
 
 def body(seed: int, max_tokens: int = 64, **options: Any) -> dict[str, Any]:
-    """An answer of exactly so many tokens."""
+    """A request for an answer of exactly `max_tokens` tokens."""
     return {
         "model": "tiny",
         "messages": ask("Describe the image.", PICTURES[seed % len(PICTURES)]),
@@ -35,10 +35,11 @@ def body(seed: int, max_tokens: int = 64, **options: Any) -> dict[str, Any]:
 
 @dataclass
 class Outcome:
-    """How requests ended."""
+    """The ends of requests."""
 
     ends: Counter[str] = field(default_factory=Counter)
-    """done, refused (429), cut (a clean error event), and what must not be."""
+    """Numbers of requests by their end: done, refused (429), cut (a clean error event), or one that
+    must not happen."""
 
 
 async def stream(session: aiohttp.ClientSession, url: str, request: dict[str, Any]) -> str:

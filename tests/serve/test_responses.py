@@ -63,7 +63,7 @@ def test_answers_as_a_chat_does(client: openai.OpenAI) -> None:
 
 
 def test_the_answer_is_of_openais_type(url: str) -> None:
-    """Which its client itself does not check."""
+    """Against OpenAI's types, which its client does not check itself."""
     for options in ({}, {"tools": [TOOL], "tool_choice": NAMED}, {"include": None}):
         body = {"model": "tiny", "input": INPUT} | options
         answer = requests.post(f"{url}/v1/responses", json=body, timeout=60)

@@ -1,4 +1,4 @@
-"""How a service starts, and does not, and how it ends: real processes, and what is left of them."""
+"""A service's start, refused starts and end: real processes, and what remains of them."""
 
 import contextlib
 import json
@@ -31,7 +31,7 @@ MARK = "FLASHVL_TEST_MARK"
 
 
 def processes_with(mark: str) -> list[str]:
-    """Of this machine, those that a command started whose environment has the mark."""
+    """The processes of this machine that a command with the mark in its environment has started."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
@@ -46,14 +46,14 @@ def command(*options: str) -> list[str]:
 
 @contextlib.contextmanager
 def listener(host: str, port: int = 0) -> Iterator[int]:
-    """Another program's."""
+    """A port on which another program listens."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, port), family=family) as server:
         yield server.getsockname()[1]
 
 
 def refused(tmp_path: Path, *options: str) -> str:
-    """What the command says, having started nothing."""
+    """What a command says that must start nothing."""
     mark, ray = uuid.uuid4().hex, tmp_path / "ray"
     environment = os.environ | {MARK: mark, "RAY_TMPDIR": str(ray)}
     environment.pop("RAY_ADDRESS", None)
@@ -111,7 +111,7 @@ def test_a_reserved_port_is_kept_from_all_but_who_may_share_it() -> None:
 
 
 def test_a_port_that_is_taken_after_all(ray_cluster: None) -> None:
-    """Between our look and Serve's proxy, or on another node."""
+    """The port is taken after our check and before Serve's proxy starts, or on another node."""
     from flashvl.serve.config import ServiceConfig
     from flashvl.serve.run import deployed
 
@@ -180,7 +180,7 @@ def test_a_signal_while_it_starts(seconds: float) -> None:
     time.sleep(seconds)
     process.send_signal(signal.SIGINT if int(4 * seconds) % 2 else signal.SIGTERM)
     said, complained = process.communicate(timeout=30)
-    # Before Python has begun to run our code, a signal has its usual meaning.
+    # Until Python runs our code, a signal has its usual effect.
     is_early = seconds < 1.0 and process.returncode < 0
     assert process.returncode == 0 or is_early, complained
     assert "Traceback" not in complained or is_early
@@ -237,7 +237,7 @@ def post(url: str, tokens: int, session: Any = requests, **options: Any) -> requ
 
 
 def is_refused(response: requests.Response) -> bool:
-    """As a service refuses that is to end."""
+    """Whether the service refused this because it stops."""
     if response.status_code != 503:
         return False
     error = response.json()["error"]
@@ -265,12 +265,12 @@ def test_what_is_under_way_ends_and_nothing_new_begins(number: int) -> None:
             ]
             whole = pool.submit(post, url, 500)
             assert all(event.wait(60) for event in begun)
-            if number == signal.SIGINT:  # Ctrl-C: Ray's processes hear it too
+            if number == signal.SIGINT:  # Ctrl-C: Ray's processes get it too
                 os.killpg(service.process.pid, number)
             else:
                 service.process.send_signal(number)
             wait_until(lambda: is_refused(kept_alive.get(f"{url}/readyz", timeout=10)), 10)
-            # One long answer at least is under way still, or this is no test.
+            # At least one long answer must still be under way, or nothing is tested.
             assert not streams[-1].done()
             assert is_refused(post(url, 5, session=kept_alive))
             assert is_refused(post(url, 5, stream=True))
@@ -290,7 +290,7 @@ def test_what_is_under_way_ends_and_nothing_new_begins(number: int) -> None:
 @pytest.mark.usefixtures("starts_ray")
 @pytest.mark.parametrize("is_impatient", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_what_does_not_end_in_time_is_told_so(is_impatient: bool) -> None:
-    """Or when somebody asks a second time."""
+    """The service also ends at once when somebody asks a second time."""
     mark = uuid.uuid4().hex
     grace = "--graceful-shutdown-timeout-s=" + ("600" if is_impatient else "1")
     with serving("--max-num-seqs=16", grace, **{MARK: mark}) as service:

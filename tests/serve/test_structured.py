@@ -18,7 +18,7 @@ MESSAGES: Any = ask("Describe the image.", PICTURE)
 
 
 class Scene(BaseModel):
-    """What a pipeline wants of a caption; bounded, as `tiny` would not end a number by itself."""
+    """A schema such as a pipeline uses; with bounds, as `tiny` would not end a number by itself."""
 
     model_config = ConfigDict(extra="forbid")
     count: int = Field(ge=0, le=99)
@@ -69,7 +69,7 @@ def test_vllms_forms(client: openai.OpenAI, form: dict[str, Any], pattern: str) 
     )
     assert re.fullmatch(pattern, found.choices[0].message.content or "")
     if form == {"json_object": True}:
-        return  # which `tiny` does not end, unless a picture is there to speak of
+        return  # without a picture, `tiny` would not end it
     continued = client.completions.create(
         model="tiny", prompt="It is", max_tokens=100, extra_body={"structured_outputs": form}
     )
@@ -118,7 +118,7 @@ def test_tools_are_called(client: openai.OpenAI, choice: Any) -> None:
 
 
 def test_tools_may_be_called_or_not(client: openai.OpenAI) -> None:
-    """`tiny` has not learnt to: it says what it would say; its calls are tested by their form."""
+    """`tiny` was not trained on tools and answers as without; the form of calls has other tests."""
     for choice in ("auto", "none"):
         found = client.chat.completions.create(
             model="tiny", messages=MESSAGES, tools=TOOLS, tool_choice=choice, max_tokens=60
@@ -130,7 +130,7 @@ def test_tools_may_be_called_or_not(client: openai.OpenAI) -> None:
 
 @pytest.mark.parametrize("choice", ["required", NAMED])
 def test_calls_are_streamed_as_openai_does(client: openai.OpenAI, choice: Any) -> None:
-    """Its own helper accumulates them, and finds what the whole answer has."""
+    """OpenAI's helper accumulates the events to the same as the whole answer."""
     options: dict[str, Any] = {
         "model": "tiny",
         "messages": MESSAGES,

@@ -29,7 +29,7 @@ async function call(path, body, signal) {
 
 function askForKey(again) {
   heldBack = again;
-  at("key-label").textContent = at("key").value.trim() && again ? "The service refused this key; enter another one" : "This service asks for an API key";
+  at("key-label").textContent = at("key").value.trim() && again ? "The service does not take this key; enter another one" : "This service asks for an API key";
   at("key-form").hidden = false;
   at("key").focus();
   at("key").select();
@@ -90,7 +90,7 @@ async function show(url, questions, name = "") {
   try { await image.decode(); } catch {
     if (choice !== choices) return;
     removePicture();
-    at("picture-error").textContent = `${name || "This file"} is not a picture that this browser can show.`;
+    at("picture-error").textContent = `${name || "This file"} is no picture that this browser can show.`;
     at("picture-error").hidden = false;
     at("picture-error").scrollIntoView({block: "nearest"});
     return;

@@ -1,9 +1,10 @@
 """What goes over HTTP: OpenAI's requests and answers as far as a vision-language model has them.
 
-A field that we do not know is refused, not ignored: who asks for it relies on it.
+A field that the service does not know is refused and not ignored: a client that sends it relies on
+it.
 """
 
 from flashvl.serve.protocol.errors import RequestError
-from flashvl.serve.protocol.parts import Closed
+from flashvl.serve.protocol.parts import Answer, Closed
 
-__all__ = ["Closed", "RequestError"]
+__all__ = ["Answer", "Closed", "RequestError"]

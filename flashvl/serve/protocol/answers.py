@@ -1,42 +1,47 @@
-"""What several kinds of answer have in common."""
+"""Parts that several kinds of answer have in common."""
 
 import time
 import uuid
 from typing import Self
 
-from pydantic import BaseModel
 from transformers import PreTrainedTokenizerBase
 
 from flashvl.engine import Completion, TokenLogprobs, token_bytes
+from flashvl.serve.protocol.parts import Answer
 
 LEAST_LOGPROB = -9999.0
-"""JSON has no infinity; OpenAI's own floor."""
+"""The least log-probability in an answer, as OpenAI's: JSON has no infinity."""
 
 
-class Usage(BaseModel):
+class Usage(Answer):
+    """Tokens that a request took."""
+
     prompt_tokens: int
+    """Tokens of the prompt, those of its images included."""
     completion_tokens: int
+    """Tokens of all answers."""
     total_tokens: int
 
     @classmethod
     def of(cls, completions: list[Completion], num_prompts: int = 1) -> Self:
-        """Of as many answers to each prompt, which counts once."""
+        """The tokens of all completions, the same number for each prompt; a prompt counts once."""
         per_prompt = len(completions) // num_prompts
         prompt = sum(each.prompt_tokens for each in completions[::per_prompt])
         new = sum(len(each.token_ids) for each in completions)
         return cls(prompt_tokens=prompt, completion_tokens=new, total_tokens=prompt + new)
 
 
-class Timings(BaseModel):
-    """In milliseconds, since the engine had the request."""
+class Timings(Answer):
+    """Times of an answer in milliseconds, from when the engine received its request."""
 
     queue_ms: float
-    """Until a slot was free."""
+    """Time until a slot was free."""
     ttft_ms: float
-    """Until the first token."""
+    """Time until the first token."""
     tpot_ms: float
-    """From token to token, on average; 0 for an answer of one."""
+    """Mean time from one token to the next; 0 for an answer of one token."""
     total_ms: float
+    """Time until the last token."""
 
     @classmethod
     def of(cls, completion: Completion) -> Self:
@@ -50,11 +55,13 @@ class Timings(BaseModel):
         )
 
 
-class TopLogprob(BaseModel):
+class TopLogprob(Answer):
     token: str
-    """Its text; of a part of a character, as OpenAI has it, `bytes:\\xe2\\x80`."""
+    """Text of the token; `bytes:\\xe2\\x80`, as OpenAI has it, for a part of a character."""
     logprob: float
+    """Log-probability of the token."""
     bytes: list[int]
+    """The token's bytes in UTF-8."""
 
     @classmethod
     def of(cls, token_id: int, logprob: float, tokenizer: PreTrainedTokenizerBase) -> Self:
@@ -64,9 +71,10 @@ class TopLogprob(BaseModel):
 
 class TokenLogprob(TopLogprob):
     top_logprobs: list[TopLogprob] = []
+    """The likeliest tokens at this place, the likeliest first."""
 
 
-class ChoiceLogprobs(BaseModel):
+class ChoiceLogprobs(Answer):
     content: list[TokenLogprob]
     refusal: None = None
 
@@ -88,8 +96,10 @@ def _as_text(data: bytes) -> str:
 
 
 def new_id(prefix: str) -> str:
+    """A random id that begins with `prefix`."""
     return prefix + uuid.uuid4().hex
 
 
 def now() -> int:
+    """Seconds since 1970."""
     return int(time.time())

@@ -1,12 +1,12 @@
-"""`/v1/chat/completions`."""
+"""Requests and answers of `/v1/chat/completions`."""
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, PositiveInt
+from pydantic import Field, PositiveInt
 
 from flashvl.serve.protocol.answers import ChoiceLogprobs, Timings, Usage, new_id, now
 from flashvl.serve.protocol.messages import MAX_MESSAGES, ChatMessage
-from flashvl.serve.protocol.parts import Only
+from flashvl.serve.protocol.parts import Answer, Only
 from flashvl.serve.protocol.sampling import CompletionOptions, Lacking, Sampling
 from flashvl.serve.protocol.tools import ToolChoice, Tools
 
@@ -14,7 +14,7 @@ ChatFinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class LackingInChat(Lacking):
-    """OpenAI's and vLLM's fields of a chat that may be sent where they ask for nothing."""
+    """Fields of chats for OpenAI and vLLM that are taken only with values that ask for nothing."""
 
     add_generation_prompt: Annotated[Any, Only(True)] = None
     add_special_tokens: Annotated[Any, Only(False)] = None
@@ -41,46 +41,55 @@ class LackingInChat(Lacking):
 
 class ChatCompletionRequest(Sampling, CompletionOptions, LackingInChat):
     model: str
+    """The service's model, by the id that `/v1/models` lists."""
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    """The conversation; its last message must not be the assistant's."""
     max_completion_tokens: PositiveInt | None = None
+    """Tokens of an answer at most; by default, what the service is configured to give."""
     max_tokens: PositiveInt | None = None
     """The older name of `max_completion_tokens`."""
     tools: Tools = []
+    """Tools that the model may call."""
     tool_choice: ToolChoice = "auto"
+    """Whether the model may call tools or must, or which: `none`, `auto`, `required`, or a tool."""
     parallel_tool_calls: bool = True
-    """Whether the model may call several tools at once."""
+    """Whether the model may call several tools in one answer."""
     logprobs: bool = False
+    """Whether the answer holds its tokens' log-probabilities."""
     top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
+    """Likeliest tokens at each place to report too, with `logprobs`."""
 
 
-class AnswerFunction(BaseModel):
+class AnswerFunction(Answer):
     name: str
+    """Name of the tool."""
     arguments: str
-    """A JSON object, as text."""
+    """JSON object with the arguments, as text."""
 
 
-class AnswerToolCall(BaseModel):
+class AnswerToolCall(Answer):
     id: str
     type: Literal["function"] = "function"
     function: AnswerFunction
 
 
-class AnswerMessage(BaseModel):
+class AnswerMessage(Answer):
     role: Literal["assistant"] = "assistant"
     content: str | None
-    """None where the answer is calls of tools alone."""
+    """The answer's text; null where the answer only calls tools."""
     refusal: None = None
     tool_calls: list[AnswerToolCall] | None = None
 
 
-class Choice(BaseModel):
+class Choice(Answer):
     index: int
+    """Number of the answer, from 0 to `n` - 1."""
     message: AnswerMessage
     logprobs: ChoiceLogprobs | None = None
     finish_reason: ChatFinishReason
 
 
-class ChatCompletion(BaseModel):
+class ChatCompletion(Answer):
     id: str = Field(default_factory=lambda: new_id("chatcmpl-"))
     object: Literal["chat.completion"] = "chat.completion"
     created: int = Field(default_factory=now)

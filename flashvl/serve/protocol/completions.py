@@ -1,21 +1,22 @@
-"""`/v1/completions`: texts to go on with, as OpenAI's older endpoint has them."""
+"""Requests and answers of `/v1/completions`, OpenAI's older endpoint, which continues texts."""
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Discriminator, Field, PositiveInt, Tag
+from pydantic import Discriminator, Field, PositiveInt, Tag
 
 from flashvl.engine.request import FinishReason
 from flashvl.serve.protocol.answers import Timings, Usage, new_id, now
-from flashvl.serve.protocol.parts import Only, Text, TokenId
+from flashvl.serve.protocol.parts import Answer, Only, Text, TokenId
 from flashvl.serve.protocol.sampling import CompletionOptions, Lacking, Sampling
 
 MAX_PROMPTS = 64
+"""Prompts in one request at most."""
 MAX_PROMPT_TOKENS = 100_000
-"""The model's limit is far below."""
+"""Token ids of a prompt at most, before the model's own limit, which is far lower, is checked."""
 
 
 def _form(prompt: Any) -> str:
-    """Which of the four a client means, so that an error is of that one."""
+    """The tag of the form that a client means, so that an error is about that form."""
     if not isinstance(prompt, list):
         return "[text]"
     first = prompt[0] if prompt else ""
@@ -37,22 +38,25 @@ Prompt = Annotated[
 
 class CompletionRequest(Sampling, CompletionOptions, Lacking):
     model: str
+    """The service's model, by the id that `/v1/models` lists."""
     prompt: Prompt
-    """A text, token ids, or several of either. Control tokens in a text are control tokens; images
-    have no place here."""
+    """A text, token ids, or several of either. Control tokens in a text count as control tokens;
+    images cannot be sent here."""
     max_tokens: PositiveInt = 16
-    """OpenAI's default."""
+    """Tokens of an answer at most; the default is OpenAI's."""
     echo: bool = False
-    """Have each answer begin with its prompt."""
+    """Whether each answer begins with its prompt."""
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    """So many of the likeliest tokens at each place; 0: the chosen one only."""
+    """Likeliest tokens at each place whose log-probabilities the answer holds; 0: only those of the
+    chosen token."""
     suffix: Annotated[Any, Only("")] = None
     add_special_tokens: bool = True
-    """Those of the tokenizer, to a text."""
+    """Whether the tokenizer adds its own tokens to a text."""
     prompt_embeds: Annotated[Any, Only([])] = None
 
     @property
     def prompts(self) -> list[str | list[int]]:
+        """The prompts, also if there is only one."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         if isinstance(self.prompt[0], int):
@@ -60,25 +64,25 @@ class CompletionRequest(Sampling, CompletionOptions, Lacking):
         return [each for each in self.prompt if not isinstance(each, int)]
 
 
-class TextLogprobs(BaseModel):
-    """In OpenAI's older form: lists of the same length."""
+class TextLogprobs(Answer):
+    """Log-probabilities in OpenAI's older form: lists of the same length, with an entry a token."""
 
     tokens: list[str]
     token_logprobs: list[float]
     top_logprobs: list[dict[str, float]] | None
     text_offset: list[int]
-    """Where in the text each token begins."""
+    """Places in the text, in characters, where the tokens begin."""
 
 
-class TextChoice(BaseModel):
+class TextChoice(Answer):
     index: int
-    """The p-th prompt's i-th answer: `p * n + i`."""
+    """Number of the answer: `p * n + i` for answer i of prompt p, both from 0."""
     text: str
     logprobs: TextLogprobs | None = None
     finish_reason: FinishReason | None
 
 
-class TextCompletion(BaseModel):
+class TextCompletion(Answer):
     id: str = Field(default_factory=lambda: new_id("cmpl-"))
     object: Literal["text_completion"] = "text_completion"
     created: int = Field(default_factory=now)

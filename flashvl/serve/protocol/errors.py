@@ -1,21 +1,25 @@
-"""What a client is told in place of an answer."""
+"""What a client gets in place of an answer."""
 
-from pydantic import BaseModel
+from flashvl.serve.protocol.parts import Answer
 
 
-class APIError(BaseModel):
+class APIError(Answer):
     message: str
+    """The rule, what broke it, and what the client can do."""
     type: str
+    """OpenAI's kind of error, such as `invalid_request_error`."""
     param: str | None = None
+    """Field of the request that is wrong, such as `messages.0.content`."""
     code: str | None = None
+    """Name of the error for programs."""
 
 
-class ErrorResponse(BaseModel):
+class ErrorResponse(Answer):
     error: APIError
 
 
 class RequestError(Exception):
-    """Whatever a client is told in place of an answer."""
+    """An error that a client gets, with its HTTP status."""
 
     def __init__(
         self,
@@ -33,6 +37,7 @@ class RequestError(Exception):
 
     @property
     def body(self) -> ErrorResponse:
+        """The content of the HTTP response."""
         kind = {401: "authentication_error", 429: "rate_limit_error"}.get(
             self.status, "invalid_request_error" if self.status < 500 else "server_error"
         )
@@ -42,5 +47,5 @@ class RequestError(Exception):
 
 
 def _encodable(text: str) -> str:
-    """Without the unpaired surrogates of a client's text, which no answer can hold."""
+    """`text` with the unpaired surrogates escaped that a client may send and no answer can hold."""
     return text.encode("utf-8", "backslashreplace").decode()

@@ -1,6 +1,6 @@
 """The messages of a conversation, and the parts of their contents.
 
-Clients send back what they were sent, and so whatever OpenAI's or vLLM's answers hold is taken.
+Clients send answers back as messages, so every field that OpenAI's or vLLM's answers hold is taken.
 """
 
 from typing import Annotated, Any, Literal
@@ -10,11 +10,12 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag
 from flashvl.serve.protocol.parts import Closed, Only, Text, form
 
 MAX_MESSAGES = 256
+"""Messages of a conversation at most."""
 Detail = Literal["auto", "low", "high", "original"]
 
 
 class Marked(Closed):
-    """A part or a message, on which clients may mark what a cache should keep."""
+    """Base of parts and messages, which clients may mark for a cache to keep."""
 
     cache_control: dict[str, Any] | None = None
     """Taken and ignored: it changes no answer."""
@@ -54,11 +55,11 @@ AnyImageURL = Annotated[
 
 
 class ImagePart(Marked):
-    """OpenAI's two kinds of it, and vLLM's."""
+    """An image, as OpenAI's two interfaces and vLLM write it."""
 
     type: Literal["image_url", "input_image"]
     image_url: AnyImageURL
-    """Or the URL alone."""
+    """The image's URL, alone or in an object."""
     detail: Detail = "auto"
     """Taken and ignored, as is `uuid`."""
     uuid: str | None = None
@@ -81,7 +82,7 @@ AnswerContent = Annotated[
 
 
 class MessageBase(Marked):
-    """Of anyone."""
+    """Base of all messages, whatever their role."""
 
     name: str | None = None
     """Taken and ignored, as is `id`."""
@@ -101,7 +102,7 @@ class UserMessage(MessageBase):
 class FunctionCall(Closed):
     name: str
     arguments: Text = "{}"
-    """A JSON object, as text."""
+    """JSON object with the arguments, as text."""
     parsed_arguments: Any = None
     """Taken and ignored: OpenAI's client adds it."""
 
@@ -111,7 +112,7 @@ class ToolCall(Closed):
     type: Literal["function"] = "function"
     function: FunctionCall
     index: int | None = None
-    """Taken and ignored: clients keep it of a stream."""
+    """Taken and ignored: clients keep it from a stream."""
 
 
 class AssistantMessage(MessageBase):
@@ -121,9 +122,9 @@ class AssistantMessage(MessageBase):
     function_call: FunctionCall | None = None
     """OpenAI's older form of one tool call."""
     refusal: Text | None = None
-    """Stands for the content where that is empty."""
+    """Used in place of the content where that is empty."""
     annotations: list[dict[str, Any]] = []
-    """Taken and ignored, as are the next ones."""
+    """Taken and ignored, as are the next seven fields."""
     reasoning: str | None = None
     reasoning_content: str | None = None
     reasoning_details: list[dict[str, Any]] = []
@@ -137,7 +138,7 @@ class AssistantMessage(MessageBase):
 
 
 class ToolMessage(MessageBase):
-    """What a called tool gave back."""
+    """The result of a tool call."""
 
     role: Literal["tool", "function"]
     content: TextContent = ""

@@ -1,4 +1,4 @@
-"""What several kinds of request have in common."""
+"""Bases and types that several kinds of request and answer share."""
 
 from typing import Annotated, Any
 
@@ -15,18 +15,24 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 MAX_TEXT = 1_000_000
-"""Characters of a text; the model's limit in tokens is far below."""
+"""Characters of a text at most, before the model's own limit in tokens, which is far lower, is
+checked."""
 
 Text = Annotated[str, StringConstraints(max_length=MAX_TEXT)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
-
 NOTES = ("title", "description", "default")
-"""Of a field of a JSON schema, beside its type."""
+"""What the JSON schema of a field holds besides its type."""
+
+
+class Answer(BaseModel):
+    """Base of what the service sends; the API's description has the strings below its fields."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
 
 class Closed(BaseModel):
-    """Base of what clients send: no field but these, and a field that is null counts as absent."""
+    """Base of what clients send: unknown fields are errors, and null fields count as absent."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
@@ -41,7 +47,7 @@ class Closed(BaseModel):
     def __get_pydantic_json_schema__(
         cls, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
-        """Describes the same: each optional field may be null."""
+        """Describe the same to clients: each optional field may be null."""
         told = handler.resolve_ref_schema(handler(schema))
         for name, field in told.get("properties", {}).items():
             is_required = name in told.get("required", ())
@@ -52,13 +58,13 @@ class Closed(BaseModel):
 
 
 class Only:
-    """Annotates a field of others' that this service lacks: it may say what asks for nothing."""
+    """Annotates a field that this service lacks: it may only have values that ask for nothing."""
 
     def __init__(self, *values: Any, instead: str = ""):
         """
         Args:
-            values: those that ask for nothing; null always does.
-            instead: what else the client can do.
+            values: values that ask for nothing; null always does.
+            instead: what the client can do to get what it asks for.
         """
         self.values = values
         shown = " or ".join(map(repr, values))
@@ -83,13 +89,13 @@ class Only:
 
 
 def form(content: Any) -> str:
-    """Which of the two a client means, so that an error is of that one."""
+    """The tag of the form that a client means, so that an error is about that form."""
     return "[parts]" if isinstance(content, list) else "[text]"
 
 
 class StreamOptions(Closed):
     include_usage: bool = False
-    """A last chunk without choices tells the tokens of the whole request."""
+    """Whether a last chunk without choices tells the tokens of the whole request."""
     include_obfuscation: bool = False
     """Taken and ignored."""
     continuous_usage_stats: Annotated[Any, Only(False)] = None

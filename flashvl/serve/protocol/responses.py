@@ -1,8 +1,11 @@
-"""`/v1/responses`: OpenAI's newer form of a chat. Nothing is kept, so each request tells all."""
+"""Requests and answers of `/v1/responses`, OpenAI's newer form of a chat.
+
+The service keeps nothing, so each request holds the whole conversation.
+"""
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Discriminator, Field, PositiveInt, Tag
+from pydantic import Discriminator, Field, PositiveInt, Tag
 
 from flashvl.serve.protocol.answers import TokenLogprob, new_id, now
 from flashvl.serve.protocol.messages import (
@@ -12,7 +15,7 @@ from flashvl.serve.protocol.messages import (
     Marked,
     TextContent,
 )
-from flashvl.serve.protocol.parts import Closed, Only, Text, form
+from flashvl.serve.protocol.parts import Answer, Closed, Only, Text, form
 from flashvl.serve.protocol.sampling import Lacking, Sampling
 from flashvl.serve.protocol.structured import JSONObjectFormat, Schema, TextFormat
 from flashvl.serve.protocol.tools import MAX_TOOLS, Function, ToolMode, ToolName
@@ -21,7 +24,7 @@ from flashvl.serve.protocol.tools import MAX_TOOLS, Function, ToolMode, ToolName
 
 
 class Item(Marked):
-    """A part of the conversation."""
+    """Base of the items, the parts of a conversation."""
 
     id: str | None = None
     """Taken and ignored, as are `status` and `phase`."""
@@ -71,7 +74,7 @@ class FunctionOutputItem(Item):
 
 
 class ReasoningItem(Item):
-    """Another model's; taken and ignored."""
+    """Reasoning of another model; taken and ignored."""
 
     type: Literal["reasoning"]
     summary: list[dict[str, Any]] = []
@@ -80,14 +83,14 @@ class ReasoningItem(Item):
 
 
 class ItemReference(Closed):
-    """Of an item that a service keeps, and this one does not."""
+    """A reference to an item that a service keeps; this one keeps none."""
 
     type: Literal["item_reference"]
     id: Annotated[Any, Only(instead="send the item itself: nothing is kept")]
 
 
 def _kind(item: Any) -> Any:
-    """Messages differ by their roles, and need not say that they are messages."""
+    """The tag of an item's form; messages differ by their roles, and may leave `type` out."""
     if not isinstance(item, dict):
         return None
     kind = item.get("type") or "message"
@@ -118,7 +121,7 @@ class JSONSchemaTextFormat(Closed):
     description: str | None = None
     schema_: Schema = Field(alias="schema")
     strict: bool = False
-    """Taken and ignored: the answer always obeys."""
+    """Taken and ignored: the answer is always valid under the schema."""
 
 
 class TextConfig(Closed):
@@ -162,7 +165,7 @@ FunctionChoice = Annotated[
 
 
 class Reasoning(Closed):
-    """The model does not reason."""
+    """Fields about reasoning, taken only with values that ask for none."""
 
     effort: Annotated[Any, Only("none")] = None
     summary: Annotated[Any, Only()] = None
@@ -190,19 +193,28 @@ Included = Literal[
 
 class ResponseRequest(Sampling, Lacking):
     model: str
+    """The service's model, by the id that `/v1/models` lists."""
     input: Input
+    """The conversation, or the one message of a user."""
     instructions: Text | None = None
-    """Stand before the input, as the system's message."""
+    """System's message, which is put before the input."""
     max_output_tokens: PositiveInt | None = None
+    """Tokens of the answer at most; by default, what the service is configured to give."""
     text: TextConfig = TextConfig()
+    """Form of the answer: text, a JSON object, or JSON under a schema."""
     tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)] = []
+    """Tools that the model may call."""
     tool_choice: FunctionChoice = "auto"
+    """Whether the model may call tools or must, or which: `none`, `auto`, `required`, or a tool."""
     parallel_tool_calls: bool = True
+    """Whether the model may call several tools in one answer."""
     top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
+    """Likeliest tokens at each place to report too, if `include` asks for log-probabilities."""
     include: list[Included] = []
-    """`message.output_text.logprobs` is there; the answers never hold anything of the others."""
+    """Parts to include in the answer; only `message.output_text.logprobs` has an effect, as the
+    service never has the others."""
     metadata: dict[str, str] | None = None
-    """Comes back with the answer."""
+    """Texts that the answer repeats."""
     store: bool = False
     """Taken and ignored: nothing is kept."""
     stream_options: ResponseStreamOptions = ResponseStreamOptions()
@@ -221,7 +233,7 @@ class ResponseRequest(Sampling, Lacking):
     include_reasoning: bool | None = None
     """Taken and ignored: the model does not reason."""
     max_tool_calls: int | None = None
-    """Taken and ignored: it is of OpenAI's own tools."""
+    """Taken and ignored: it is about OpenAI's own tools."""
     previous_input_messages: Annotated[Any, Only([])] = None
     previous_response_id: Annotated[
         Any, Only(instead="send the whole conversation as input: nothing is kept")
@@ -230,19 +242,19 @@ class ResponseRequest(Sampling, Lacking):
     reasoning: Reasoning = Reasoning()
 
 
-# What comes back
+# What the service sends
 
 ResponseStatus = Literal["in_progress", "completed", "incomplete", "failed"]
 
 
-class OutputText(BaseModel):
+class OutputText(Answer):
     type: Literal["output_text"] = "output_text"
     text: str = ""
     annotations: list[dict[str, Any]] = []
     logprobs: list[TokenLogprob] = []
 
 
-class OutputMessage(BaseModel):
+class OutputMessage(Answer):
     id: str = Field(default_factory=lambda: new_id("msg_"))
     type: Literal["message"] = "message"
     role: Literal["assistant"] = "assistant"
@@ -250,26 +262,26 @@ class OutputMessage(BaseModel):
     content: list[OutputText] = []
 
 
-class OutputCall(BaseModel):
+class OutputCall(Answer):
     id: str = Field(default_factory=lambda: new_id("fc_"))
     type: Literal["function_call"] = "function_call"
     call_id: str
     name: str
     arguments: str = ""
-    """A JSON object, as text."""
+    """JSON object with the arguments, as text."""
     status: ResponseStatus = "in_progress"
 
 
-class InputTokensDetails(BaseModel):
+class InputTokensDetails(Answer):
     cached_tokens: int = 0
     cache_write_tokens: int = 0
 
 
-class OutputTokensDetails(BaseModel):
+class OutputTokensDetails(Answer):
     reasoning_tokens: int = 0
 
 
-class ResponseUsage(BaseModel):
+class ResponseUsage(Answer):
     input_tokens: int
     input_tokens_details: InputTokensDetails = InputTokensDetails()
     output_tokens: int
@@ -277,16 +289,16 @@ class ResponseUsage(BaseModel):
     total_tokens: int
 
 
-class ResponseError(BaseModel):
+class ResponseError(Answer):
     code: str
     message: str
 
 
-class IncompleteDetails(BaseModel):
+class IncompleteDetails(Answer):
     reason: Literal["max_output_tokens"]
 
 
-class Response(BaseModel):
+class Response(Answer):
     id: str = Field(default_factory=lambda: new_id("resp_"))
     object: Literal["response"] = "response"
     created_at: int = Field(default_factory=now)
@@ -297,7 +309,7 @@ class Response(BaseModel):
     model: str
     output: list[OutputMessage | OutputCall] = []
     usage: ResponseUsage | None = None
-    # What was asked for.
+    # Repeated from the request.
     instructions: str | None
     max_output_tokens: int | None
     metadata: dict[str, str]
@@ -309,7 +321,7 @@ class Response(BaseModel):
     top_logprobs: int
     top_p: float
     user: str | None
-    # What this service never does.
+    # Always the same: the service has no such feature.
     background: Literal[False] = False
     previous_response_id: None = None
     service_tier: Literal["default"] = "default"

@@ -1,4 +1,4 @@
-"""What an answer must look like: JSON by a schema, or vLLM's other forms."""
+"""The form that an answer must have: JSON under a schema, or one of vLLM's other forms."""
 
 import json
 from typing import Annotated, Any, Literal
@@ -10,9 +10,9 @@ from flashvl.engine.request import StructuredOutputs
 from flashvl.serve.protocol.parts import Closed, Only
 
 MAX_SCHEMA = 100_000
-"""Characters of a schema or grammar, as JSON."""
+"""Characters of a schema, as JSON, or of a grammar at most."""
 MAX_DEPTH = 64
-"""Objects and lists within each other in a schema."""
+"""Levels of objects and lists in a schema at most."""
 
 
 def _check_schema(schema: dict[str, Any] | bool) -> dict[str, Any] | bool:
@@ -57,8 +57,9 @@ class JSONSchema(Closed):
     description: str | None = None
     """Taken and ignored."""
     schema_: Schema = Field(alias="schema", default={"type": "object"})
+    """JSON schema under which the answer is valid."""
     strict: bool = False
-    """Taken and ignored: the answer always obeys."""
+    """Taken and ignored: the answer is always valid under the schema."""
 
 
 class JSONSchemaFormat(Closed):
@@ -72,15 +73,18 @@ ResponseFormat = Annotated[
 
 
 class StructuredOutputsRequest(Closed):
-    """Exactly one of the first five."""
+    """The form of an answer, by exactly one of the first five fields."""
 
     json_: Schema | GrammarText | None = Field(alias="json", default=None)
-    """A JSON schema."""
+    """JSON schema, as an object or as text, under which the answer is valid."""
     regex: GrammarText | None = None
+    """Regular expression, in the syntax of Rust's `regex`, that the whole answer matches."""
     choice: Annotated[list[GrammarText], Field(min_length=1, max_length=1000)] | None = None
+    """Texts of which the answer is one."""
     grammar: GrammarText | None = None
-    """In Lark's form, or in GBNF."""
+    """Context-free grammar of the answer, in the syntax of Lark or of GBNF."""
     json_object: bool = False
+    """Whether the answer is a JSON object."""
     disable_any_whitespace: Annotated[Any, Only(False)] = None
     disable_additional_properties: Annotated[Any, Only(False)] = None
     whitespace_pattern: Annotated[Any, Only()] = None
@@ -97,7 +101,7 @@ class StructuredOutputsRequest(Closed):
         return self
 
     def structured(self) -> StructuredOutputs:
-        """As the engine has it."""
+        """The same for the engine."""
         schema = json.dumps(self.json_) if isinstance(self.json_, dict) else self.json_
         return StructuredOutputs(
             json=schema,

@@ -1,4 +1,4 @@
-"""The tools that a model may call, and which of them it must."""
+"""The tools that a model may call, and the choice among them."""
 
 from typing import Annotated, Any, Literal
 
@@ -8,15 +8,18 @@ from flashvl.serve.protocol.parts import Closed, Only, Text
 from flashvl.serve.protocol.structured import Schema
 
 MAX_TOOLS = 128
+"""Tools of a request at most."""
 
 ToolName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_.:-]{1,128}$")]
 
 
 class Function(Closed):
     name: ToolName
+    """Name of the tool, by which the model calls it."""
     description: Text = ""
+    """What the tool does, for the model."""
     parameters: Schema = {"type": "object", "properties": {}}
-    """A JSON schema of the arguments, which obey it always."""
+    """JSON schema of the arguments; those of a call are always valid under it."""
     strict: bool = False
     """Taken and ignored."""
 
@@ -47,7 +50,7 @@ class AllowedTools(Closed):
 
 
 class AllowedToolChoice(Closed):
-    """Some of the tools."""
+    """A choice among some of the request's tools."""
 
     type: Literal["allowed_tools"]
     allowed_tools: AllowedTools
@@ -67,4 +70,4 @@ ToolChoice = Annotated[
     ],
     Discriminator(_form),
 ]
-"""`auto`, the default: the model may call tools or answer. A tool's name: it calls that one."""
+"""`none`, `auto` (the model may call tools), `required` (it must), or the tool or tools to call."""
