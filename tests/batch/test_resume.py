@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,7 +31,7 @@ from flashvl.batch.outputs import OutputFolder
 from flashvl.cli import app
 from flashvl.data.storage import locate
 from flashvl.errors import ConfigError, FlashVLError
-from tests.support.jobs import Interrupted, picture, rows_of
+from tests.support.jobs import Interrupted, make_job, picture, rows_of
 
 NUM_ROWS = 60
 BAD = {7, 31, 32}
@@ -45,15 +46,18 @@ def write_input(path: Path, num_rows: int = NUM_ROWS, row_group_size: int = 16) 
 
 @pytest.fixture
 def job(tiny_random: Path, tmp_path: Path) -> CaptionJob:
-    source = write_input(tmp_path / "in.parquet")
-    return CaptionJob(
-        input=str(source),
-        output=str(tmp_path / "out"),
-        model=str(tiny_random),
-        dtype="float32",
-        max_new_tokens=4,
-        max_num_seqs=8,
-    )
+    return make_job(tiny_random, write_input(tmp_path / "in.parquet"), tmp_path / "out")
+
+
+@pytest.fixture(scope="module")
+def finished(
+    ray_cluster: None, tiny_random: Path, tmp_path_factory: pytest.TempPathFactory
+) -> CaptionJob:
+    """A job whose output is finished, for tests that leave it as it is."""
+    folder = tmp_path_factory.mktemp("finished")
+    job = make_job(tiny_random, write_input(folder / "in.parquet"), folder / "out")
+    run_caption_job(job)
+    return job
 
 
 def test_an_interrupted_job_goes_on_with_the_rest(
@@ -125,14 +129,13 @@ def test_sigterm_keeps_what_is_done(ray_cluster: None, job: CaptionJob) -> None:
     ids=str,
 )
 def test_another_job_is_refused_with_both_values(
-    ray_cluster: None, job: CaptionJob, change: dict[str, Any], said: str
+    finished: CaptionJob, change: dict[str, Any], said: str
 ) -> None:
-    run_caption_job(job)
-    before = rows_of(Path(job.output))
+    before = rows_of(Path(finished.output))
     with pytest.raises(ConfigError) as error:
-        run_caption_job(job.model_copy(update=change))
+        run_caption_job(finished.model_copy(update=change))
     assert said in str(error.value) and "--restart" in str(error.value)
-    assert rows_of(Path(job.output)) == before
+    assert rows_of(Path(finished.output)) == before
 
 
 def test_a_changed_input_or_model_is_refused(
@@ -155,8 +158,11 @@ def test_the_second_of_two_runs_is_refused(ray_cluster: None, job: CaptionJob) -
     assert run_caption_job(job).input == NUM_ROWS
 
 
-def test_rows_that_are_there_twice_are_never_a_success(ray_cluster: None, job: CaptionJob) -> None:
-    run_caption_job(job)
+def test_rows_that_are_there_twice_are_never_a_success(
+    finished: CaptionJob, tmp_path: Path
+) -> None:
+    job = finished.model_copy(update={"output": str(tmp_path / "out")})
+    shutil.copytree(finished.output, job.output)
     (Path(job.output) / "_summary.json").unlink()
     (part,) = (Path(job.output) / "captions").glob("part-*")
     part.with_name("part-00007.parquet").write_bytes(part.read_bytes())
@@ -235,9 +241,8 @@ def test_killed_again_and_again_it_ends_as_if_undisturbed(
     assert json.loads((output / "_summary.json").read_text())["input"] == 3000
 
 
-def test_the_command_goes_on_and_tells_that_all_is_done(ray_cluster: None, job: CaptionJob) -> None:
-    run_caption_job(job)
-    command = ["caption", job.input, "--output", job.output, "--model", job.model]
+def test_the_command_goes_on_and_tells_that_all_is_done(finished: CaptionJob) -> None:
+    command = ["caption", finished.input, "--output", finished.output, "--model", finished.model]
     command += ["--dtype", "float32"]
     result = CliRunner().invoke(app, [*command, "--max-new-tokens", "4"])
     assert result.exit_code == 0, result.output

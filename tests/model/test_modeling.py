@@ -690,6 +690,7 @@ def test_a_stranger_loads_the_folder_with_the_code_in_it(
     assert stranger["generated"] == generated.tolist()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("auto", ["AutoModel", "AutoImageProcessor"])
 def test_a_stranger_finds_the_parts_that_vllm_asks_for(stranger: dict[str, Any], auto: str) -> None:
     assert auto not in stranger["errors"], stranger["errors"][auto]
