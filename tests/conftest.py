@@ -33,8 +33,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "starts_ray" in item.fixturenames:  # type: ignore[attr-defined]
             item.add_marker("ray")
-    # Without Ray first: no processes of Ray slow these tests down, nor hide that one needs Ray.
-    items.sort(key=lambda item: item.get_closest_marker("ray") is not None)
+    items.sort(key=_turn)
+
+
+def _turn(item: pytest.Item) -> int:
+    """Tests without Ray come first: no processes of Ray slow them down, nor hide that one needs it.
+
+    Then come those on the local Ray, and last those that add clusters of their own to it.
+    """
+    names = item.fixturenames  # type: ignore[attr-defined]
+    return 0 if "starts_ray" not in names else 1 if "ray_cluster" in names else 2
 
 
 @pytest.fixture(autouse=True)
