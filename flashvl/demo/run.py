@@ -27,7 +27,9 @@ class Demo:
     """The files that a demo has written, and its results."""
 
     table: Path
+    """The Parquet file of pictures."""
     report: Path
+    """The HTML file of the report."""
     summary: Summary
     results: list[Result]
     dead_letters: list[DeadLetter]
@@ -36,7 +38,7 @@ class Demo:
 def run_demo(
     output: Path, model: str = "tiny", on_progress: ShowProgress = ignore_progress
 ) -> Demo:
-    """Caption the demo\'s table with `model`; Ray must be started already.
+    """Caption the demo's table with `model`; Ray must be started already.
 
     Args:
         output: folder for `demo.parquet`, `captions/` (see `flashvl.batch.outputs`) and
