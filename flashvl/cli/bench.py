@@ -17,7 +17,9 @@ bench_app = typer.Typer(
 
 PresetOption = Annotated[
     str | None,
-    typer.Option(help="Preset to build in place of a model; needs --random-weights."),
+    typer.Option(
+        metavar="PRESET", help="Preset to build in place of a model; needs --random-weights."
+    ),
 ]
 RandomOption = Annotated[
     bool,
@@ -26,9 +28,14 @@ RandomOption = Annotated[
         help="Use random weights, which take as long as trained ones.",
     ),
 ]
-TokensOption = Annotated[int, typer.Option(min=2, help="Tokens of each answer.")]
+TokensOption = Annotated[int, typer.Option(metavar="INTEGER", min=2, help="Tokens of each answer.")]
 RoundsOption = Annotated[
-    int, typer.Option(min=1, help="Times that each contender is measured, in turn with the others.")
+    int,
+    typer.Option(
+        metavar="INTEGER",
+        min=1,
+        help="Times that each contender is measured, in turn with the others.",
+    ),
 ]
 PlotOption = Annotated[
     Path | None, typer.Option("--plot", metavar="FILE", help="Draw the figures into this PNG file.")
@@ -37,7 +44,10 @@ PlotOption = Annotated[
 
 @bench_app.command()
 def images(rounds: RoundsOption = 20, json_file: JsonOption = None) -> None:
-    """JPEGs a second from bytes to the tower's pixels, on one core: ours and transformers' own.
+    """Measure image processing on one core.
+
+    The figures are JPEGs a second, from bytes to the tower's pixels: by flashvl, and by
+    transformers' own processor.
 
     Example: flashvl bench images
     """
@@ -63,7 +73,9 @@ def latency(
     json_file: JsonOption = None,
     plot: PlotOption = None,
 ) -> None:
-    """One request alone: time to its first token and between tokens, beside `generate`.
+    """Measure one request alone, beside `generate`.
+
+    The figures are the time to the first token and the time between tokens.
 
     Example: flashvl bench latency --preset static --random-weights
     """
@@ -92,7 +104,7 @@ def latency(
 
 @bench_app.command()
 def peers(
-    preset: Annotated[str, typer.Option(help="Preset of Flash-VL.")] = "static",
+    preset: Annotated[str, typer.Option(metavar="PRESET", help="Preset of Flash-VL.")] = "static",
     only: Annotated[
         list[str] | None,
         typer.Option(
@@ -110,12 +122,12 @@ def peers(
     json_file: JsonOption = None,
     plot: PlotOption = None,
 ) -> None:
-    """One request alone: Flash-VL beside the models that the paper compares, at their true sizes.
+    """Measure one request alone, beside the paper's other models.
 
-    All have random weights and get one JPEG of 1024x768. The peers run by transformers' `generate`
-    with their own image processors of Pillow. Compare them with `flashvl (generate)` to see the
-    models, and with `flashvl` to see what the engine adds. A round takes about seven minutes on two
-    cores.
+    All models have their true sizes and random weights, and get one JPEG of 1024x768. The peers run
+    by transformers' `generate` with their own image processors of Pillow. Compare them with
+    `flashvl (generate)` to see the models, and with `flashvl` to see what the engine adds. A round
+    takes about seven minutes on two cores.
 
     With --vllm, vLLM's Transformers backend runs Flash-VL, too, in a process of its own with the
     settings that vLLM's guide advises for CPUs. The engine and vLLM then answer 16 requests at
@@ -157,21 +169,32 @@ def throughput(
     width: Annotated[
         list[int] | None,
         typer.Option(
-            min=1, max=64, help="Requests at once; may be repeated; by default 1, 4, 16 and 64."
+            metavar="INTEGER",
+            min=1,
+            max=64,
+            help="Requests at once; may be repeated; by default 1, 4, 16 and 64.",
         ),
     ] = None,
     requests: Annotated[
         int | None,
-        typer.Option(min=1, help="Requests at each width; by default 4 times the width."),
+        typer.Option(
+            metavar="INTEGER", min=1, help="Requests at each width; by default 4 times the width."
+        ),
     ] = None,
     tokens: Annotated[
         int | None,
-        typer.Option(min=2, help="Tokens of each answer; by default random lengths of mean 64."),
+        typer.Option(
+            metavar="INTEGER",
+            min=2,
+            help="Tokens of each answer; by default random lengths of mean 64.",
+        ),
     ] = None,
     rounds: RoundsOption = 3,
     json_file: JsonOption = None,
 ) -> None:
-    """Several requests at once: the engine beside batches of `generate`.
+    """Measure several requests at once, beside `generate`.
+
+    The engine takes a request as soon as a slot is free; `generate` takes them in batches.
 
     Example: flashvl bench throughput --width 1 --width 8 --width 64
 
@@ -202,11 +225,15 @@ def throughput(
 @bench_app.command()
 def caption(
     model: ModelOption = "tiny",
-    images: Annotated[int, typer.Option(min=256, help="Different JPEGs in the table.")] = 1024,
+    images: Annotated[
+        int, typer.Option(metavar="INTEGER", min=256, help="Different JPEGs in the table.")
+    ] = 1024,
     rounds: RoundsOption = 3,
     json_file: JsonOption = None,
 ) -> None:
-    """Images a second of `flashvl caption`, beside the engine alone and a plain `map_batches`.
+    """Measure the images a second of `flashvl caption`.
+
+    The comparison is with the engine alone, and with a plain `map_batches`.
 
     Example: flashvl bench caption
     """
@@ -230,25 +257,35 @@ def serve(
     random_weights: RandomOption = False,
     tokens: TokensOption = 64,
     requests: Annotated[
-        int, typer.Option(min=1, help="Requests of each client in each round.")
+        int, typer.Option(metavar="INTEGER", min=1, help="Requests of each client in each round.")
     ] = 8,
     rounds: RoundsOption = 3,
     slots: Annotated[
         int,
         typer.Option(
-            min=16, help="Requests that the service answers at once; half as many may wait."
+            metavar="INTEGER",
+            min=16,
+            help="Requests that the service answers at once; half as many may wait.",
         ),
     ] = 16,
     times: Annotated[
-        float, typer.Option(help="Overload as a multiple of the service's capacity.")
+        float,
+        typer.Option(metavar="NUMBER", help="Overload as a multiple of the service's capacity."),
     ] = 4.0,
-    seconds: Annotated[float, typer.Option(help="Seconds of overload; 0 leaves it out.")] = 120.0,
+    seconds: Annotated[
+        float, typer.Option(metavar="NUMBER", help="Seconds of overload; 0 leaves it out.")
+    ] = 120.0,
     port: Annotated[
-        int, typer.Option(help="Port of the service while it is measured; 0: any free one.")
+        int,
+        typer.Option(
+            metavar="INTEGER", help="Port of the service while it is measured; 0: any free one."
+        ),
     ] = 8765,
     json_file: JsonOption = None,
 ) -> None:
-    """The service beside its own engine, with 1 and 16 clients; then the service under overload.
+    """Measure the service beside its own engine.
+
+    Both answer 1 and 16 clients; then the service alone is overloaded.
 
     Example: flashvl bench serve
 
