@@ -1,4 +1,4 @@
-"""The command line: help, JSON, and every mistake a user makes answered in one line."""
+"""The command line: help, JSON, and one line for every mistake of a user."""
 
 import json
 import os
@@ -70,7 +70,7 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_chat_answers_line_by_line(tmp_path: Path) -> None:
-    """About the picture, and about what was said before."""
+    """Answers are about the picture and about what was said before."""
     drawn = synthetic.sample("heldout", 0, 3, tasks=("chart",))
     picture = tmp_path / "chart.png"
     drawn.image().save(picture)
@@ -120,7 +120,7 @@ def test_parts_of_other_kinds_are_refused(tmp_path: Path) -> None:
 def test_a_published_model_that_cannot_be_downloaded(
     tmp_path: Path, arguments: list[str], offline: dict[str, str], reason: str
 ) -> None:
-    """`import` asks the hub unless it is switched off; a --model never does by itself."""
+    """`import` asks the hub unless that is switched off; --model never does by itself."""
     name = "FlashVL/FlashVL-2B-Static"
     inherited = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
     out_of_reach = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}

@@ -19,7 +19,7 @@ WIDTH = 80
 
 
 def commands_of(group: Any, name: str = "flashvl") -> Iterator[tuple[str, Any]]:
-    """Every command below `group`, and the groups, by what is typed."""
+    """The group and every command and group below it, each with what is typed."""
     yield name, group
     for child_name, child in getattr(group, "commands", {}).items():
         yield from commands_of(child, f"{name} {child_name}")
@@ -40,7 +40,7 @@ def printed(name: str) -> str:
 
 
 def joined(text: str) -> str:
-    """The text without what wrapping changes: white space, also behind a hyphen."""
+    """The text without what wrapping changes: white space, after hyphens, too."""
     return re.sub(r"\s", "", text)
 
 
@@ -105,7 +105,7 @@ def test_every_field_is_reached_with_its_default(name: str, model: type[StrictMo
 def test_what_is_typed_is_what_is_built(
     monkeypatch: pytest.MonkeyPatch, line: list[str], expected: dict[str, Any]
 ) -> None:
-    """Whatever is not typed is as the model has it."""
+    """Options that are not typed have the model's defaults."""
     built: list[CaptionJob] = []
 
     def keep(job: CaptionJob) -> None:

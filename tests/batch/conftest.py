@@ -17,7 +17,7 @@ from tests.support.stores import s3_bucket
 def plain(
     ray_cluster: None, tiny_random: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[int, str]:
-    """The captions of `PICTURES` by their place."""
+    """The captions of `PICTURES`, by row."""
     folder = tmp_path_factory.mktemp("plain")
     pq.write_table(pa.table({"id": range(NUM_ROWS), "image": PICTURES}), folder / "in.parquet")
     run_caption_job(make_job(tiny_random, folder / "in.parquet", folder / "out"))

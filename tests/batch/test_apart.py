@@ -1,4 +1,4 @@
-"""Input and output lie apart, whatever names they are given."""
+"""A job whose input and output overlap is refused, whatever names they are given."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""An input that grows: what is new is captioned, once, and what is old is left as it is."""
+"""An input that grows: new rows are captioned once, and old captions stay as they are."""
 
 import json
 import os
@@ -35,7 +35,7 @@ from tests.support.jobs import (
 
 
 def add(folder: Path, kind: str, name: str, images: list[bytes]) -> None:
-    """A file of an input, or, of images, as many as there are."""
+    """Write a file of an input, or one file for each image."""
     folder.mkdir(exist_ok=True)
     path = folder / f"{name}.{kind}"
     if kind == "parquet":
@@ -51,7 +51,7 @@ def add(folder: Path, kind: str, name: str, images: list[bytes]) -> None:
 
 
 def begin(job: CaptionJob) -> Plan:
-    """What a job does that is killed before its first row."""
+    """Do what a job does before it is killed, before its first row."""
     plan = check_caption_job(job)
     plan.output.make_folder()
     claim(plan.output, plan.fingerprint, plan.source.files, plan.known)
@@ -82,7 +82,9 @@ def test_new_files_are_captioned_behind_the_old_ones(
     run_caption_job(job)
     before = {path: path.read_bytes() for path in output.rglob("part-*")}
 
-    add(folder, kind, "a", [*PICTURES[4:6], b"no image"])  # before the old ones by its name
+    add(
+        folder, kind, "a", [*PICTURES[4:6], b"no image"]
+    )  # its name sorts before those of the old files
     summary = run_caption_job(job)
     assert (summary.input, summary.written, summary.dead) == (7, 6, 1)
     assert captions_of_well(output) == {place: plain[place] for place in range(6)}
@@ -100,7 +102,7 @@ def test_new_files_are_captioned_behind_the_old_ones(
     assert not (output / "_summary.json").exists()
     on_disk = set(rows_of(output))
     assert 7 < len(on_disk) < NUM_ROWS + 1
-    add(folder, kind, "0", PICTURES[:1])  # while it was away
+    add(folder, kind, "0", PICTURES[:1])  # while the file was away
     captioned.clear()
     with pytest.raises(ConfigError, match="the input has 1 new files, as .*0.*--append"):
         run_caption_job(job.model_copy(update={"append": False}))
@@ -188,7 +190,7 @@ def test_an_input_that_changed_otherwise_is_refused(tiny_random: Path, tmp_path:
 def test_a_job_killed_while_it_notes_new_files_goes_on(
     tiny_random: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whichever of the two files was written: they agree, or the older list still holds."""
+    """Whichever of the two files was written, they agree, or the older list is still valid."""
     folder, output = tmp_path / "in", tmp_path / "out"
     add(folder, "png", "m", PICTURES[:2])
     job = make_job(tiny_random, folder, output, append=True)
@@ -206,7 +208,7 @@ def test_a_job_killed_while_it_notes_new_files_goes_on(
                 begin(job)
 
     killed_at(MANIFEST)
-    check_output(locate(output))  # nothing but a list is there: it is a job's
+    check_output(locate(output))  # a folder with only a list is a job's output
     old = begin(job).source.files
     add(folder, "png", "a", PICTURES[2:4])
     killed_at(".parquet")
@@ -237,7 +239,7 @@ def test_another_job_that_added_files_meanwhile_is_seen(tiny_random: Path, tmp_p
 def test_appending_killed_again_and_again_ends_as_if_undisturbed(
     tiny_random: Path, tmp_path: Path
 ) -> None:
-    """The command itself, killed twice for each table that came, then left to succeed."""
+    """Run the command itself, kill it twice for each new table, then let it succeed."""
     folder, output, whole = tmp_path / "in", tmp_path / "out", tmp_path / "whole"
 
     def num_files(output: Path) -> int:
@@ -262,7 +264,7 @@ def test_appending_killed_again_and_again_ends_as_if_undisturbed(
         add(folder, "tar", name, images(1000 if name == "a" else 2000))
         for number in (signal.SIGKILL, signal.SIGTERM):
             process = subprocess.Popen(command(output), start_new_session=True)
-            # By what is on disk, not by time: a busy machine takes long to start Ray.
+            # Kill it by what is on disk, not by time: a busy machine takes long to start Ray.
             enough = num_files(output) + rng.randint(1, 3)
             while process.poll() is None and num_files(output) < enough:
                 time.sleep(0.05)

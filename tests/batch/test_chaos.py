@@ -1,4 +1,4 @@
-"""A cluster of four nodes that loses processes all the time, and a job run until it is done.
+"""A job that is run until it is done, on a cluster of four nodes that keeps losing processes.
 
 Whatever dies, and wherever, every row is there once, and the captions are those of a quiet day.
 """
@@ -27,11 +27,11 @@ from tests.support.jobs import make_job, picture, rows_of
 
 NODE = {"num_cpus": 2, "object_store_memory": 80 * 2**20}
 MIN_LIFE_S = 15.0
-"""Least life of the driver, which starts in ten seconds: killed sooner, it never gets anywhere."""
+"""Seconds for which the driver lives at least: it starts in ten, and would else never get on."""
 
 
 def write_input(path: Path, num_rows: int) -> Path:
-    """3 rows of 100 are bad."""
+    """Share of the rows that are bad."""
     images = [
         b"no image" if row % 100 in (7, 31, 32) else picture(row % 150) for row in range(num_rows)
     ]

@@ -101,9 +101,9 @@ def test_overwriting_on_resume_loses_what_was_done(
     ray_cluster: None, checkpointed: None, table: Path, job: CaptionJob, tmp_path: Path
 ) -> None:
     files, output = sorted(table.iterdir()), tmp_path / "naive"
-    run_naively(files[:4], output, say("one"), "overwrite")  # as far as a job got
+    run_naively(files[:4], output, say("one"), "overwrite")  # the rows that a job had reached
     run_naively(files, output, say("one"), "overwrite")
-    assert num_written(output) < NUM_ROWS  # and it ended well
+    assert num_written(output) < NUM_ROWS  # the job reported success
 
     interrupt(job)
     assert run_caption_job(job).written == NUM_ROWS == len(rows_of(Path(job.output)))
@@ -161,7 +161,7 @@ def test_a_missing_file_becomes_none(
         Path(path).write_bytes(picture(0))
     rows = ray.data.from_arrow(pa.table({"image": paths}))
     found = rows.with_column("bytes", download("image")).take_all()
-    assert sum(row["bytes"] is None for row in found) == 1  # and nobody says so
+    assert sum(row["bytes"] is None for row in found) == 1  # no error is reported
 
     pq.write_table(pa.table({"image": paths}), tmp_path / "paths.parquet")
     summary = run_caption_job(job.model_copy(update={"input": str(tmp_path / "paths.parquet")}))

@@ -1,4 +1,4 @@
-"""Every shape of image table and every store: the captions are the same as of the plainest one."""
+"""Every shape of image table and every store: captions are those of the plainest table."""
 
 import io
 import json
@@ -33,7 +33,7 @@ from tests.support.jobs import NUM_ROWS, PICTURES, captions_of, make_job, rows_o
 def test_images_that_lie_elsewhere(
     plain: dict[int, str], tiny_random: Path, tmp_path: Path
 ) -> None:
-    """Relative to the table, absolute, and as a URI; a lost one is a dead letter, never None."""
+    """Paths are relative to the table, absolute or URIs; a lost file is a dead letter."""
     (tmp_path / "pictures").mkdir()
     paths = []
     for row, data in enumerate(PICTURES):
@@ -255,7 +255,7 @@ def test_a_job_gone_wrong_stops(
     job = make_job(tiny_random, tmp_path / "some.parquet", tmp_path / "out2", max_error_rate=0.1)
     with pytest.raises(FlashVLError, match=r"3 of \d+ rows are dead letters, more than"):
         run_caption_job(job)
-    assert 0 < len(rows_of(tmp_path / "out2")) < len(images)  # it stopped early
+    assert 0 < len(rows_of(tmp_path / "out2")) < len(images)  # the job stopped early
     summary = run_caption_job(job.model_copy(update={"max_error_rate": 0.2}))
     assert summary.dead == 3 and len(rows_of(tmp_path / "out2")) == len(images)
 
@@ -307,7 +307,7 @@ def test_the_plan_is_printed_and_nothing_started(tiny_random: Path, tmp_path: Pa
 
 @pytest.mark.usefixtures("starts_ray")
 def test_a_full_disk_stops_the_job_and_loses_no_row(tiny_random: Path, tmp_path: Path) -> None:
-    """The command itself on a disk of 60 KB, then on one with room."""
+    """Run the command itself on a disk of 60 KB, then on a disk with room."""
     pq.write_table(pa.table({"image": PICTURES * 40}), tmp_path / "in.parquet")
     (tmp_path / "out").mkdir()
     shell = (

@@ -53,7 +53,7 @@ def by_row(row: dict[str, Any]) -> int:
 
 
 def read(folder: Path) -> tuple[pa.Table, pa.Table, dict[str, Any]]:
-    """Captions, dead letters and summary of a finished job, each of its schema."""
+    """Captions, dead letters and summary of a finished job, each checked against its schema."""
     captions, dead = (pq.read_table(folder / name) for name in ("captions", "dead_letters"))
     assert captions.schema.equals(CAPTIONS) and dead.schema.equals(DEAD_LETTERS)
     summary = json.loads((folder / "_summary.json").read_text())
@@ -69,7 +69,7 @@ def engine(tiny_random: Path) -> Engine:
 
 
 def one_by_one(engine: Engine, image: bytes, prompt: str = "Describe the image.") -> dict[str, Any]:
-    """The caption by the engine alone, of the decoded picture and not of tiles."""
+    """The caption that the engine alone gives to the decoded picture."""
     request = Request(
         messages=[{"role": "user", "content": f"<image>\n{prompt}"}],
         images=[decode_image(image)],
@@ -106,7 +106,7 @@ def test_captions_what_it_can_of_two_files_and_accounts_for_the_rest(
     ids: list[int | None] = [*range(40)]
     ids[20] = None  # a good picture that nobody could find again
     ids[21] = 22  # twice the same id: both are rows
-    parts = tmp_path / "in [1]"  # a folder's name is no glob
+    parts = tmp_path / "in [1]"  # a folder's name is not read as a glob
     parts.mkdir()
     for name, rows in (("a", slice(0, 25)), ("b", slice(25, 40))):
         pq.write_table(table(ids[rows], images[rows], HF_IMAGE), parts / f"{name}.parquet")
@@ -129,7 +129,9 @@ def test_captions_what_it_can_of_two_files_and_accounts_for_the_rest(
         for row, (row_id, image) in enumerate(zip(ids, images, strict=True))
         if row_id is not None and row_id not in bad and image is not None
     ]
-    assert len({row["caption"] for row in wanted}) > len(wanted) / 2  # else they prove little
+    assert (
+        len({row["caption"] for row in wanted}) > len(wanted) / 2
+    )  # otherwise these captions prove little
     assert sorted(captions.to_pylist(), key=by_row) == wanted
     assert set(dead["row"].to_pylist()) == {3, 11, 17, 20, 39}
     done = [done for done, _ in progress]
@@ -198,7 +200,7 @@ def test_an_engine_that_dies_costs_no_row_and_doubles_none(
 
 
 def descendants_named(title: str) -> list[int]:
-    """This process's own descendants with a title that begins so."""
+    """This process's own descendants whose title begins with `title`."""
     parents: dict[int, int] = {}
     titles: dict[int, str] = {}
     for folder in Path("/proc").glob("[0-9]*"):
@@ -238,7 +240,7 @@ def test_a_broken_machine_stops_the_job_with_its_own_error(
     broken = tmp_path / "model"
     shutil.copytree(tiny_random, broken)
     config = json.loads((broken / "processor_config.json").read_text())
-    config["image_processor"]["image_mean"] = [0.5, 0.5]  # which no check of ours looks at
+    config["image_processor"]["image_mean"] = [0.5, 0.5]  # which no check before the job looks at
     (broken / "processor_config.json").write_text(json.dumps(config))
     with pytest.raises(RuntimeError, match="invalid for input of size 2"):
         run_caption_job(job(broken, tmp_path / "in.parquet", tmp_path / "out"))
@@ -309,7 +311,7 @@ def test_every_row_comes_out_once_whatever_the_mixture(
         tiled = tile(pa.Table.from_batches([batch]), tiny_random)
         answered = asyncio.run(captioner(tiled))
         output.write(answered)
-        assert output.write(answered).num_rows == 0  # as when Ray runs a task again
+        assert output.write(answered).num_rows == 0  # as happens when Ray repeats a task
     output.finish_rows()
 
     wanted = {str(number) for number, kind in enumerate(kinds) if kind == "good"}
@@ -367,7 +369,7 @@ def test_output_is_cut_into_files_that_hold_every_row(
 
 
 def refuse(tiny_random: Path, source: Path | str, output: Path, *said: str, **options: Any) -> None:
-    """The job is refused in one line that says all of `said`; Ray need not even be there."""
+    """Check that the job is refused, without Ray, in one line that holds all of `said`."""
     before = sorted(output.parent.rglob("*")) if output.parent.is_dir() else []
     with pytest.raises(ConfigError) as error:
         run_caption_job(job(tiny_random, source, output, **options))

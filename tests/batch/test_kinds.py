@@ -1,4 +1,4 @@
-"""Every kind of input beside Parquet: the captions are those of the plainest table."""
+"""Every kind of input other than Parquet: the captions are those of the plainest table."""
 
 import base64
 import bz2
@@ -57,7 +57,7 @@ PROMPT = "Describe the image."
 
 
 def read_all(source: Source, is_done: Any = None) -> dict[int, dict[str, Any]]:
-    """What Ray's tasks read, by its place; each row once."""
+    """The rows that Ray's tasks read, by number; each row comes once."""
     rows = source.read(np.zeros(source.num_rows, bool) if is_done is None else is_done).take_all()
     by_row = {row["row"]: row for row in rows}
     assert len(by_row) == len(rows)
@@ -148,7 +148,7 @@ def test_what_may_mean_two_things_is_refused(tmp_path: Path) -> None:
 
 
 def sample(row: int) -> dict[str, bytes]:
-    """As WebDataset writes it."""
+    """Write a tar as WebDataset does."""
     return {
         f"./{row:03d}.jpg": PICTURES[row],
         f"./{row:03d}.json": json.dumps({"url": f"http://x/{row}", "size": [row]}).encode(),
@@ -165,7 +165,7 @@ def test_tars_of_samples(plain: dict[int, str], tiny_random: Path, tmp_path: Pat
     shards.mkdir()
     write_tar(shards / "0.tar", samples(0, 1, 2))
     write_tar(shards / "1.tar.gz", samples(3, 4, 5), "w:gz")
-    write_tar(shards / "2.tar", samples(6, 7), "w:xz")  # what it is, not what it is called
+    write_tar(shards / "2.tar", samples(6, 7), "w:xz")  # compression goes by content, not by name
     with tarfile.open(shards / "3.tar", "w") as tar:
         for name, data in {
             "a/8.left.PNG": PICTURES[8],  # two images of one key
@@ -267,7 +267,7 @@ COMPRESSORS: list[Callable[[bytes], bytes]] = [bytes, gzip.compress, bz2.compres
 def test_of_a_broken_tar_what_is_whole_is_read(
     ray_cluster: None, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
-    """Cut short, or with a header overwritten: every row before the break, and one dead letter."""
+    """A tar cut short or with a bad header gives every row before the break, and a dead letter."""
     compress = data.draw(st.sampled_from(COMPRESSORS))
     if data.draw(st.booleans()):
         content = compress(WHOLE)
@@ -573,7 +573,7 @@ with https_server(Pictures, folder, address) as (port, certificate):
 def test_the_command_fetches_urls_from_a_public_address(
     plain: dict[int, str], tiny_random: Path, tmp_path: Path
 ) -> None:
-    """In a network of its own, where an address that anyone could reach is this machine's."""
+    """Run in a network of its own, where a public address is this machine's."""
     address = "93.184.216.34"
     shell = (
         f"ip link set lo up && ip addr add {address}/32 dev lo || exit 77;"
@@ -599,7 +599,7 @@ def test_the_command_fetches_urls_from_a_public_address(
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The folder of a dataset on a hub that answers here."""
+    """Folder of a dataset on a hub that runs on this machine."""
     folder = tmp_path / "hub"
     (folder / "data").mkdir(parents=True)
     half = NUM_ROWS // 2

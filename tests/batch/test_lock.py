@@ -1,4 +1,4 @@
-"""One job at a time on an output, on a disk and in a store, whatever became of the one before."""
+"""One job at a time on an output, on a disk or in a store, however the last job ended."""
 
 import signal
 import subprocess
@@ -27,7 +27,7 @@ with lock.held(PLACES[sys.argv[1]](sys.argv[2])):
 TIMES = (0.2, 2.0, 0.5)
 PLACES: dict[str, Callable[[str], Location]] = {
     "disk": locate,
-    # As an object store is: nothing but whole files.
+    # As in an object store, there are only whole files.
     "store": lambda path: Location(ArrowFSWrapper(pyarrow.fs.LocalFileSystem()), path),
 }
 
@@ -44,7 +44,7 @@ def place(request: pytest.FixtureRequest) -> str:
 
 
 def holder(place: str, folder: Path) -> subprocess.Popen[str]:
-    """A process that holds the folder."""
+    """A process that holds the lock of the folder."""
     code = FASTER.format(times=TIMES) + HOLD
     line = [sys.executable, "-c", code, place, str(folder)]
     root = Path(__file__).parents[2]

@@ -1,4 +1,4 @@
-"""Many rows through a small object store: nobody's memory grows with them, and nothing spills."""
+"""Many rows through a small object store: no process's memory grows, and nothing spills."""
 
 import os
 import subprocess
@@ -22,7 +22,7 @@ NUM_ROWS = 50_000
 STORE_BYTES = 300 * 2**20
 WARM_UP_S = 60.0
 GROWTH_MB = 100.0
-"""Beyond the first minute: what allocators keep back, and not what rows would take."""
+"""Growth after the first minute that allocators explain, and rows would exceed."""
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def write_input(path: Path) -> None:
 
 
 def resident_mb(processes: list[psutil.Process]) -> dict[tuple[int, str], float]:
-    """What each process holds for itself: what it maps of the object store is the store's."""
+    """Memory of each process, without what it maps of the object store."""
     found = {}
     for process in processes:
         try:

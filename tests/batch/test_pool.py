@@ -27,7 +27,7 @@ def test_engines_come_with_a_node(tiny_random: Path, tmp_path: Path) -> None:
     cluster = Cluster(initialize_head=True, head_node_args=node)
 
     def most_engines(seconds: float, enough: int) -> int:
-        """That were there at once, in so many seconds or until there are enough."""
+        """The most engines at once, until there are enough or the seconds are over."""
         most, began_s = 0, time.monotonic()
         while job.poll() is None and time.monotonic() - began_s < seconds and most < enough:
             most = max(most, len(workers(cluster, "ray::MapWorker(MapBatches(Captioner")))
@@ -40,7 +40,7 @@ def test_engines_come_with_a_node(tiny_random: Path, tmp_path: Path) -> None:
     job = subprocess.Popen(line, env=os.environ | {"RAY_ADDRESS": cluster.address})
     try:
         before = most_engines(40, enough=4)
-        assert 1 <= before < 4  # there is no room for more
+        assert 1 <= before < 4  # the cluster has no room for more
         cluster.add_node(**node)
         assert most_engines(90, enough=before + 1) > before
         assert job.wait() == 0

@@ -1,4 +1,4 @@
-"""What a job tells of itself while it runs."""
+"""The rates that a job reports, and the line that shows its progress."""
 
 import re
 from typing import Any
@@ -17,7 +17,7 @@ def rows(count: int) -> pa.Table:
 
 
 def test_rates_begin_with_the_first_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half a minute in which engines start and 20,000 rows of an earlier run are none of it."""
+    """Rates leave out the start of the engines and the 20,000 rows of an earlier run."""
     now_s = 1000.0
     monkeypatch.setattr("time.monotonic", lambda: now_s)
     meter = Meter()

@@ -1,4 +1,4 @@
-"""A stopped job goes on: no row lost or doubled, nothing captioned twice, nothing mixed."""
+"""A stopped job resumes: no row is lost, doubled, captioned twice or mixed with another job's."""
 
 import json
 import os
@@ -99,7 +99,7 @@ def test_an_interrupted_job_goes_on_with_the_rest(
     assert not list(Path(job.output).rglob(".*"))
 
     captioned.clear()
-    assert run_caption_job(job) == summary  # all is done: nothing happens
+    assert run_caption_job(job) == summary  # all rows are done: nothing happens
     assert captioned == []
     again = run_caption_job(job.model_copy(update={"restart": True}))
     assert len(captioned) == NUM_ROWS and again.written == summary.written
@@ -210,7 +210,7 @@ def test_a_source_reads_what_is_not_done_and_no_row_group_in_vain(
 def test_killed_again_and_again_it_ends_as_if_undisturbed(
     tiny_random: Path, tmp_path: Path
 ) -> None:
-    """The command itself, killed at random moments with SIGKILL and SIGTERM until it succeeds."""
+    """Run the command itself, and kill it at random moments until it succeeds."""
     source = write_input(tmp_path / "in.parquet", num_rows=3000, row_group_size=500)
     options = ["--model", str(tiny_random), "--max-new-tokens", "4", "--max-num-seqs", "8"]
 

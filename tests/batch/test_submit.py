@@ -24,7 +24,7 @@ NUM_ROWS = 40
 
 @pytest.fixture(scope="module")
 def dashboard(starts_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Of a cluster that `ray start` has made; its address."""
+    """Address of a cluster that `ray start` has made."""
     python = Path(sys.base_prefix) / "bin"
     environment = os.environ | {
         "PATH": f"{python}:{os.environ['PATH']}",

@@ -1,4 +1,4 @@
-"""Image tables of whatever types, texts and damage: each row is read once, or told why not."""
+"""Image tables of all types, texts and damage: each row is read once or has a reason why not."""
 
 import decimal
 import io
@@ -48,7 +48,7 @@ def write(file: Path, **columns: Any) -> Path:
 
 
 def not_utf8(text_type: pa.DataType, *texts: bytes | None) -> pa.Array:
-    """A column that calls itself text."""
+    """A column whose type is text, whatever its bytes."""
     layouts = {pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}
     data = pa.array(texts, pa.binary()).cast(layouts.get(text_type, pa.binary()))
     return pa.Array.from_buffers(text_type, len(texts), data.buffers())
@@ -183,7 +183,7 @@ def test_partitions_begin_below_the_input(tmp_path: Path) -> None:
     pq.write_table(pa.table({"jpg": [b"i"]}), folder / "day=1" / "a.parquet")
     rows = read(find_source(str(folder.parent.parent), keep=["id", "day"])).to_pylist()
     assert rows[0]["kept"] == {"day": "1"} and rows[0]["id"] == "7" and rows[0]["image"] == b"i"
-    rows = read(find_source(str(tmp_path)))  # below the input, and yet no image
+    rows = read(find_source(str(tmp_path)))  # below the input, but not an image
     assert rows["image"].to_pylist() == [b"i"]
 
 
@@ -197,7 +197,7 @@ def test_folders_of_any_name_tell_something_or_nothing(folders: list[str]) -> No
     }
 
 
-# Text that is none
+# Text that is not UTF-8
 
 
 @pytest.mark.parametrize("text_type", [pa.string(), pa.large_string(), pa.string_view()], ids=str)
@@ -216,7 +216,7 @@ def test_bytes_that_are_no_text(text_type: pa.DataType, tmp_path: Path) -> None:
     assert good["step"] is None and null["step"] is None
     assert bad["id"] == r"t\xffwo" and bad["step"] == "read"
     assert bad["reason"].startswith(r"id is not UTF-8: b't\xffwo'")
-    assert bad["path"] == os.fsencode(tmp_path) + b"/t\xffwo"  # as on a disk
+    assert bad["path"] == os.fsencode(tmp_path) + b"/t\xffwo"  # as file names on a disk
     mended = "t\N{REPLACEMENT CHARACTER}wo"
     assert bad["kept"] == {"kept": mended, "many": [mended], "one": {"x": mended}}
     assert good["kept"] == {"kept": "one", "many": ["one"], "one": {"x": "one"}}
@@ -356,7 +356,7 @@ def test_a_store_that_fails_is_no_damage(tmp_path: Path, monkeypatch: pytest.Mon
     opened = Location.open
 
     class Broken(io.BytesIO):
-        """A store that gives the footer, and no more."""
+        """A store that answers with the footer, and fails after it."""
 
         num_reads = 0
 
