@@ -29,7 +29,7 @@ def engine_environment(num_gpus: float) -> dict[str, str]:
 
 
 def warn_of_missing_gpus(num_gpus: float) -> None:
-    """Log what engines wait for that reserve GPUs where the cluster has none."""
+    """Warn if engines that reserve GPUs would wait, because the cluster has none."""
     if num_gpus and not num_gpus_now():
         logger.warning(
             "gpus_per_replica=%g, but the cluster has no GPU at the moment: the engines wait until"

@@ -51,7 +51,7 @@ class AsyncEngine:
     """
 
     def __init__(self, engine: Engine):
-        """Take `engine` over: nobody else may call its methods from now on."""
+        """Take `engine` over: nobody else may step it or give it requests from now on."""
         self._engine = engine
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._waiting: dict[int, Deliver] = {}

@@ -1,7 +1,7 @@
 """What a deployed engine offers to the captioning jobs of its cluster.
 
-The service implements it and the jobs call it, each by these names; it knows neither of them, and
-no Ray.
+The service implements these methods, and the jobs call them. This module knows neither of the two,
+and no Ray.
 """
 
 from typing import NamedTuple, Protocol

@@ -134,7 +134,7 @@ def make_api(config: ServiceConfig, engines: Engines) -> FastAPI:
 
     @api.get("/readyz")
     async def readyz() -> Ready:
-        """Tell that an engine is ready to answer, and how many requests it has."""
+        """Tell whether an engine is ready to answer, and how many requests it has."""
         running, waiting = await engines.load(READY_TIMEOUT_S)
         return Ready(running=running, waiting=waiting)
 

@@ -82,7 +82,9 @@ class Batch(Answer):
     object: Literal["batch"] = "batch"
     status: BatchStatus
     created_at: int | None
+    """Time of the start, in seconds since 1970."""
     completed_at: int | None
+    """Time of the end, in seconds since 1970."""
     request: BatchRequest
     request_counts: RequestCounts
     error: str | None = None

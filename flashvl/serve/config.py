@@ -12,11 +12,11 @@ class ServiceConfig(StrictModel):
     """One model, and the replicas of its engine that answer for it."""
 
     model: str = "tiny"
-    """Name of a shipped model, or a Flash-VL folder that every node sees; clients ask for its last
-    part."""
+    """Shipped model's name (tiny), or folder, on every node, of a Flash-VL or published FlashVL
+    model; clients use the folder's name."""
     dtype: Dtype = "auto"
-    """Number format of the model. With float32 an answer does not depend on the requests beside it
-    or on the machine."""
+    """Number format of the model; auto: the machine's fastest. With float32, slower, an answer
+    depends neither on the requests in the same batch nor on the machine."""
     replicas: Replicas = "1"
     """Engines: their number, or MIN:MAX, between which their number follows the load."""
     gpus_per_replica: Annotated[float, Field(ge=0)] | None = None

@@ -104,7 +104,7 @@ class Engines:
             raise stopping() from None
 
     async def load(self, timeout_s: float) -> tuple[int, int]:
-        """The numbers of requests that one engine is answering and that wait for it.
+        """The numbers of requests that one engine answers now, and that wait for it.
 
         Raises:
             RequestError: no engine has told within `timeout_s`.

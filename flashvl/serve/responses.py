@@ -185,7 +185,7 @@ class ResponseWriter:
         return self._event("response.failed", response=self.response.model_dump())
 
     def _turn_to(self, piece: Piece) -> Iterator[dict[str, Any]]:
-        """The events of a change of items, if the piece does not belong to the present one."""
+        """The events between two items, unless the piece belongs to the present one."""
         if self._item is not None and piece.call == self._call:
             return
         yield from self._close("completed")

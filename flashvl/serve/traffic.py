@@ -49,8 +49,8 @@ class Traffic:
     def waiting(self, deadline_s: float) -> Iterator[asyncio.Timeout]:
         """A time limit for one wait, to be used in `async with`.
 
-        It raises TimeoutError there at `deadline_s` by the event loop's clock, or when the time of
-        the service that is to end is over.
+        It raises TimeoutError there at `deadline_s` by the event loop's clock, or at the end of the
+        time that `drain` gives.
         """
         limit = asyncio.timeout_at(min(deadline_s, self._deadline_s))
         self._waits.add(limit)

@@ -51,7 +51,7 @@ class ChatCompletionRequest(Sampling, CompletionOptions, LackingInChat):
     tools: Tools = []
     """Tools that the model may call."""
     tool_choice: ToolChoice = "auto"
-    """Whether the model may call tools or must, or which: `none`, `auto`, `required`, or a tool."""
+    """Tools to call: `none`, `auto` (the model decides), `required` (at least one), or a tool."""
     parallel_tool_calls: bool = True
     """Whether the model may call several tools in one answer."""
     logprobs: bool = False

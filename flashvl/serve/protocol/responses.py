@@ -205,7 +205,7 @@ class ResponseRequest(Sampling, Lacking):
     tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)] = []
     """Tools that the model may call."""
     tool_choice: FunctionChoice = "auto"
-    """Whether the model may call tools or must, or which: `none`, `auto`, `required`, or a tool."""
+    """Tools to call: `none`, `auto` (the model decides), `required` (at least one), or a tool."""
     parallel_tool_calls: bool = True
     """Whether the model may call several tools in one answer."""
     top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
