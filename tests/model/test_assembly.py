@@ -289,7 +289,7 @@ def test_an_odd_grid_is_refused_but_for_iss(parts: Path, tmp_path: Path) -> None
 def test_a_part_of_another_kind_is_refused(parts: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds a 'qwen2' model, not a vision tower"):
         assemble(parts / "qwen", parts / "qwen", tmp_path / "out")
-    with pytest.raises(CheckpointError, match="holds a 'siglip' model, no LLM"):
+    with pytest.raises(CheckpointError, match="holds a 'siglip' model, not a supported LLM"):
         assemble(parts / "siglip", parts / "siglip", tmp_path / "out")
 
 

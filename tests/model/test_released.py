@@ -478,7 +478,7 @@ def test_quantised_weights_are_refused(static: Path) -> None:
         ("llm_config", {"num_hidden_layers": 10**12}, "num_hidden_layers 1000000000000; it must"),
         ("llm_config", {"hidden_size": -24}, "llm_config.hidden_size -24; it must"),
         ("llm_config", {"vocab_size": 3}, "the id 3, but the LLM's vocabulary ends at 2"),
-        ("llm_config", {"model_type": "gpt2"}, "is of a 'gpt2' model"),
+        ("llm_config", {"model_type": "gpt2"}, "has model_type 'gpt2'"),
     ],
 )
 def test_a_config_of_no_usable_model_is_refused(
