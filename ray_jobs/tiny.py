@@ -184,8 +184,8 @@ pipeline_tag: image-text-to-text
 
 A real Flash-VL, small enough to ship: {shape}.
 It knows the procedural world of `flashvl.data.synthetic` and nothing else: coloured shapes, signs,
-sums and bar charts, in English. Of anything else it says that it is not a drawing that it knows, or
-it is wrong.
+sums and bar charts, in English. About any other picture it says that it is not a drawing that it
+knows, or it gives a wrong answer.
 
 ## How it was made
 
