@@ -82,9 +82,7 @@ def test_new_files_are_captioned_behind_the_old_ones(
     run_caption_job(job)
     before = {path: path.read_bytes() for path in output.rglob("part-*")}
 
-    add(
-        folder, kind, "a", [*PICTURES[4:6], b"no image"]
-    )  # its name sorts before those of the old files
+    add(folder, kind, "a", [*PICTURES[4:6], b"no image"])  # its name sorts first
     summary = run_caption_job(job)
     assert (summary.input, summary.written, summary.dead) == (7, 6, 1)
     assert captions_of_well(output) == {place: plain[place] for place in range(6)}

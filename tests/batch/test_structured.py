@@ -63,7 +63,7 @@ def test_every_caption_is_valid_and_the_engines(
         assert rows[number]["finish_reason"] == "stop"
         jsonschema.validate(json.loads(rows[number]["caption"]), SCHEMA)
 
-    # The same schema in other words is the same job's; another schema, or none, is another job's.
+    # With other white space the schema is the same; another schema, or none, is another job's.
     check_caption_job(job.model_copy(update={"json_schema": json.dumps(SCHEMA, indent=4)}))
     for other in (None, json.dumps(SCHEMA | {"required": []})):
         with pytest.raises(ConfigError, match="json_schema was"):
