@@ -28,9 +28,9 @@ class CaptionJob(StrictModel):
     prompt_column: str | None = None
     """Column with a prompt for each row, in place of `prompt`; in tars, txt or json.FIELD."""
     image_column: str | None = None
-    """Column of bytes, struct<bytes, path>, paths, URLs, (JSON) base64, or lists of these, all in
-    one prompt; by default image, or the only column of bytes. In tars, a file name's ending such
-    as jpg; by default every image."""
+    """Column of images: bytes, struct<bytes, path>, paths, URLs or (JSON) base64, or lists of these
+    for one prompt; by default image, or the only column of bytes. In tars, a name's ending such as
+    jpg; by default every image."""
     id_column: str | None = None
     """Column with an id for each row; by default id. Without such a column, ids are made of file,
     row group and row; in tars, they are the samples' keys."""
@@ -50,7 +50,7 @@ class CaptionJob(StrictModel):
     temperature: Annotated[float, Field(ge=0)] = 0.0
     """Sampling temperature; 0 takes the likeliest token each time."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Probability mass of the likeliest tokens, among which sampling chooses; 1: all tokens."""
+    """Probability of the likeliest tokens together, among which sampling chooses; 1: all tokens."""
     seed: NonNegativeInt = 0
     """Random seed for sampling; a row's number is added, so that no caption depends on other
     rows."""
@@ -67,8 +67,7 @@ class CaptionJob(StrictModel):
     image_limits: ImageLimits = ImageLimits()
     """Sizes of images that are captioned; others become dead letters."""
     max_rows: PositiveInt | None = None
-    """Rows to caption, the first ones, as a trial; without this option, the same job captions the
-    rest."""
+    """First rows to caption, as a trial; the same job without this option captions the rest."""
     max_error_rate: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Share of dead letters above which the job stops; it also stops when all rows are dead
     letters, unless this is 1."""
