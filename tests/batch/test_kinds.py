@@ -118,7 +118,7 @@ def test_images_are_named_by_file_glob_and_pattern(tmp_path: Path) -> None:
     assert names("{b,a}{1..1}.*") == ["a1.png", "b1.jpg"]
     assert names("../**/b*.jpg") == ["day=1/deep/b1.jpg"] or names("b*") == ["b1.jpg"]
     assert "a2.png does not exist" in refused(f"{folder}/a{{1..3}}.png")
-    assert "notes.txt is none" in refused(folder / "notes.txt")
+    assert "notes.txt is not one" in refused(folder / "notes.txt")
     assert "does not exist" in refused(folder / "c*.png")
 
 
