@@ -18,6 +18,7 @@ def test_it_reports_a_rate_and_a_ratio_for_each() -> None:
     assert ours.images_per_s / theirs.images_per_s == pytest.approx(ours.relative, rel=1.0)
 
 
+@pytest.mark.long
 def test_the_command_prints_both_and_writes_json(tmp_path: Path) -> None:
     file = tmp_path / "bench.json"
     result = CliRunner().invoke(app, ["bench", "images", "--rounds", "2", "--json", str(file)])

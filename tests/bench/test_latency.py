@@ -87,6 +87,7 @@ def test_models_of_random_weights_share_their_memory() -> None:
     assert twins.model.lm_head.weight is twins.model.get_input_embeddings().weight
 
 
+@pytest.mark.long
 def test_the_command_writes_json_and_png(tmp_path: Path) -> None:
     file, plot = tmp_path / "latency.json", tmp_path / "latency.png"
     command = ["bench", "latency", "--preset", "tiny", "--random-weights", "--plot", str(plot)]

@@ -44,6 +44,7 @@ def test_the_figures_fit_together() -> None:
     assert ours.requests_per_s == pytest.approx(ours.tokens_per_s / statistics.mean(lengths))
 
 
+@pytest.mark.long
 def test_the_command_writes_json_for_machines(tmp_path: Path) -> None:
     file = tmp_path / "throughput.json"
     command = ["bench", "throughput", "--width", "1", "--width", "3", "--requests", "4"]
