@@ -25,7 +25,7 @@ FRAGMENT = re.compile(
 STUMBLES = re.compile(
     r"so many|so much as|will do\b|\bmends?\b|\bmended\b|go(es)? on with|gone on with|goes on where"
     r"|\bbehind (it|them|those|that|the (rows|last|first|end))\b"
-    r"|\bbut for\b|\bis no (usable|such)\b",
+    r"|\bbut for\b|\bis no usable\b",
     re.IGNORECASE,
 )
 """Words at which readers stumbled, each of which has a plainer one."""
