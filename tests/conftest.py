@@ -7,7 +7,7 @@ import secrets
 import stat
 import subprocess
 import venv
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -45,11 +45,13 @@ def _turn(item: pytest.Item) -> int:
     return 0 if "starts_ray" not in names else 1 if "ray_cluster" in names else 2
 
 
-@pytest.fixture(autouse=True)
-def refuse_ray(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A test without `starts_ray` cannot start Ray: its temporary folder cannot be made."""
-    if "starts_ray" not in request.fixturenames:
-        monkeypatch.setenv("RAY_TMPDIR", NO_RAY)
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """A test without `starts_ray`, its fixtures and its commands cannot make Ray's folder."""
+    with pytest.MonkeyPatch.context() as environment:
+        if item.get_closest_marker("ray") is None:
+            environment.setenv("RAY_TMPDIR", NO_RAY)
+        return (yield)
 
 
 @pytest.fixture(scope="session")
