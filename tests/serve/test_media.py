@@ -72,13 +72,13 @@ def test_data_urls_however_they_are_spelt(data: st.DataObject, content: bytes) -
 @pytest.mark.parametrize(
     ("url", "said"),
     [
-        ("data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg'/>", "no data URL of base64"),
-        ("data:image/svg+xml;utf8,<svg a=';base64,'/>", "no data URL of base64"),
-        ("data:image/svg+xml,%3Csvg%20a=';base64,'", "no data URL of base64"),
-        ("data:image/png,abc", "no data URL of base64"),
-        ("data:", "no data URL of base64"),
-        ("data:image/png;base64", "no data URL of base64"),
-        ("data:image/png;name=" + "x" * 3000 + ";base64,YWJj", "no data URL of base64"),
+        ("data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg'/>", "not a data URL in base64"),
+        ("data:image/svg+xml;utf8,<svg a=';base64,'/>", "not a data URL in base64"),
+        ("data:image/svg+xml,%3Csvg%20a=';base64,'", "not a data URL in base64"),
+        ("data:image/png,abc", "not a data URL in base64"),
+        ("data:", "not a data URL in base64"),
+        ("data:image/png;base64", "not a data URL in base64"),
+        ("data:image/png;name=" + "x" * 3000 + ";base64,YWJj", "not a data URL in base64"),
         ("data:image/png;base64,a", "not valid base64"),
         ("data:image/png;base64,@@@@", "not valid base64"),
         ("data:image/png;base64,YW=Jj", "not valid base64"),
@@ -124,7 +124,7 @@ def test_what_counts_is_what_the_bytes_are(url: str) -> None:
     refused = told(url, "data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg'/>")
     assert refused.status_code == 400
     error = refused.json()["error"]
-    assert "no data URL of base64" in error["message"]
+    assert "not a data URL in base64" in error["message"]
     assert error["param"] == "messages.0.content.0.image_url.url"
 
 
