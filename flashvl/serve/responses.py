@@ -251,7 +251,11 @@ class ResponseWriter:
 
 
 def as_chat(request: ResponseRequest) -> tuple[ChatCompletionRequest, list[str]]:
-    """The conversation as a chat request, and the place in `request` of each of its messages."""
+    """The conversation as a chat request, and the place in `request` of each of its messages.
+
+    Raises:
+        RequestError: the conversation has no message.
+    """
     messages: list[ChatMessage] = []
     places: list[str] = []
     if request.instructions is not None:
@@ -264,6 +268,8 @@ def as_chat(request: ResponseRequest) -> tuple[ChatCompletionRequest, list[str]]
         for number, item in enumerate(request.input):
             _add_item(messages, item)
             places += [f"input.{number}"] * (len(messages) - len(places))
+    if not messages:
+        raise RequestError(400, "input must hold a message, not only reasoning", param="input")
     chat = ChatCompletionRequest(
         **{name: getattr(request, name) for name in Sampling.model_fields},
         model=request.model,

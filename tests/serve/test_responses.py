@@ -9,6 +9,9 @@ from openai.types.responses import Response, ResponseFunctionToolCall
 from pydantic import BaseModel
 
 from flashvl.data import synthetic
+from flashvl.serve.protocol.errors import RequestError
+from flashvl.serve.protocol.responses import ResponseRequest
+from flashvl.serve.responses import as_chat
 from tests.support.images import data_url, encode
 from tests.support.serving import ask
 
@@ -185,3 +188,10 @@ def test_what_cannot_be_is_refused_by_name(
     with pytest.raises(openai.BadRequestError) as caught:
         client.responses.create(**({"model": "tiny", "input": "Hi"} | options))
     assert caught.value.param == param, caught.value.body
+
+
+def test_reasoning_alone_is_refused() -> None:
+    request = ResponseRequest.model_validate({"model": "tiny", "input": [{"type": "reasoning"}]})
+    with pytest.raises(RequestError, match="must hold a message") as refusal:
+        as_chat(request)
+    assert (refusal.value.status, refusal.value.param) == (400, "input")
