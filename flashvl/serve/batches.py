@@ -64,7 +64,7 @@ class BatchRequest(Closed):
     """Tokens of a caption at most."""
     replicas: Replicas = "1"
     """Engines of the job: their number, or MIN:MAX."""
-    limit: PositiveInt | None = None
+    max_rows: PositiveInt | None = None
     """Rows to caption, the first ones; by default all."""
 
 
@@ -120,8 +120,7 @@ class Batches:
                 raise RequestError(
                     400, f"{name} must lie below one of the service's batch_roots", param=name
                 )
-        options = request.model_dump(exclude_none=True, exclude={"limit"}) | {
-            **({} if request.limit is None else {"max_rows": request.limit}),
+        options = request.model_dump(exclude_none=True) | {
             "model": self.config.model,
             "dtype": self.config.dtype,
             "follow_paths": False,
