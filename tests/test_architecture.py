@@ -6,6 +6,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -57,6 +58,7 @@ def test_command_line_starts_without_the_heavy_libraries() -> None:
     assert modules_loaded_by("import flashvl.cli", among=heavy) == set()
 
 
+@pytest.mark.long
 def test_the_low_floors_work_without_ray() -> None:
     # A None in sys.modules makes `import ray` fail, as on a machine where Ray is not installed.
     modules = "flashvl.errors, flashvl.config, flashvl.progress, flashvl.model, flashvl.engine"

@@ -73,7 +73,7 @@ class Subject:
 @pytest.fixture(
     scope="module",
     params=[
-        "tiny",
+        pytest.param("tiny", marks=pytest.mark.long),
         pytest.param("tiny-dynamic", marks=pytest.mark.long),
         pytest.param("tiny-overlap", marks=pytest.mark.long),
         "tiny-iss",
