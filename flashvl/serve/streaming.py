@@ -18,7 +18,16 @@ EVENTS: dict[int | str, dict[str, Any]] = {
     200: {
         "content": {
             "text/event-stream": {
-                "schema": {"type": "string"},
+                # OpenAPI 3.2's keyword: with `schema` alone, readers disagree whether it describes
+                # an event or the whole stream.
+                "itemSchema": {
+                    "type": "object",
+                    "properties": {
+                        "event": {"type": "string"},
+                        "data": {"type": "string", "description": "JSON, or [DONE] at the end."},
+                    },
+                    "required": ["data"],
+                },
                 "example": 'data: {"object":"chat.completion.chunk", ...}\n\ndata: [DONE]\n\n',
             }
         },

@@ -69,3 +69,15 @@ def test_every_generated_request_has_an_answer_of_the_description(
                 if name in case.body:
                     case.body[name] = value
     case.call_and_validate(checks=CHECKS, timeout=60)
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/responses"])
+def test_every_event_of_a_stream_is_as_described(
+    schema: schemathesis.BaseSchema, path: str
+) -> None:
+    operation = schema[path]["POST"]
+    field = {"/v1/completions": "prompt", "/v1/responses": "input"}.get(path, "messages")
+    case = operation.Case(
+        body={"model": "tiny", field: GOOD[field], "stream": True}, media_type="application/json"
+    )
+    case.call_and_validate(checks=CHECKS, timeout=60)
