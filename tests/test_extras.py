@@ -42,7 +42,7 @@ def test_a_module_belongs_to_the_extra_that_installs_it(module: str, extra: str 
     [
         (["caption", "in.parquet", "--output", "out"], "ray", "ray"),
         (["train", "ray_jobs/configs/stage1.yaml"], "ray", "ray"),
-        (["serve"], "fastapi", "serve"),
+        pytest.param(["serve"], "fastapi", "serve", marks=pytest.mark.long),
         (["bench", "serve"], "psutil", "bench"),
         (["bench", "peers", "--plot", "peers.png"], "matplotlib", "bench"),
     ],

@@ -419,7 +419,6 @@ HOSTILE = {
 }
 
 
-LONGEST = "an intersection of many states"
 SERVER = """
 import json, os, resource, sys
 from flashvl.engine import Engine, Request, StructuredOutputs
@@ -462,13 +461,8 @@ def server() -> Iterator[subprocess.Popen[str]]:
         yield process
 
 
-@pytest.mark.parametrize(
-    "outputs",
-    [
-        pytest.param(outputs, id=name, marks=[pytest.mark.long] * (name == LONGEST))
-        for name, outputs in HOSTILE.items()
-    ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("outputs", HOSTILE.values(), ids=HOSTILE)
 def test_what_is_hostile_is_answered_or_refused_before_long(
     server: subprocess.Popen[str], outputs: dict[str, Any]
 ) -> None:

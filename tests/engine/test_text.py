@@ -13,6 +13,7 @@ from flashvl.engine import token_bytes
 from flashvl.engine.sequence import AnswerText
 from flashvl.engine.tokens import TokenTable
 from flashvl.model.loading import load_processor
+from tests.support.texts import is_plain
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def cut(text: str, stop: list[str]) -> str:
 
 TEXT = st.text(st.sampled_from("ab s\u00e9\u4e2d\U0001f600\ufffd"), max_size=24) | st.text(
     max_size=24
-)
+).filter(is_plain)
 
 
 @st.composite
