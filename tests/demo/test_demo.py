@@ -120,6 +120,7 @@ def test_the_bomb_is_a_whole_picture_but_for_its_size() -> None:
     assert image.size == (10_000, 6_000) and image.getextrema() == ((0, 0),) * 3
 
 
+@pytest.mark.long
 def test_the_same_seed_gives_the_same_table(tmp_path: Path) -> None:
     first, second = tmp_path / "a.parquet", tmp_path / "b.parquet"
     write_demo_table(first, SEED)

@@ -111,6 +111,7 @@ def assert_is_by_generate(subject: Subject, request: Request, completion: Comple
     assert completion.text == subject.processor.tokenizer.decode(tokens, skip_special_tokens=True)
 
 
+@pytest.mark.long
 def test_whoever_shares_the_batch_and_however_they_arrive(subject: Subject) -> None:
     """With few rows and small pieces of prefill, requests wait, join, leave and change rows."""
     requests = mixed_requests(100)
