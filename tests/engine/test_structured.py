@@ -177,7 +177,9 @@ def draw_schemas(count: int) -> list[Any]:
     return drawn
 
 
-@pytest.mark.parametrize("count", [pytest.param(25, marks=pytest.mark.long), pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "count", [pytest.param(25, marks=pytest.mark.long), pytest.param(500, marks=pytest.mark.slow)]
+)
 def test_answers_are_valid_and_nobody_else_is_changed(
     engine: Engine, pictures: list[Any], count: int
 ) -> None:
