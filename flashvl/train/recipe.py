@@ -9,7 +9,7 @@ from typing import Literal, Self
 
 from pydantic import ConfigDict, Field, PositiveInt, field_validator, model_validator
 
-from flashvl.config import StrictModel, load_config
+from flashvl.config import StrictModel, load_config, validate
 from flashvl.train.rows import TrainingData
 
 ModelPart = Literal["vision_tower", "multi_modal_projector", "language_model"]
@@ -114,9 +114,9 @@ RECIPES: dict[str, type[AnyRecipe]] = {"supervised": SupervisedRecipe, "cells": 
 
 
 class _Kind(StrictModel):
-    """The `kind` of a recipe file, whatever else the file holds."""
+    """The `kind` of a recipe file; the other keys are kept as they are, for its class to check."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="allow")
 
     kind: str
 
@@ -138,5 +138,6 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
         ConfigError: the file cannot be read, `kind` is missing or unknown, another key is unknown,
             or a value is wrong.
     """
-    kind = load_config(_Kind, path, overrides).kind
-    return load_config(RECIPES[kind], path, overrides)
+    found = load_config(_Kind, path, overrides)  # once, as a pipe cannot be read again
+    values = {"kind": found.kind, **(found.model_extra or {})}
+    return validate(RECIPES[found.kind], values, source=str(path))

@@ -1,5 +1,6 @@
 """Recipes: every file loads, holds the paper's numbers, and is refused in one line if wrong."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -85,3 +86,14 @@ def test_a_recipe_without_a_kind_is_refused(tmp_path: Path) -> None:
     (tmp_path / "stage.yaml").write_text("stage: stage1\n")
     with pytest.raises(ConfigError, match="missing key 'kind'"):
         load_recipe(tmp_path / "stage.yaml")
+
+
+def test_a_recipe_comes_through_a_pipe() -> None:
+    """A file that can be read once only, as of `flashvl train <(...)`."""
+    reading, writing = os.pipe()
+    with open(writing, "wb") as pipe:
+        pipe.write((CONFIGS / "stage1.yaml").read_bytes())
+    try:
+        assert load_recipe(f"/dev/fd/{reading}", ["seed=7"]) == load("stage1.yaml", "seed=7")
+    finally:
+        os.close(reading)
