@@ -12,7 +12,6 @@ from typing import Any
 import pyarrow as pa
 from fsspec import AbstractFileSystem
 
-from flashvl.batch.inputs.source import FAILURE
 from flashvl.data.features import decode_tiles
 from flashvl.data.fetching import (
     Fetcher,
@@ -21,6 +20,7 @@ from flashvl.data.fetching import (
     is_data_url,
     is_web_url,
 )
+from flashvl.data.inputs.source import FAILURE
 from flashvl.data.limits import ImageLimits
 from flashvl.data.row_files import read_row_file
 from flashvl.errors import DataError

@@ -20,20 +20,6 @@ from flashvl import __version__
 from flashvl.batch.apart import check_apart
 from flashvl.batch.config import CaptionJob
 from flashvl.batch.gate import Gate
-from flashvl.batch.inputs.find import find_source
-from flashvl.batch.inputs.listing import ListedFile
-from flashvl.batch.inputs.source import Done, Source
-from flashvl.batch.lock import held
-from flashvl.batch.manifest import (
-    GROWING,
-    Fingerprint,
-    check_files,
-    check_same,
-    claim,
-    has_begun,
-    hash_listed,
-    read_files,
-)
 from flashvl.batch.outputs import (
     SUMMARY,
     TABLES,
@@ -49,6 +35,20 @@ from flashvl.batch.service import check_service
 from flashvl.batch.stopping import stopped_by_sigterm
 from flashvl.config import StrictModel
 from flashvl.data.features import ask_about_image, encode_prompt
+from flashvl.data.inputs.find import find_source
+from flashvl.data.inputs.listing import ListedFile
+from flashvl.data.inputs.source import Done, Source
+from flashvl.data.ledger.lock import held
+from flashvl.data.ledger.manifest import (
+    GROWING,
+    Fingerprint,
+    check_files,
+    check_same,
+    claim,
+    has_begun,
+    hash_listed,
+    read_files,
+)
 from flashvl.data.storage import Location, locate
 from flashvl.engine.engine import longest_conversation
 from flashvl.engine.grammar_check import GrammarError, checked

@@ -1,6 +1,6 @@
 """The output folder of a captioning job.
 
-    _manifest.json, _files-*      written first: see `flashvl.batch.manifest`
+    _manifest.json, _files-*      written first: see `flashvl.data.ledger.manifest`
     captions/part-*.parquet       schema CAPTIONS, and the columns that are kept
     dead_letters/part-*.parquet   schema DEAD_LETTERS, and the columns that are kept
     report.html                   see `flashvl.batch.report`
@@ -24,11 +24,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from flashvl.batch import manifest
-from flashvl.batch.inputs.source import Done
-from flashvl.batch.kept import unbundle
-from flashvl.batch.lock import LOCK
-from flashvl.batch.manifest import FILES, has_begun
+from flashvl.data.inputs.kept import unbundle
+from flashvl.data.inputs.source import Done
+from flashvl.data.ledger import manifest
+from flashvl.data.ledger.lock import LOCK
+from flashvl.data.ledger.manifest import FILES, has_begun
 from flashvl.data.schema import CAPTIONS, DEAD_LETTERS
 from flashvl.data.storage import UNFINISHED, Location
 from flashvl.errors import ConfigError, FlashVLError

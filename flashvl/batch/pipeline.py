@@ -19,8 +19,8 @@ from flashvl.batch.captioner import Captioner
 from flashvl.batch.config import CaptionJob
 from flashvl.batch.decoding import tile_images
 from flashvl.batch.gpus import engine_environment, gpus_per_engine, warn_of_missing_gpus
-from flashvl.batch.inputs.source import Done, Source
 from flashvl.config import pool_of
+from flashvl.data.inputs.source import Done, Source
 from flashvl.errors import ConfigError, FlashVLError
 from flashvl.model.loading import SHIPPED, resolve_checkpoint
 

@@ -17,9 +17,9 @@ from fsspec import AbstractFileSystem
 
 from flashvl.batch.config import CaptionJob
 from flashvl.batch.decoding import ImageReader, without_kept
-from flashvl.batch.inputs.source import Source
 from flashvl.batch.outputs import OutputFolder, written_between
 from flashvl.data.images import decode_image, make_thumbnail
+from flashvl.data.inputs.source import Source
 from flashvl.data.limits import ImageLimits
 from flashvl.errors import DataError
 

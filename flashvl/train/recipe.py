@@ -5,7 +5,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import ConfigDict, Field, PositiveInt, field_validator, model_validator
 
@@ -28,10 +28,18 @@ class Recipe(StrictModel):
     trainable: tuple[ModelPart, ...] = ("vision_tower", "multi_modal_projector", "language_model")
     """Parts that are trained (paper, Table 1); the others stay bit-identical."""
 
+    num_trainable_params: PositiveInt | None = None
+    """Number of parameters that are trained; a model in which the parts have another number is
+    refused. None: any number."""
+
     global_batch_size: PositiveInt = 240
-    """Rows in a step: per_device_train_batch_size x accumulation x num_workers."""
-    per_device_train_batch_size: PositiveInt = 6
-    """Rows that a worker computes at once."""
+    """Rows in a step, on all workers together. Any number of workers may share them."""
+    token_budget: PositiveInt = 4096
+    """Tokens that a worker computes at once, at most; rows are packed to fill them. It bounds the
+    memory of a worker, and changes neither the rows of a step nor its loss."""
+    max_length: PositiveInt = 4096
+    """Tokens of a row at most, with those of images (up to 2,880 for an ISS image); longer rows
+    become dead letters."""
     num_workers: PositiveInt = 40
     """Worker processes, each with a GPU if `use_gpu` is set."""
     use_gpu: bool = True
@@ -39,50 +47,80 @@ class Recipe(StrictModel):
     threads_per_worker: PositiveInt = 1
     """CPU threads of each worker, and logical CPUs that Ray reserves for it."""
 
-    learning_rate: float = Field(default=1e-5, gt=0)
+    learning_rate: float = Field(default=1e-5, gt=0, allow_inf_nan=False)
     """Peak learning rate, after the warm-up (Table 1: 1e-3 in stage 1, 1e-5 in stages 2-4)."""
-    min_learning_rate: float = Field(default=0.0, ge=0)
-    """Learning rate at the end of the cosine (Table 1: 2e-5 in stage 1, else 0)."""
+    learning_rates: dict[ModelPart, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = {}
+    """Peak learning rates of parts that differ from `learning_rate`; all follow one schedule."""
+    min_learning_rate: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Learning rate at the end of the cosine (Table 1: 2e-5 in stage 1, else 0). Parts with a rate
+    of their own end in the same proportion."""
     warmup_steps: int = Field(default=400, ge=0)
     """Steps of linear warm-up. The paper has 400 in its ablations, and no number for full runs."""
-    weight_decay: float = Field(default=0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Weight decay of AdamW."""
     adam_beta2: float = Field(default=0.999, gt=0, lt=1)
     """Second beta of AdamW; the first is 0.9."""
-    max_grad_norm: float = Field(default=1.0, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Norm to which gradients are clipped."""
-    zero_stage: Literal[1, 2] = 1
-    """Stage of DeepSpeed ZeRO: 1 shards the optimizer's states (a 2B model then fits 80 GB), 2 the
-    gradients as well."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """Stage of DeepSpeed ZeRO: 0 shards nothing, 1 the optimizer's states (a 2B model then fits
+    80 GB), 2 the gradients as well, 3 the weights as well."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """Number format of the training."""
-    max_length: PositiveInt = 4096
-    """Tokens of a conversation at most, with those of images (up to 2,880 for an ISS image); longer
-    conversations are left out with a warning."""
+    """Number format of the training; with bf16, the optimizer keeps fp32 master weights."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more computing."""
     seed: int = 0
-    """Random seed of the workers."""
+    """Random seed of the order of the rows and of the workers."""
 
-    @property
-    def gradient_accumulation_steps(self) -> int:
-        """Micro-batches of each worker in a step."""
-        return self.global_batch_size // (self.per_device_train_batch_size * self.num_workers)
+    save_steps: PositiveInt = 500
+    """Steps between two checkpoints from which a stopped run resumes."""
+    save_total_limit: PositiveInt = 2
+    """Newest checkpoints that are kept, besides the one with the lowest evaluation loss."""
+    eval_steps: PositiveInt | None = None
+    """Steps between two evaluations on `eval_data`; None: only after the last step."""
+    max_error_rate: float = Field(default=0.01, ge=0, le=1)
+    """Share of rows that may be dead letters; above it the run stops."""
+    max_skipped_steps: PositiveInt = 10
+    """Steps in a row that may be skipped because of their loss; one more stops the run."""
+    spike_factor: float = Field(default=10.0, gt=1, allow_inf_nan=False)
+    """A step is skipped, its weights unchanged, if its loss is NaN, infinite, or this many times
+    the median of the recent steps."""
+    max_failures: int = Field(default=3, ge=0)
+    """Times that the workers are started again, from the last checkpoint, after one of them or its
+    node was lost."""
+    hang_timeout_s: PositiveInt = 1800
+    """Seconds without a finished step after which the run is stopped as hung."""
 
     @model_validator(mode="after")
-    def _check_batch(self) -> Self:
-        micro_batch = self.per_device_train_batch_size * self.num_workers
-        if self.global_batch_size % micro_batch:
-            nearest = max(self.global_batch_size // micro_batch, 1) * micro_batch
-            raise ValueError(
-                f"global_batch_size ({self.global_batch_size}) must be divisible by"
-                f" per_device_train_batch_size x num_workers ({self.per_device_train_batch_size} x"
-                f" {self.num_workers} = {micro_batch}). Try global_batch_size={nearest}."
-            )
+    def _check_rates_and_lengths(self) -> Self:
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(
                 f"min_learning_rate ({self.min_learning_rate}) is above learning_rate"
                 f" ({self.learning_rate}); lower it"
             )
+        if self.max_length > self.token_budget:
+            raise ValueError(
+                f"max_length ({self.max_length}) is above token_budget ({self.token_budget}), into"
+                " which a row must fit; lower it, or raise token_budget"
+            )
+        for part in self.learning_rates:
+            if part not in self.trainable:
+                raise ValueError(
+                    f"learning_rates has {part}, which trainable does not name; add it there, or"
+                    " leave out its rate"
+                )
         return self
+
+
+class LoraSettings(StrictModel):
+    """Low-rank adapters on the linear layers of the trainable parts (PEFT's `LoraConfig`)."""
+
+    r: PositiveInt = 16
+    """Rank of the adapters."""
+    alpha: PositiveInt = 32
+    """Scale of the adapters: their output is multiplied by alpha / r."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout of the adapters' input."""
 
 
 class SupervisedRecipe(Recipe):
@@ -91,6 +129,11 @@ class SupervisedRecipe(Recipe):
     kind: Literal["supervised"]
     data: TrainingData
     """Conversations to train on, each once."""
+    eval_data: TrainingData | None = None
+    """Held-out conversations whose loss is measured."""
+    lora: LoraSettings | None = None
+    """Low-rank adapters, which are trained in place of the parts' own weights and merged into them
+    at the end; None trains the weights."""
 
 
 class CellsRecipe(Recipe):

@@ -17,9 +17,9 @@ import pytest
 from flashvl.batch import job as job_module
 from flashvl.batch.config import CaptionJob
 from flashvl.batch.job import Plan, check_caption_job, run_caption_job
-from flashvl.batch.manifest import MANIFEST, claim, read_files
 from flashvl.batch.outputs import check_output
 from flashvl.config import validate
+from flashvl.data.ledger.manifest import MANIFEST, claim, read_files
 from flashvl.data.storage import Location, locate
 from flashvl.errors import ConfigError
 from tests.support.images import base64_of

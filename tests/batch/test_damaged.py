@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from flashvl.batch.config import CaptionJob
-from flashvl.batch.inputs.images import IMAGE_SUFFIXES
 from flashvl.batch.job import run_caption_job
 from flashvl.data.images import decode_image
+from flashvl.data.inputs.images import IMAGE_SUFFIXES
 from flashvl.errors import DataError
 from tests.support.damage import PICTURE, damaged_files
 from tests.support.images import encode

@@ -18,11 +18,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from flashvl.batch.config import CaptionJob
-from flashvl.batch.inputs.find import find_source
 from flashvl.batch.job import check_caption_job, run_caption_job
-from flashvl.batch.lock import held
 from flashvl.cli import app
 from flashvl.data.images import decode_image
+from flashvl.data.inputs.find import find_source
+from flashvl.data.ledger.lock import held
 from flashvl.data.storage import locate
 from flashvl.engine import Engine, Request
 from flashvl.errors import ConfigError, FlashVLError

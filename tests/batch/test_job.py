@@ -21,13 +21,13 @@ from flashvl.batch.captioner import CAPTIONED, Captioner
 from flashvl.batch.config import CaptionJob
 from flashvl.batch.decoding import tile_images
 from flashvl.batch.gate import Gate
-from flashvl.batch.inputs.find import find_source
-from flashvl.batch.inputs.images import IMAGE_SUFFIXES
-from flashvl.batch.inputs.parquet import ParquetFiles
 from flashvl.batch.job import Summary, run_caption_job
 from flashvl.batch.outputs import OutputFolder
 from flashvl.config import validate
 from flashvl.data.images import decode_image
+from flashvl.data.inputs.find import find_source
+from flashvl.data.inputs.images import IMAGE_SUFFIXES
+from flashvl.data.inputs.parquet import ParquetFiles
 from flashvl.data.limits import ImageLimits
 from flashvl.data.schema import CAPTIONS, DEAD_LETTERS
 from flashvl.data.storage import locate

@@ -28,15 +28,15 @@ from hypothesis import strategies as st
 
 from flashvl.batch.apart import check_apart
 from flashvl.batch.decoding import ImageReader, tile_images
-from flashvl.batch.inputs import jsonl
-from flashvl.batch.inputs.find import find_source
-from flashvl.batch.inputs.listing import _expand, list_files
-from flashvl.batch.inputs.parquet import ParquetFiles
-from flashvl.batch.inputs.row_groups import PIECE, read_row_groups
-from flashvl.batch.inputs.source import Source
-from flashvl.batch.inputs.tar import TarFiles
 from flashvl.batch.job import check_caption_job, run_caption_job
 from flashvl.data import fetching, storage
+from flashvl.data.inputs import jsonl
+from flashvl.data.inputs.find import find_source
+from flashvl.data.inputs.listing import _expand, list_files
+from flashvl.data.inputs.parquet import ParquetFiles
+from flashvl.data.inputs.row_groups import PIECE, read_row_groups
+from flashvl.data.inputs.source import Source
+from flashvl.data.inputs.tar import TarFiles
 from flashvl.data.limits import ImageLimits
 from flashvl.data.storage import is_below, locate
 from flashvl.errors import ConfigError
@@ -319,7 +319,7 @@ def test_tars_and_lines_are_read_from_where_a_job_is(
         return
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jsonl, "ROWS_PER_PIECE", data.draw(st.integers(1, 4)))
-        patch.setattr("flashvl.batch.inputs.tar.ROWS_PER_TASK", data.draw(st.integers(1, 4)))
+        patch.setattr("flashvl.data.inputs.tar.ROWS_PER_TASK", data.draw(st.integers(1, 4)))
         source = find_source(str(folder))
         assert source.num_rows == total
         is_done = np.array(data.draw(st.lists(st.booleans(), min_size=total, max_size=total)), bool)

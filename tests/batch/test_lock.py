@@ -11,12 +11,14 @@ import pyarrow.fs
 import pytest
 from fsspec.implementations.arrow import ArrowFSWrapper
 
-from flashvl.batch import lock
-from flashvl.batch.lock import held
+from flashvl.data.ledger import lock
+from flashvl.data.ledger.lock import held
 from flashvl.data.storage import Location, locate
 from flashvl.errors import ConfigError
 
-FASTER = "import flashvl.batch.lock as lock; lock.RENEW_S, lock.EXPIRES_S, lock.SETTLE_S = {times};"
+FASTER = (
+    "import flashvl.data.ledger.lock as lock;lock.RENEW_S, lock.EXPIRES_S, lock.SETTLE_S = {times};"
+)
 HOLD = """
 import sys, time
 from tests.batch.test_lock import PLACES

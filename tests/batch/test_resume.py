@@ -22,13 +22,13 @@ from typer.testing import CliRunner
 from flashvl.batch import job as job_module
 from flashvl.batch.captioner import CAPTIONED
 from flashvl.batch.config import CaptionJob
-from flashvl.batch.inputs.find import find_source
-from flashvl.batch.inputs.parquet import ParquetFiles
 from flashvl.batch.job import run_caption_job
-from flashvl.batch.lock import held
-from flashvl.batch.manifest import MANIFEST
 from flashvl.batch.outputs import OutputFolder
 from flashvl.cli import app
+from flashvl.data.inputs.find import find_source
+from flashvl.data.inputs.parquet import ParquetFiles
+from flashvl.data.ledger.lock import held
+from flashvl.data.ledger.manifest import MANIFEST
 from flashvl.data.storage import locate
 from flashvl.errors import ConfigError, FlashVLError
 from tests.support.jobs import Interrupted, make_job, picture, rows_of

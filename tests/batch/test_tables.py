@@ -17,11 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashvl.batch.captioner import CAPTIONED
-from flashvl.batch.inputs import row_groups
-from flashvl.batch.inputs.find import find_source
-from flashvl.batch.inputs.parquet import ParquetFiles, _partition
-from flashvl.batch.inputs.row_groups import PIECE, read_row_groups
 from flashvl.batch.outputs import OutputFolder
+from flashvl.data.inputs import row_groups
+from flashvl.data.inputs.find import find_source
+from flashvl.data.inputs.parquet import ParquetFiles, _partition
+from flashvl.data.inputs.row_groups import PIECE, read_row_groups
 from flashvl.data.storage import Location, locate
 from flashvl.errors import ConfigError, FlashVLError
 

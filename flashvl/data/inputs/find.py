@@ -9,13 +9,13 @@ from dataclasses import replace
 
 import pyarrow as pa
 
-from flashvl.batch.inputs.images import IMAGE_SUFFIXES, ImageFiles
-from flashvl.batch.inputs.jsonl import find_lines
-from flashvl.batch.inputs.listing import REMEDY, ListedFile, Listing, list_files
-from flashvl.batch.inputs.parquet import ParquetFiles, check_alike, read_footers
-from flashvl.batch.inputs.source import Source
-from flashvl.batch.inputs.tar import find_tars
-from flashvl.batch.kept import check_keepable
+from flashvl.data.inputs.images import IMAGE_SUFFIXES, ImageFiles
+from flashvl.data.inputs.jsonl import find_lines
+from flashvl.data.inputs.kept import check_keepable
+from flashvl.data.inputs.listing import REMEDY, ListedFile, Listing, list_files
+from flashvl.data.inputs.parquet import ParquetFiles, check_alike, read_footers
+from flashvl.data.inputs.source import Source
+from flashvl.data.inputs.tar import find_tars
 from flashvl.data.limits import DEFAULT_LIMITS, ImageLimits
 from flashvl.data.schema import find_image_columns, is_paths
 from flashvl.errors import ConfigError

@@ -23,9 +23,10 @@ import pyarrow as pa
 import ray.data
 from fsspec import AbstractFileSystem
 
-from flashvl.batch.inputs.compressed import is_damage, open_plain
-from flashvl.batch.inputs.listing import ListedFile, Listing
-from flashvl.batch.inputs.rows import (
+from flashvl.data.fetching import is_data_url
+from flashvl.data.inputs.compressed import is_damage, open_plain
+from flashvl.data.inputs.listing import ListedFile, Listing
+from flashvl.data.inputs.rows import (
     BYTES_PER_READ,
     ROWS_PER_READ,
     as_blocks,
@@ -34,8 +35,7 @@ from flashvl.batch.inputs.rows import (
     as_text,
     resolve_path,
 )
-from flashvl.batch.inputs.source import IMAGES, Done, Source, describe_columns
-from flashvl.data.fetching import is_data_url
+from flashvl.data.inputs.source import IMAGES, Done, Source, describe_columns
 from flashvl.data.limits import ImageLimits
 from flashvl.data.schema import ImageColumns, find_image_columns
 from flashvl.data.storage import Location

@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
-from flashvl.batch.inputs.columns import as_rows
-from flashvl.batch.inputs.rows import BYTES_PER_READ, ROWS_PER_READ
+from flashvl.data.inputs.columns import as_rows
+from flashvl.data.inputs.rows import BYTES_PER_READ, ROWS_PER_READ
 from flashvl.data.schema import ImageColumns
 from flashvl.data.storage import Location
 from flashvl.errors import FlashVLError, one_line

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from flashvl.batch.inputs.listing import ListedFile
+from flashvl.data.inputs.listing import ListedFile
 from flashvl.data.storage import Location
 from flashvl.errors import ConfigError
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from flashvl.batch.inputs.source import FAILURE, KEYS
 from flashvl.data.fetching import is_data_url
+from flashvl.data.inputs.source import FAILURE, KEYS
 from flashvl.data.storage import is_uri
 
 MAX_READ_TASKS = 512

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import ray.data
 
-from flashvl.batch.inputs.source import Done, Source
+from flashvl.data.inputs.source import Done, Source
 
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp"),

@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
 
-from flashvl.batch.inputs.listing import ListedFile, Listing
-from flashvl.batch.inputs.row_groups import PIECE, read_row_groups
-from flashvl.batch.inputs.rows import MAX_READ_TASKS
-from flashvl.batch.inputs.source import Done, Source, describe_columns
+from flashvl.data.inputs.listing import ListedFile, Listing
+from flashvl.data.inputs.row_groups import PIECE, read_row_groups
+from flashvl.data.inputs.rows import MAX_READ_TASKS
+from flashvl.data.inputs.source import Done, Source, describe_columns
 from flashvl.data.schema import ImageColumns, find_image_columns
 from flashvl.data.storage import Location
 from flashvl.errors import ConfigError, one_line

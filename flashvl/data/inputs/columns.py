@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as types
 
-from flashvl.batch.inputs.rows import resolve_path
-from flashvl.batch.inputs.source import FAILURE, IMAGES
-from flashvl.batch.kept import bundle
+from flashvl.data.inputs.kept import bundle
+from flashvl.data.inputs.rows import resolve_path
+from flashvl.data.inputs.source import FAILURE, IMAGES
 from flashvl.data.plain import is_list, is_valid_text, plain_type, to_plain
 from flashvl.data.schema import ImageColumns, is_binary, is_pair, is_text
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import ray.data
 from fsspec import AbstractFileSystem
 
-from flashvl.batch.inputs.listing import ListedFile, Listing
+from flashvl.data.inputs.listing import ListedFile, Listing
 from flashvl.data.schema import DEAD_LETTERS, ImageColumns
 
 Done = npt.NDArray[np.bool_]
