@@ -11,10 +11,10 @@ import pyarrow as pa
 from ray.actor import ActorHandle
 
 from flashvl.batch.config import CaptionJob
-from flashvl.batch.decoding import append_columns, failure, without_kept
 from flashvl.batch.gate import enter
 from flashvl.batch.service import ServedEngine
 from flashvl.data.features import Tiles, ask_about_image, tiles_from_bytes
+from flashvl.data.inputs.image_reader import append_columns, failure, without_kept
 from flashvl.data.inputs.source import FAILURE, KEYS
 from flashvl.data.schema import CAPTIONS
 from flashvl.engine import AsyncEngine, Completion, Engine, Request, StructuredOutputs

@@ -1,15 +1,12 @@
 """How fast a captioning job runs."""
 
 import math
-import time
-from collections import deque
 from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-WINDOW_S = 30.0
-"""Seconds over which rates are taken: the last ones."""
+from flashvl.data.ledger.rates import RateWindow
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,25 +34,18 @@ class Rates:
 
 
 class Meter:
-    """Measures rates over the last `WINDOW_S` seconds, from the first answer on: the time in which
-    engines start says nothing about their speed."""
+    """Measures rates of captioned rows."""
 
     def __init__(self) -> None:
-        self._counts: deque[_Count] = deque()
-        self._rows = self._tokens = 0
+        self._window = RateWindow()
         self._occupancy = math.nan
 
     def add(self, rows: pa.Table) -> None:
         """Count rows of `captioner.CAPTIONED`."""
-        self._rows += rows.num_rows
-        self._tokens += pc.sum(rows["completion_tokens"]).as_py() or 0
+        self._window.add(rows.num_rows, pc.sum(rows["completion_tokens"]).as_py() or 0)
         occupancy = pc.mean(rows["occupancy"]).as_py()
         if occupancy is not None:
             self._occupancy = occupancy
-        now_s = time.monotonic()
-        self._counts.append(_Count(now_s, self._rows, self._tokens))
-        while len(self._counts) > 2 and self._counts[0].time_s < now_s - WINDOW_S:
-            self._counts.popleft()
 
     def read(self, *, num_dead: int) -> Rates:
         """The rates at the moment; `add` must have been called.
@@ -63,18 +53,10 @@ class Meter:
         Args:
             num_dead: dead letters in the output.
         """
-        first, last = self._counts[0], self._counts[-1]
-        seconds = last.time_s - first.time_s or math.nan
+        images_per_s, tokens_per_s = self._window.read()
         return Rates(
             num_dead=num_dead,
-            images_per_s=(last.rows - first.rows) / seconds,
-            tokens_per_s=(last.tokens - first.tokens) / seconds,
+            images_per_s=images_per_s,
+            tokens_per_s=tokens_per_s,
             occupancy=self._occupancy,
         )
-
-
-@dataclass(frozen=True, slots=True)
-class _Count:
-    time_s: float
-    rows: int
-    tokens: int

@@ -16,10 +16,11 @@ import pyarrow as pa
 from fsspec import AbstractFileSystem
 
 from flashvl.batch.config import CaptionJob
-from flashvl.batch.decoding import ImageReader, without_kept
-from flashvl.batch.outputs import OutputFolder, written_between
 from flashvl.data.images import decode_image, make_thumbnail
+from flashvl.data.inputs.image_reader import ImageReader, without_kept
 from flashvl.data.inputs.source import Source
+from flashvl.data.ledger.outputs import OutputFolder
+from flashvl.data.ledger.tables import written_between
 from flashvl.data.limits import ImageLimits
 from flashvl.errors import DataError
 
@@ -93,7 +94,7 @@ def render_page(package: str, **values: Any) -> str:
 def _speed(output: OutputFolder) -> list[Bar]:
     """Rows a second over the job's time, which is cut into equal pieces."""
     spans = []
-    for table in (output.captions, output.dead_letters):
+    for table in (output.results, output.dead_letters):
         for footer in table.footers():
             if footer.num_rows:
                 spans.append((*written_between(footer), footer.num_rows))
@@ -115,7 +116,7 @@ def _speed(output: OutputFolder) -> list[Bar]:
 def _lengths(output: OutputFolder) -> list[Bar]:
     """Number of captions by length in tokens."""
     counts = np.zeros(1, np.int64)
-    for lengths in output.captions.column("completion_tokens"):
+    for lengths in output.results.column("completion_tokens"):
         found = np.bincount(lengths, minlength=len(counts))
         found[: len(counts)] += counts
         counts = found
@@ -156,11 +157,11 @@ def _reasons(output: OutputFolder) -> list[DeadLetterGroup]:
 
 def _samples(source: Source, job: CaptionJob, output: OutputFolder) -> list[CaptionedImage]:
     """Captions at even distances in some files; Ray's tasks read their pictures again."""
-    names = output.captions.names()
+    names = output.results.names()
     chosen = {names[n] for n in np.linspace(0, len(names) - 1, NUM_SAMPLE_FILES, dtype=int)}
     captions: dict[int, tuple[str, str]] = {}
     for name in sorted(chosen):
-        ids, texts, rows = output.captions.read(name, "id", "caption", "row")
+        ids, texts, rows = output.results.read(name, "id", "caption", "row")
         per_file = -(-NUM_SAMPLES // len(chosen))
         for n in np.unique(np.linspace(0, len(rows) - 1, per_file, dtype=int)) if len(rows) else ():
             captions[int(rows[n])] = ids[n], texts[n]

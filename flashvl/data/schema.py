@@ -54,7 +54,8 @@ decode, caption), the class of the `error`, and the reason in words."""
 class ImageColumns:
     """The roles of an image table's columns, by name."""
 
-    image: str
+    image: str | None
+    """Column of images; None: the table is read for other columns."""
     id: str | None
     """Column of ids; None: the table has none."""
     prompt: str | None = None

@@ -9,8 +9,8 @@ from rich.text import Text
 
 from flashvl.batch.config import CaptionJob
 from flashvl.batch.job import Summary, run_caption_job
-from flashvl.batch.outputs import check_output
 from flashvl.data.ledger.manifest import has_begun
+from flashvl.data.ledger.outputs import check_output
 from flashvl.data.storage import locate
 from flashvl.demo.report import write_report
 from flashvl.demo.results import DeadLetter, Result, read_dead_letters, read_results

@@ -19,8 +19,10 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from flashvl.batch.config import CaptionJob
 from flashvl.batch.job import Plan, check_caption_job
-from flashvl.batch.outputs import SUMMARY, TABLES, OutputTable
+from flashvl.batch.outputs import TABLES
 from flashvl.config import DEFAULT_PROMPT, Replicas, validate
+from flashvl.data.ledger.outputs import SUMMARY
+from flashvl.data.ledger.tables import OutputTable
 from flashvl.data.storage import is_below, locate
 from flashvl.errors import FlashVLError
 from flashvl.serve.config import ServiceConfig

@@ -17,9 +17,9 @@ import pytest
 from flashvl.batch import job as job_module
 from flashvl.batch.config import CaptionJob
 from flashvl.batch.job import Plan, check_caption_job, run_caption_job
-from flashvl.batch.outputs import check_output
 from flashvl.config import validate
 from flashvl.data.ledger.manifest import MANIFEST, claim, read_files
+from flashvl.data.ledger.outputs import check_output
 from flashvl.data.storage import Location, locate
 from flashvl.errors import ConfigError
 from tests.support.images import base64_of
@@ -66,7 +66,7 @@ def test_new_files_are_captioned_behind_the_old_ones(
     monkeypatch: pytest.MonkeyPatch,
     kind: str,
 ) -> None:
-    monkeypatch.setattr("flashvl.batch.outputs.BYTES_PER_FILE", 1)
+    monkeypatch.setattr("flashvl.data.ledger.tables.BYTES_PER_FILE", 1)
     captioned: list[int] = []
     pipeline = job_module.captioned
 
@@ -248,7 +248,7 @@ def test_appending_killed_again_and_again_ends_as_if_undisturbed(
 
     def command(to: Path) -> list[str]:
         code = (
-            "import flashvl.batch.outputs as o; o.BYTES_PER_FILE = 5000;"
+            "import flashvl.data.ledger.tables as o; o.BYTES_PER_FILE = 5000;"
             "from flashvl.cli import main; main()"
         )
         options = ["--model", str(tiny_random), "--max-new-tokens", "4", "--max-num-seqs", "8"]

@@ -42,7 +42,7 @@ def write_input(path: Path, num_rows: int) -> Path:
 def command(source: Path, output: Path, model: Path) -> list[str]:
     """`flashvl caption`, which writes a file every few rows rather than every minute."""
     code = (
-        "import flashvl.batch.outputs as o; o.BYTES_PER_FILE = 10_000;"
+        "import flashvl.data.ledger.tables as o; o.BYTES_PER_FILE = 10_000;"
         "from flashvl.cli import main; main()"
     )
     options = [

@@ -41,7 +41,7 @@ def table(tmp_path: Path) -> Path:
 def job(
     tiny_random: Path, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> CaptionJob:
-    monkeypatch.setattr("flashvl.batch.outputs.BYTES_PER_FILE", 1)
+    monkeypatch.setattr("flashvl.data.ledger.tables.BYTES_PER_FILE", 1)
     return CaptionJob(
         input=str(table),
         output=str(tmp_path / "ours"),

@@ -249,7 +249,7 @@ def test_a_job_gone_wrong_stops(
     summary = run_caption_job(job.model_copy(update={"max_error_rate": 1.0}))
     assert (summary.input, summary.dead) == (4, 4)
 
-    monkeypatch.setattr("flashvl.batch.job.MIN_ROWS_OF_RATE", 20)
+    monkeypatch.setattr("flashvl.data.ledger.work.MIN_ROWS_OF_RATE", 20)
     images = [b"no image"] * 3 + PICTURES * 20
     pq.write_table(pa.table({"image": images}), tmp_path / "some.parquet")
     job = make_job(tiny_random, tmp_path / "some.parquet", tmp_path / "out2", max_error_rate=0.1)
@@ -312,7 +312,7 @@ def test_a_full_disk_stops_the_job_and_loses_no_row(tiny_random: Path, tmp_path:
     (tmp_path / "out").mkdir()
     shell = (
         f"mount -t tmpfs -o size=60k none {tmp_path}/out || exit 77;"
-        f" {sys.executable} -c 'import flashvl.batch.outputs as o; o.BYTES_PER_FILE = 1000;"
+        f" {sys.executable} -c 'import flashvl.data.ledger.tables as o; o.BYTES_PER_FILE = 1000;"
         f" from flashvl.cli import main; main()' caption {tmp_path}/in.parquet"
         f" --output {tmp_path}/out --model {tiny_random} --max-new-tokens 4;"
         f" code=$?; cp -r {tmp_path}/out {tmp_path}/saved; exit $code"

@@ -22,12 +22,13 @@ from flashvl.batch.config import CaptionJob
 from flashvl.batch.decoding import tile_images
 from flashvl.batch.gate import Gate
 from flashvl.batch.job import Summary, run_caption_job
-from flashvl.batch.outputs import OutputFolder
+from flashvl.batch.outputs import RESULTS
 from flashvl.config import validate
 from flashvl.data.images import decode_image
 from flashvl.data.inputs.find import find_source
 from flashvl.data.inputs.images import IMAGE_SUFFIXES
 from flashvl.data.inputs.parquet import ParquetFiles
+from flashvl.data.ledger.outputs import OutputFolder
 from flashvl.data.limits import ImageLimits
 from flashvl.data.schema import CAPTIONS, DEAD_LETTERS
 from flashvl.data.storage import locate
@@ -306,7 +307,7 @@ def test_every_row_comes_out_once_whatever_the_mixture(
     )
 
     folder = tmp_path_factory.mktemp("out") / "captions"
-    output = OutputFolder(locate(folder), len(ids), pa.schema([]))
+    output = OutputFolder(locate(folder), len(ids), RESULTS, pa.schema([]))
     for batch in rows.to_batches(max_chunksize=batch_size):
         tiled = tile(pa.Table.from_batches([batch]), tiny_random)
         answered = asyncio.run(captioner(tiled))
@@ -316,7 +317,7 @@ def test_every_row_comes_out_once_whatever_the_mixture(
 
     wanted = {str(number) for number, kind in enumerate(kinds) if kind == "good"}
     captions = pq.read_table(folder / "captions")
-    assert output.captions.num_rows == len(wanted)
+    assert output.results.num_rows == len(wanted)
     assert output.dead_letters.num_rows == len(kinds) - len(wanted)
     letters = pq.read_table(folder / "dead_letters")
     assert set(captions["id"].to_pylist()) == wanted and captions.num_rows == len(wanted)
@@ -349,15 +350,15 @@ def test_a_file_that_is_gone_when_its_turn_comes_is_a_dead_letter(
 def test_output_is_cut_into_files_that_hold_every_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flashvl.batch.outputs.BYTES_PER_FILE", 1000)
-    output = OutputFolder(locate(tmp_path / "out"), 100, pa.schema([]))
+    monkeypatch.setattr("flashvl.data.ledger.tables.BYTES_PER_FILE", 1000)
+    output = OutputFolder(locate(tmp_path / "out"), 100, RESULTS, pa.schema([]))
     for first in range(0, 100, 4):
         rows = [
             {"row": row, "id": str(row), "caption": "c" * 50} for row in range(first, first + 4)
         ]
         output.write(pa.Table.from_pylist(rows, schema=CAPTIONED))
     output.finish_rows()
-    assert (output.captions.num_rows, output.dead_letters.num_rows) == (100, 0)
+    assert (output.results.num_rows, output.dead_letters.num_rows) == (100, 0)
     files = sorted((tmp_path / "out" / "captions").iterdir())
     assert [file.name for file in files[:2]] == ["part-00000.parquet", "part-00001.parquet"]
     sizes = [pq.read_metadata(file).num_rows for file in files]

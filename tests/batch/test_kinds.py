@@ -26,17 +26,18 @@ from huggingface_hub import HfFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashvl.batch.apart import check_apart
-from flashvl.batch.decoding import ImageReader, tile_images
+from flashvl.batch.decoding import tile_images
 from flashvl.batch.job import check_caption_job, run_caption_job
 from flashvl.data import fetching, storage
 from flashvl.data.inputs import jsonl
 from flashvl.data.inputs.find import find_source
+from flashvl.data.inputs.image_reader import ImageReader
 from flashvl.data.inputs.listing import _expand, list_files
 from flashvl.data.inputs.parquet import ParquetFiles
 from flashvl.data.inputs.row_groups import PIECE, read_row_groups
 from flashvl.data.inputs.source import Source
 from flashvl.data.inputs.tar import TarFiles
+from flashvl.data.ledger.apart import check_apart
 from flashvl.data.limits import ImageLimits
 from flashvl.data.storage import is_below, locate
 from flashvl.errors import ConfigError
@@ -645,7 +646,7 @@ def test_a_hub_that_does_not_answer_is_told_in_a_line(monkeypatch: pytest.Monkey
     storage._open_store.cache_clear()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE is set" in refused("hf://datasets/a/b")
-    check_apart("hf://datasets/a/b", "out")
+    check_apart("hf://datasets/a/b", "out", "captions")
 
 
 @pytest.mark.slow

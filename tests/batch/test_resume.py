@@ -23,12 +23,13 @@ from flashvl.batch import job as job_module
 from flashvl.batch.captioner import CAPTIONED
 from flashvl.batch.config import CaptionJob
 from flashvl.batch.job import run_caption_job
-from flashvl.batch.outputs import OutputFolder
+from flashvl.batch.outputs import RESULTS
 from flashvl.cli import app
 from flashvl.data.inputs.find import find_source
 from flashvl.data.inputs.parquet import ParquetFiles
 from flashvl.data.ledger.lock import held
 from flashvl.data.ledger.manifest import MANIFEST
+from flashvl.data.ledger.outputs import OutputFolder
 from flashvl.data.storage import locate
 from flashvl.errors import ConfigError, FlashVLError
 from tests.support.jobs import Interrupted, make_job, picture, rows_of
@@ -63,7 +64,7 @@ def finished(
 def test_an_interrupted_job_goes_on_with_the_rest(
     ray_cluster: None, job: CaptionJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flashvl.batch.outputs.BYTES_PER_FILE", 200)
+    monkeypatch.setattr("flashvl.data.ledger.tables.BYTES_PER_FILE", 200)
     whole = job.model_copy(update={"output": job.output + "-whole"})
     run_caption_job(whole)
 
@@ -216,7 +217,7 @@ def test_killed_again_and_again_it_ends_as_if_undisturbed(
 
     def command(output: Path) -> list[str]:
         code = (
-            "import flashvl.batch.outputs as o; o.BYTES_PER_FILE = 5000;"
+            "import flashvl.data.ledger.tables as o; o.BYTES_PER_FILE = 5000;"
             "from flashvl.cli import main; main()"
         )
         return [sys.executable, "-c", code, "caption", str(source), "--output", str(output)]
@@ -253,9 +254,9 @@ def test_the_command_goes_on_and_tells_that_all_is_done(finished: CaptionJob) ->
 
 
 def test_no_row_waits_long_for_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flashvl.batch.outputs.SECONDS_PER_FILE", 0.0)
-    output = OutputFolder(locate(tmp_path / "out"), 3, pa.schema([]))
+    monkeypatch.setattr("flashvl.data.ledger.tables.SECONDS_PER_FILE", 0.0)
+    output = OutputFolder(locate(tmp_path / "out"), 3, RESULTS, pa.schema([]))
     for row in range(3):
         output.write(pa.Table.from_pylist([{"row": row}], schema=CAPTIONED))
-        assert output.captions.count_rows() == row + 1
+        assert output.results.count_rows() == row + 1
     assert len(list((tmp_path / "out" / "dead_letters").iterdir())) == 0

@@ -17,11 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashvl.batch.captioner import CAPTIONED
-from flashvl.batch.outputs import OutputFolder
+from flashvl.batch.outputs import RESULTS
 from flashvl.data.inputs import row_groups
 from flashvl.data.inputs.find import find_source
 from flashvl.data.inputs.parquet import ParquetFiles, _partition
 from flashvl.data.inputs.row_groups import PIECE, read_row_groups
+from flashvl.data.ledger.outputs import OutputFolder
 from flashvl.data.storage import Location, locate
 from flashvl.errors import ConfigError, FlashVLError
 
@@ -434,7 +435,7 @@ def write_kept(file: Path) -> list[str]:
 def test_what_is_kept_is_as_pyarrow_reads_it_from_the_input(tmp_path: Path) -> None:
     names = write_kept(tmp_path / "t.parquet")
     source = find_source(str(tmp_path / "t.parquet"), keep=names)
-    output = OutputFolder(locate(tmp_path / "out"), NUM_ROWS, source.kept)
+    output = OutputFolder(locate(tmp_path / "out"), NUM_ROWS, RESULTS, source.kept)
     rows = read(source)
     answers = pa.Table.from_pylist(
         [{"row": 0, "caption": "c"}, {"row": 1, "step": "read"}, {"row": 2, "caption": "c"}],
@@ -476,7 +477,7 @@ def test_a_damaged_column_is_kept_as_null_although_it_says_that_it_is_never(tmp_
     source = find_source(str(tmp_path / "t.parquet"), keep=["n"])
     rows = read(source)
     assert rows["kept"].to_pylist() == [{"n": None}] * 9
-    output = OutputFolder(locate(tmp_path / "out"), 9, source.kept)
+    output = OutputFolder(locate(tmp_path / "out"), 9, RESULTS, source.kept)
     answers = pa.Table.from_pylist(rows.select(["row", "step"]).to_pylist(), schema=CAPTIONED)
     output.write(answers.append_column("kept", rows["kept"]))
     output.finish_rows()

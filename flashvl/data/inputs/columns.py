@@ -39,7 +39,9 @@ def as_rows(
     """
     found: dict[str, pa.Array | pa.ChunkedArray] = {}
     found["id"], problems = _read_ids(table, columns.id, made_ids)
-    found |= _split_images(table[columns.image], folder if columns.follows_paths else None)
+    if columns.image is not None:
+        folder_of_paths = folder if columns.follows_paths else None
+        found |= _split_images(table[columns.image], folder_of_paths)
     if columns.prompt is not None:
         found["prompt"], bad_prompts = _read_text(table[columns.prompt], "prompt")
         problems = bad_prompts | problems

@@ -79,7 +79,7 @@ def find_source(
     )
     check_alike(tables, columns)
     check_keepable(pa.schema(map(first.schema.field, columns.kept)), first.path)
-    if not follow_paths and is_paths(first.schema.field(columns.image).type):
+    if not follow_paths and is_paths(first.schema.field(columns.image or "").type):
         raise ConfigError(
             f"{first.path}: column {columns.image!r} holds paths, which may not be followed"
             " here; put the images' bytes into the table"

@@ -25,6 +25,7 @@ from fsspec import AbstractFileSystem
 
 from flashvl.data.fetching import is_data_url
 from flashvl.data.inputs.compressed import is_damage, open_plain
+from flashvl.data.inputs.json_array import BrokenArrayError, read_elements, starts_array
 from flashvl.data.inputs.listing import ListedFile, Listing
 from flashvl.data.inputs.rows import (
     BYTES_PER_READ,
@@ -59,13 +60,14 @@ _PIECE = pa.schema(
         ("first_line", pa.int64()),
         ("is_done", pa.binary()),
         ("problem", pa.string()),
+        ("is_array", pa.bool_()),
     ]
 )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Lines:
-    """The places of a file's lines; blank lines do not count."""
+    """The places of a file's lines, without blank ones, or of the elements of its one array."""
 
     offsets: npt.NDArray[np.int64]
     """(pieces + 1,): uncompressed offset at which each begins, and at which the last one ends."""
@@ -74,6 +76,8 @@ class Lines:
     problem: str | None
     """Reason why the rest of the file is lost, which counts as one more row; None: all is there."""
     is_compressed: bool
+    is_array: bool = False
+    """Whether the file is one array, whose elements take the place of lines."""
 
     @property
     def num_rows(self) -> int:
@@ -102,7 +106,7 @@ class JsonLines(Source):
         return describe_columns("JSON Lines", self.columns, "field ", made_id=made_id)
 
     def read(self, is_done: Done) -> ray.data.Dataset:
-        return ray.data.from_arrow(as_blocks(list(self._pieces(is_done)), _PIECE)).map_batches(
+        return ray.data.from_arrow(pieces_to_read(self.lines, is_done)).map_batches(
             _read_pieces,
             fn_kwargs={
                 "store": self.store,
@@ -116,35 +120,42 @@ class JsonLines(Source):
             batch_format="pyarrow",
         )
 
-    def _pieces(self, is_done: Done) -> Iterator[pa.Table]:
-        """The pieces with rows that are not done, in tables of `_PIECE`.
 
-        The pieces of a compressed file are one table, for one task, as it is read from its start.
-        """
-        first_row = 0
-        for number, lines in enumerate(self.lines):
-            done = is_done[first_row : first_row + lines.num_rows]
-            pieces = []
-            for n, (first, last) in enumerate(zip(lines.firsts, lines.firsts[1:], strict=False)):
-                piece = {"begin": lines.offsets[n], "end": lines.offsets[n + 1], "problem": None}
-                pieces.append(piece | {"first_line": first, "done": done[first:last]})
-            if lines.problem is not None:
-                last_piece = {"begin": 0, "end": 0, "problem": lines.problem}
-                pieces.append(last_piece | {"first_line": lines.firsts[-1], "done": done[-1:]})
-            left = [
-                piece
-                | {
-                    "file": number,
-                    "first_row": first_row + piece["first_line"],
-                    "is_done": np.packbits(piece["done"]).tobytes(),
-                }
-                for piece in pieces
-                if not piece["done"].all()
-            ]
-            size = len(left) if lines.is_compressed else 1
-            for start in range(0, len(left), size or 1):
-                yield pa.Table.from_pylist(left[start : start + size], schema=_PIECE)
-            first_row += lines.num_rows
+def pieces_to_read(files: Sequence[Lines], is_done: Done) -> list[pa.Table]:
+    """The pieces of an input's files with rows that are not done, a table for each task."""
+    return as_blocks(list(_pieces(files, is_done)), _PIECE)
+
+
+def _pieces(files: Sequence[Lines], is_done: Done) -> Iterator[pa.Table]:
+    """The pieces with rows that are not done, in tables of `_PIECE`.
+
+    The pieces of a compressed file are one table, for one task, as it is read from its start.
+    """
+    first_row = 0
+    for number, lines in enumerate(files):
+        done = is_done[first_row : first_row + lines.num_rows]
+        pieces = []
+        for n, (first, last) in enumerate(zip(lines.firsts, lines.firsts[1:], strict=False)):
+            piece = {"begin": lines.offsets[n], "end": lines.offsets[n + 1], "problem": None}
+            pieces.append(piece | {"first_line": first, "done": done[first:last]})
+        if lines.problem is not None:
+            last_piece = {"begin": 0, "end": 0, "problem": lines.problem}
+            pieces.append(last_piece | {"first_line": lines.firsts[-1], "done": done[-1:]})
+        left = [
+            piece
+            | {
+                "file": number,
+                "first_row": first_row + piece["first_line"],
+                "is_done": np.packbits(piece["done"]).tobytes(),
+                "is_array": lines.is_array,
+            }
+            for piece in pieces
+            if not piece["done"].all()
+        ]
+        size = len(left) if lines.is_compressed else 1
+        for start in range(0, len(left), size or 1):
+            yield pa.Table.from_pylist(left[start : start + size], schema=_PIECE)
+        first_row += lines.num_rows
 
 
 def find_lines(
@@ -199,7 +210,7 @@ def _find_fields(location: Location, num_lines: int, image_limits: ImageLimits) 
         for _, line in itertools.islice(_read_lines(stream, image_limits), num_lines):
             start = start or (line or b"")[:1]
             try:
-                fields |= dict.fromkeys(_parse(line))
+                fields |= dict.fromkeys(parse_line(line))
                 is_any = True
             except DataError:
                 continue
@@ -212,8 +223,13 @@ def _find_fields(location: Location, num_lines: int, image_limits: ImageLimits) 
     return [as_text(name) or "" for name in fields] if start else [IMAGE_COLUMNS[0]]
 
 
-def count_lines(location: Location, image_limits: ImageLimits) -> Lines:
+def count_lines(
+    location: Location, image_limits: ImageLimits, *, may_be_array: bool = False
+) -> Lines:
     """The places of a file's lines.
+
+    Args:
+        may_be_array: take a file that begins with `[` as one array, of elements on any lines.
 
     Raises:
         ConfigError: the file is compressed by another program than gzip, bzip2 or xz.
@@ -223,17 +239,19 @@ def count_lines(location: Location, image_limits: ImageLimits) -> Lines:
     count = end = 0
     problem = None
     with open_plain(location) as (stream, is_compressed):
+        is_array = may_be_array and starts_array(stream)
         try:
-            for end, _ in _read_lines(stream, image_limits):
+            for end, _ in read_items(stream, is_array, image_limits):
                 count += 1
                 if count - firsts[-1] >= ROWS_PER_PIECE or end - offsets[-1] >= BYTES_PER_PIECE:
                     offsets.append(end)
                     firsts.append(count)
         except Exception as error:
-            if not is_damage(error):
+            if not isinstance(error, BrokenArrayError) and not is_damage(error):
                 raise
+            what = "element" if is_array else "line"
             problem = (
-                f"{as_name(str(location))} is broken after line {count} ({error}): what it held"
+                f"{as_name(str(location))} is broken after {what} {count} ({error}): what it held"
                 " from there on is lost; make it again"
             )
     if count > firsts[-1]:
@@ -244,7 +262,22 @@ def count_lines(location: Location, image_limits: ImageLimits) -> Lines:
         firsts=np.array(firsts, np.int64),
         problem=problem,
         is_compressed=is_compressed,
+        is_array=is_array,
     )
+
+
+def read_items(
+    stream: BinaryIO, is_array: bool, image_limits: ImageLimits, end: int | None = None
+) -> Iterator[tuple[int, bytes | None]]:
+    """A file's lines or elements, as `_read_lines` gives them."""
+    if is_array:
+        return read_elements(stream, _most_bytes(image_limits), end)
+    return _read_lines(stream, image_limits, end)
+
+
+def _most_bytes(image_limits: ImageLimits) -> int:
+    """Bytes of a line at most: an image in base64 and the other fields."""
+    return 2 * image_limits.max_image_bytes + 2**20
 
 
 def _read_lines(
@@ -252,7 +285,7 @@ def _read_lines(
 ) -> Iterator[tuple[int, bytes | None]]:
     """The lines that are not blank, from the stream's position: the offset at which each ends, and
     its content, or None where that is longer than any image."""
-    most = 2 * image_limits.max_image_bytes + 2**20  # base64 and the other fields
+    most = _most_bytes(image_limits)
     place = stream.tell()
     while end is None or place < end:
         line = stream.readline(most)
@@ -270,7 +303,7 @@ def _read_lines(
             yield place, line
 
 
-def _parse(line: bytes | None) -> dict[str, Any]:
+def parse_line(line: bytes | None) -> dict[str, Any]:
     """The object in a line.
 
     Raises:
@@ -305,7 +338,7 @@ def _read_pieces(
     has_prompt = columns.prompt is not None
     rows: list[dict[str, Any]] = []
     num_bytes = 0
-    for piece, path, line, place in _left_lines(pieces, store, paths, image_limits):
+    for piece, path, line, place in left_lines(pieces, store, paths, image_limits):
         name = names[piece["file"]].decode(errors="replace")
         keys = {"row": piece["first_row"] + place, "id": f"{name}:{piece['first_line'] + place}"}
         if rows and (len(rows) == ROWS_PER_READ or num_bytes + len(line or b"") > BYTES_PER_READ):
@@ -317,7 +350,7 @@ def _read_pieces(
         yield as_table(rows, kept, [IMAGES], has_prompt)
 
 
-def _left_lines(
+def left_lines(
     pieces: pa.Table, store: AbstractFileSystem, paths: list[bytes], image_limits: ImageLimits
 ) -> Iterator[tuple[dict[str, Any], str, bytes | None, int]]:
     """The lines that are not done, each with its piece, file, content and place in the piece."""
@@ -330,7 +363,8 @@ def _left_lines(
                     continue
                 is_done = np.unpackbits(np.frombuffer(piece["is_done"], np.uint8))
                 stream.seek(piece["begin"])
-                for place, (_, line) in enumerate(_read_lines(stream, image_limits, piece["end"])):
+                items = read_items(stream, piece["is_array"], image_limits, piece["end"])
+                for place, (_, line) in enumerate(items):
                     if not is_done[place]:
                         yield piece, path, line, place
 
@@ -343,13 +377,13 @@ def _as_row(
         return {"problem": problem}
     row: dict[str, Any] = {}
     try:
-        fields = _parse(line)
+        fields = parse_line(line)
         if columns.id is not None:
             row["id"] = as_text(fields.get(columns.id))
         row["kept"] = {name: as_text(fields.get(name)) for name in columns.kept}
         if columns.prompt is not None:
             row["prompt"] = as_text(fields.get(columns.prompt))
-        value = fields.get(columns.image)
+        value = fields.get(columns.image or "")
         row["images"] = [
             {"path": _path(each, posixpath.dirname(file), columns.follows_paths)}
             for each in (value if isinstance(value, list) else [value])

@@ -1,7 +1,7 @@
 """Image tables in Parquet, as their footers describe them."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -157,7 +157,6 @@ def check_alike(files: list[ParquetFile], columns: ImageColumns) -> None:
     Raises:
         ConfigError: a file lacks a column, or has it with another type.
     """
-    first = files[0]
     for file in files:
         found = find_image_columns(
             file.schema,
@@ -167,7 +166,23 @@ def check_alike(files: list[ParquetFile], columns: ImageColumns) -> None:
             prompt=columns.prompt,
             kept=columns.kept,
         )
-        for name in found.names:
+    check_types(files, found.names)
+
+
+def check_types(files: list[ParquetFile], names: Sequence[str]) -> None:
+    """Check that columns have the same types in all files.
+
+    Raises:
+        ConfigError: a file lacks a column, or has it with another type.
+    """
+    first = files[0]
+    for file in files:
+        for name in names:
+            if name not in file.schema.names:
+                raise ConfigError(
+                    f"{file.path} has no column {name!r}, as {first.path} has; write all files"
+                    " with one schema"
+                )
             here, there = file.schema.field(name).type, first.schema.field(name).type
             if here != there:
                 raise ConfigError(

@@ -166,7 +166,7 @@ def _read_around(
     row_group: int,
     names: Sequence[str],
     schema: pa.Schema,
-    image: str,
+    image: str | None,
 ) -> pa.Table:
     """A damaged row group's columns, null where they cannot be read; the images are not read."""
     num_rows = file.metadata.row_group(row_group).num_rows

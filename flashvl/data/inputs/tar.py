@@ -195,8 +195,25 @@ def read_headers(location: Location, image: str | None, wanted: frozenset[str]) 
     Raises:
         ConfigError: the file is not a tar.
     """
+    index, problem, is_compressed = index_tar(location, image, wanted)
+    rows = index.rows()
+    if problem is not None:
+        name = as_name(posixpath.basename(location.path))
+        rows.append({"id": name, "offset": 0, "size": 0, "texts": [], "problem": problem})
+    return Tar(
+        rows=pa.Table.from_pylist(rows, schema=_MEMBER),
+        columns=frozenset(index.columns),
+        is_compressed=is_compressed,
+    )
+
+
+def index_tar(
+    location: Location, image: str | None, wanted: frozenset[str]
+) -> tuple["Index", str | None, bool]:
+    """A tar's members, the reason why the rest of it is lost, if it is, and whether it is
+    compressed; for the arguments and errors see `read_headers`."""
     with open_plain(location) as (stream, is_compressed):
-        index = _Index(image, wanted, stream)
+        index = Index(image, wanted, stream)
         try:
             tar = tarfile.open(fileobj=stream, mode="r:")
         except Exception as error:
@@ -206,22 +223,15 @@ def read_headers(location: Location, image: str | None, wanted: frozenset[str]) 
                 f"{location} is not a readable tar ({error}); replace or remove it"
             ) from None
         problem = _read_all(tar, stream, index)
-    rows = index.rows()
     if problem is not None:
-        name = posixpath.basename(location.path)
-        reason = (
+        problem = (
             f"{as_name(str(location))} is broken {problem}: what it held from there on is lost;"
             " make it again"
         )
-        rows.append({"id": as_name(name), "offset": 0, "size": 0, "texts": [], "problem": reason})
-    return Tar(
-        rows=pa.Table.from_pylist(rows, schema=_MEMBER),
-        columns=frozenset(index.columns),
-        is_compressed=is_compressed,
-    )
+    return index, problem, is_compressed
 
 
-def _read_all(tar: tarfile.TarFile, stream: BinaryIO, index: "_Index") -> str | None:
+def _read_all(tar: tarfile.TarFile, stream: BinaryIO, index: "Index") -> str | None:
     """Give `index` the complete members; returns the place where the tar is broken, if it is."""
     last: tarfile.TarInfo | None = None
     try:
@@ -263,7 +273,7 @@ def _is_break(error: Exception) -> bool:
     return isinstance(error, (tarfile.TarError, ValueError, OverflowError)) or is_damage(error)
 
 
-class _Index:
+class Index:
     """The members of a tar that are images or wanted columns, by sample."""
 
     def __init__(self, image: str | None, wanted: frozenset[str], stream: BinaryIO):
@@ -309,6 +319,21 @@ class _Index:
             for key, column, (offset, size), problem in self._images
         ]
 
+    def samples(self) -> list[dict[str, Any]]:
+        """The keys that have images or wanted columns, by their places, each with those."""
+        found: dict[str, dict[str, Any]] = {}
+        for key, _, (offset, size), problem in self._images:
+            sample = found.setdefault(key, {"id": as_name(key), "texts": [], "images": []})
+            sample["images"].append({"offset": offset, "size": size, "problem": problem})
+        for key, texts in self._texts.items():
+            found.setdefault(key, {"id": as_name(key), "images": []})["texts"] = texts
+        return sorted(
+            found.values(),
+            key=lambda sample: min(
+                member["offset"] for member in (*sample["texts"], *sample["images"])
+            ),
+        )
+
     def _is_image(self, column: str) -> bool:
         if self._image is not None:
             return column == self._image
@@ -351,7 +376,7 @@ def _read_members(
         with open_plain(Location(store, os.fsdecode(paths[number]))) as (stream, _):
             for chunk in _chunks(members):
                 spans = {span for member in chunk for span in _spans(member, image_limits)}
-                contents = _read_spans(stream, spans)
+                contents = read_spans(stream, spans)
                 rows = [_as_row(member, contents, columns, image_limits) for member in chunk]
                 yield as_table(rows, kept, IMAGE, columns.prompt is not None)
 
@@ -379,7 +404,7 @@ def _spans(member: dict[str, Any], image_limits: ImageLimits) -> list[_Span]:
     return spans
 
 
-def _read_spans(stream: BinaryIO, spans: Iterable[_Span]) -> dict[_Span, bytes]:
+def read_spans(stream: BinaryIO, spans: Iterable[_Span]) -> dict[_Span, bytes]:
     """The content of each span that can be read, in the order of their offsets."""
     found = {}
     for run in _runs(sorted(spans)):
@@ -427,7 +452,7 @@ def _as_row(
                 f" max_image_bytes={image_limits.max_image_bytes}; compress it or raise"
                 " max_image_bytes"
             )
-        row["image"] = _content((member["offset"], member["size"]), contents)
+        row["image"] = read_content((member["offset"], member["size"]), contents)
         texts = {text["column"]: (text["offset"], text["size"]) for text in member["texts"]}
         row["kept"] = {name: _value(name, texts, contents) for name in columns.kept}
         if columns.prompt is not None:
@@ -440,7 +465,7 @@ def _as_row(
     return row
 
 
-def _content(span: _Span, contents: dict[_Span, bytes]) -> bytes:
+def read_content(span: _Span, contents: dict[_Span, bytes]) -> bytes:
     if span not in contents:
         raise DataError("member cannot be read any more: did the tar change? Restore it")
     return contents[span]
@@ -458,7 +483,7 @@ def _value(name: str, texts: dict[str, _Span], contents: dict[_Span, bytes]) -> 
     if texts[head][1] > MAX_TEXT_BYTES:
         raise DataError(f"member .{head} has more than {MAX_TEXT_BYTES} bytes; shorten it")
     try:
-        text = _content(texts[head], contents).decode()
+        text = read_content(texts[head], contents).decode()
         if head == name:
             return text
         fields = json.loads(text)

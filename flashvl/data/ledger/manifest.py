@@ -1,4 +1,4 @@
-"""The record of everything that decides a job's captions, so that it resumes only unchanged.
+"""The record of everything that decides a job's results, so that it resumes only unchanged.
 
 _manifest.json          written first, before any row
 _files-HASH.parquet     the input's files in the order of their rows; HASH is the manifest's `input`
@@ -24,7 +24,7 @@ MANIFEST = "_manifest.json"
 FILES = "_files-"
 
 Fingerprint = dict[str, str | int | float]
-"""What decides the captions, by name: settings as they are, contents as hashes."""
+"""What decides the results, by name: settings as they are, contents as hashes."""
 
 GROWING = ("input", "num_rows")
 """Names in a fingerprint whose values change when the input grows."""
@@ -47,7 +47,7 @@ def has_begun(folder: Location) -> bool:
 
 
 def read_files(folder: Location) -> list[ListedFile]:
-    """The files whose rows the job of `folder` captions, in the order of their rows.
+    """The files whose rows the job of `folder` answers, in the order of their rows.
 
     Raises:
         ConfigError: the manifest or the list is not readable.
@@ -85,14 +85,14 @@ def check_files(
         else:
             continue
         raise ConfigError(
-            f"output {folder} holds captions of other files: {problem}. Restore it, name another"
+            f"output {folder} holds results of other files: {problem}. Restore it, name another"
             " output, or give --restart to throw them away"
         )
     num_new = len(files) - len(known)
     if num_new and not may_grow:
         raise ConfigError(
             f"the input has {num_new} new files, as {files[len(known)].path}; give --append to"
-            f" caption them, too, or name another output than {folder}"
+            f" add their rows, or name another output than {folder}"
         )
 
 
@@ -118,7 +118,7 @@ def check_same(folder: Location, fingerprint: Fingerprint, may_differ: Sequence[
             for name in differing
         )
         raise ConfigError(
-            f"output {folder} holds another job's captions: {told}. Name another output, or give"
+            f"output {folder} holds another job's results: {told}. Name another output, or give"
             " --restart to throw them away"
         )
 

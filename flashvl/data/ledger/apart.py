@@ -1,6 +1,6 @@
 """The check that a job's input and output lie apart.
 
-Otherwise the next run would find its captions in the input, or a restart would remove the input.
+Otherwise the next run would find its results in the input, or a restart would remove the input.
 """
 
 import glob
@@ -14,20 +14,18 @@ from fsspec.utils import glob_translate
 from flashvl.data.storage import Location, locate
 from flashvl.errors import ConfigError
 
-WRITTEN = (
-    "captions/part-00000.parquet",
-    "dead_letters/part-00000.parquet",
-    "report.html",
-    "_summary.json",
-)
-"""One file of each kind that a job writes."""
+WRITTEN = ("dead_letters/part-00000.parquet", "report.html", "_summary.json")
+"""One file of each kind that a job writes, other than its results."""
 
 Segments = tuple[str, ...]
 """A path or URI by its parts, the store first."""
 
 
-def check_apart(input: str, output: str) -> None:
+def check_apart(input: str, output: str, results: str) -> None:
     """Refuse an input and an output of which one lies in the other, whatever they are called.
+
+    Args:
+        results: name of the output's table of results.
 
     Raises:
         ConfigError: one lies in the other, or a glob matches files that the job writes.
@@ -46,7 +44,8 @@ def check_apart(input: str, output: str) -> None:
     else:
         # Braces stand for fewer names than `*` does.
         pattern = re.compile(glob_translate(re.sub(r"\{[^{}]*\}", "*", "/".join(outer))))
-        is_found = any(pattern.match("/".join((*inner, name))) for name in WRITTEN)
+        written = (f"{results}/part-00000.parquet", *WRITTEN)
+        is_found = any(pattern.match("/".join((*inner, name))) for name in written)
     if is_found:
         raise ConfigError(
             f"output {output!r} lies in the input {input!r}, where the next run would find it; name"

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from flashvl.batch.apart import check_apart
 from flashvl.batch.config import CaptionJob
 from flashvl.batch.job import run_caption_job
+from flashvl.data.ledger.apart import check_apart
 from flashvl.errors import ConfigError
 from tests.support.jobs import picture
 
@@ -48,7 +48,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_refuses_one_in_the_other(source: str, output: str) -> None:
     before = sorted(Path().rglob("*"))
     with pytest.raises(ConfigError, match=r" in the (input|output) .* name a") as error:
-        check_apart(source.format(here=os.getcwd()), output.format(here=os.getcwd()))
+        check_apart(source.format(here=os.getcwd()), output.format(here=os.getcwd()), "captions")
     assert "\n" not in str(error.value)
     assert sorted(Path().rglob("*")) == before
 
@@ -67,7 +67,7 @@ def test_refuses_one_in_the_other(source: str, output: str) -> None:
     ],
 )
 def test_takes_what_the_next_run_would_not_find(source: str, output: str) -> None:
-    check_apart(source, output)
+    check_apart(source, output, "captions")
 
 
 def test_the_job_itself_refuses_it(tiny_random: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ FASTER = (
 )
 HOLD = """
 import sys, time
-from tests.batch.test_lock import PLACES
+from tests.data.ledger.test_lock import PLACES
 with lock.held(PLACES[sys.argv[1]](sys.argv[2])):
     print("held", flush=True)
     time.sleep(600)
@@ -49,7 +49,7 @@ def holder(place: str, folder: Path) -> subprocess.Popen[str]:
     """A process that holds the lock of the folder."""
     code = FASTER.format(times=TIMES) + HOLD
     line = [sys.executable, "-c", code, place, str(folder)]
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     process = subprocess.Popen(line, cwd=root, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "held\n"
     return process
