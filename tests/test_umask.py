@@ -31,7 +31,7 @@ def test_every_command_obeys_the_umask(
     run("tiles", tmp_path / "red.png", "--output", out / "tiles.png", "--json", out / "tiles.json")
     run("eval", "scenes", "--items", "1", "--json", out / "scores.json")
     run("demo", "--output", out / "demo")  # captions and their report among it
-    settings = ["num_workers=1", "global_batch_size=4", "per_device_train_batch_size=4"]
+    settings = ["num_workers=1", "global_batch_size=4"]
     data = ["data.synthetic.count=8", "warmup_steps=1"]
     run("train", RECIPE, "init_from=tiny", f"output_dir={out / 'train'}", *settings, *data)
     assert (out / "train" / "model.safetensors").is_file()

@@ -6,7 +6,7 @@ step before the tower.
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from flashvl.data.images import decode_reduced
 from flashvl.data.limits import DEFAULT_LIMITS, ImageLimits
@@ -103,21 +104,13 @@ def encode_prompt(
     Raises:
         DataError: the messages do not have one place for each image.
     """
-    tokenizer = processor.tokenizer
-    control_tokens = re.compile("|".join(map(re.escape, tokenizer.added_tokens_encoder)))
-
-    def as_text(text: str) -> str:
-        text = text.replace(BREAK, "\N{REPLACEMENT CHARACTER}")
-        return control_tokens.sub(lambda token: token[0][0] + BREAK + token[0][1:], text)
-
-    text: str = tokenizer.apply_chat_template(
-        _expand_images(messages, counts, processor, as_text),
+    text: str = processor.tokenizer.apply_chat_template(
+        _expand_images(messages, counts, processor),
         chat_template=processor.chat_template,
         add_generation_prompt=True,
         tokenize=False,
     )
-    pieces = [tokenizer.encode(piece, add_special_tokens=False) for piece in text.split(BREAK)]
-    return list(itertools.chain.from_iterable(pieces))
+    return [token for token, _, _ in _tokens(text, processor)]
 
 
 def encode_conversation(
@@ -128,6 +121,8 @@ def encode_conversation(
 ) -> tuple[list[int], list[int]]:
     """Token ids of a whole conversation, and its labels: -100 outside the assistant's turns.
 
+    A control token inside a message's text is encoded as plain text, as in `encode_prompt`.
+
     Args:
         counts: tiles of each image, in the order of the `<image>`s.
 
@@ -135,18 +130,20 @@ def encode_conversation(
         DataError: the messages do not have one `<image>` for each image, are longer than
             `max_length` tokens (cutting them could cut an image), or hold no answer.
     """
-    if any(processor.image_token in message["content"] for message in messages):
-        raise DataError(
-            f"a message holds {processor.image_token}, the model's own placeholder of an image;"
-            f" write {IMAGE_MARKER} where an image goes"
-        )
-    encoded: dict[str, Any] = processor.tokenizer.apply_chat_template(
-        _expand_images(messages, counts, processor),
+    (text,), (answers,) = render_jinja_template(
+        [_expand_images(messages, counts, processor)],
         chat_template=processor.chat_template,
-        return_dict=True,
         return_assistant_tokens_mask=True,
+        **processor.tokenizer.special_tokens_map,
     )
-    input_ids, is_answer = encoded["input_ids"], encoded["assistant_masks"]
+    input_ids, is_answer = [], []
+    spans = iter([*answers, (len(text), len(text))])
+    start, end = next(spans)
+    for token, first, last in _tokens(text, processor):
+        while end <= first and end < len(text):
+            start, end = next(spans)
+        input_ids.append(token)
+        is_answer.append(first < end and start < last)
     if len(input_ids) > max_length:
         raise DataError(
             f"conversation has {len(input_ids)} tokens, more than max_length={max_length};"
@@ -165,9 +162,14 @@ def _expand_images(
     messages: Sequence[Message],
     counts: Sequence[int],
     processor: FlashVLProcessor,
-    as_text: Callable[[str], str] = str,
 ) -> list[dict[str, str]]:
-    """The messages with every image's placeholders filled in; `as_text` makes the other text."""
+    """The messages with every image's placeholders filled in, and no other control token."""
+    control_tokens = _control_tokens(processor.tokenizer)
+
+    def as_text(text: str) -> str:
+        text = text.replace(BREAK, "\N{REPLACEMENT CHARACTER}")
+        return control_tokens.sub(lambda token: token[0][0] + BREAK + token[0][1:], text)
+
     contents = [_pieces(message["content"]) for message in messages]
     num_places = sum(piece is None for content in contents for piece in content)
     if num_places != len(counts):
@@ -185,6 +187,22 @@ def _expand_images(
         }
         for message, content in zip(messages, contents, strict=True)
     ]
+
+
+def _control_tokens(tokenizer: Any) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, tokenizer.added_tokens_encoder)))
+
+
+def _tokens(text: str, processor: FlashVLProcessor) -> Iterator[tuple[int, int, int]]:
+    """Each token of a rendered text, with the places in the text where it begins and ends."""
+    start = 0
+    for piece in text.split(BREAK):
+        encoded = processor.tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True)
+        for token, (first, last) in zip(
+            encoded["input_ids"], encoded["offset_mapping"], strict=True
+        ):
+            yield token, start + first, start + last
+        start += len(piece) + len(BREAK)
 
 
 def _pieces(content: str | list[dict[str, str]]) -> list[str | None]:

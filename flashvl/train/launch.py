@@ -18,8 +18,8 @@ from flashvl.model.loading import load_processor, resolve_checkpoint
 from flashvl.model.parts.prepare import prepare_model
 from flashvl.progress import ShowProgress, ignore_progress
 from flashvl.train.checkpoint import LOG, read_log
+from flashvl.train.feed import build_feed
 from flashvl.train.recipe import AnyRecipe, Recipe
-from flashvl.train.rows import training_rows
 from flashvl.train.supervised import train_worker
 
 PROGRESS_INTERVAL_S = 1.0
@@ -59,20 +59,20 @@ def run(recipe: AnyRecipe, on_progress: ShowProgress = ignore_progress) -> Stage
     """
     init_from = resolve_checkpoint(prepare_model(recipe.init_from)).resolve()
     load_processor(init_from)
-    num_rows = recipe.data.num_rows()
-    num_steps = num_rows // recipe.global_batch_size
-    if num_steps == 0:
-        raise ConfigError(
-            f"{num_rows} rows are less than one step of global_batch_size"
-            f" ({recipe.global_batch_size}); give more rows, or lower global_batch_size"
-        )
+    feed = build_feed(
+        recipe.data,
+        model=str(init_from),
+        global_batch_size=recipe.global_batch_size,
+        max_length=recipe.max_length,
+        token_budget=recipe.token_budget,
+        seed=recipe.seed,
+        kind=recipe.kind,
+    )
+    num_steps = feed.num_steps
     resources = _resources_of_a_worker(recipe)
     output_dir = _new_folder(recipe.output_dir)
     recipe = recipe.model_copy(update={"init_from": str(init_from), "output_dir": output_dir})
-    rows = training_rows(
-        recipe.data, recipe.init_from, recipe.max_length, recipe.per_device_train_batch_size
-    )
-    rows.context.enable_progress_bars = False  # the progress of the steps is shown instead
+    rows = feed.dataset(0, recipe.num_workers)
     progress = Queue(actor_options={"num_cpus": 0})
     trainer = TorchTrainer(
         train_worker,
@@ -97,7 +97,7 @@ def run(recipe: AnyRecipe, on_progress: ShowProgress = ignore_progress) -> Stage
         trainer.fit()
     if not (output_dir / LOG).exists():
         raise ConfigError(
-            f"none of the {num_rows} rows could be used; correct them as the workers' logs say, or"
+            f"none of the {feed.num_rows} rows could be used; correct them, or"
             f" raise max_length ({recipe.max_length}) if they are too long"
         )
     log = read_log(output_dir)

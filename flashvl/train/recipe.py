@@ -10,7 +10,7 @@ from typing import Annotated, Literal, Self
 from pydantic import ConfigDict, Field, PositiveInt, field_validator, model_validator
 
 from flashvl.config import StrictModel, load_config, validate
-from flashvl.train.rows import TrainingData
+from flashvl.train.mixture import TrainingData
 
 ModelPart = Literal["vision_tower", "multi_modal_projector", "language_model"]
 """Part of the model, by the name of its module."""
@@ -183,4 +183,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
     """
     found = load_config(_Kind, path, overrides)  # once, as a pipe cannot be read again
     values = {"kind": found.kind, **(found.model_extra or {})}
+    for name in ("data", "eval_data"):
+        if isinstance(data := values.get(name), dict) and isinstance(data.get("mixture"), str):
+            data["mixture"] = str(Path(path).parent / data["mixture"])
     return validate(RECIPES[found.kind], values, source=str(path))

@@ -3,10 +3,9 @@
 It runs inside Ray Train's `TorchTrainer`, which `launch.run` starts.
 """
 
-import itertools
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import ray.train
@@ -18,8 +17,10 @@ from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 from flashvl.model.loading import load_model, load_processor
 from flashvl.train.checkpoint import save_checkpoint
-from flashvl.train.objectives import OBJECTIVES, Objective, Tensors
+from flashvl.train.feed import read_shares
+from flashvl.train.objectives import OBJECTIVES, Objective
 from flashvl.train.recipe import AnyRecipe, ModelPart, Recipe
+from flashvl.train.shares import Share
 
 Record = dict[str, float]
 """Figures of one step: step, loss, learning_rate, grad_norm, seconds so far, samples_per_s."""
@@ -41,19 +42,14 @@ def train_worker(config: dict[str, Any]) -> None:
     freeze_all_but(model, recipe.trainable)
     objective: Objective = OBJECTIVES[recipe.kind](model, processor)
     engine = start_engine(objective.module, recipe, num_steps)
-    shard = ray.train.get_dataset_shard("train")
-    batches = shard.iter_torch_batches(
-        batch_size=recipe.per_device_train_batch_size,
-        collate_fn=objective.collate,
-        prefetch_batches=2,
-        drop_last=True,
-    )
-    log = train_steps(engine, objective, batches, recipe, config["progress"])
+    rank = ray.train.get_context().get_world_rank()
+    shares = read_shares(ray.train.get_dataset_shard("train"), rank, first_step=0)
+    log = train_steps(engine, objective, shares, recipe, config["progress"])
     if not log:
         return  # `launch.run` reports that no row could be used
 
     ray.train.report({"loss": log[-1]["loss"], "step": len(log)})
-    if ray.train.get_context().get_world_rank() == 0:
+    if rank == 0:
         save_checkpoint(model, processor, recipe, log)
 
 
@@ -77,9 +73,9 @@ def start_engine(module: nn.Module, recipe: Recipe, num_steps: int) -> Any:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
     settings = {
-        "train_batch_size": recipe.global_batch_size,
-        "train_micro_batch_size_per_gpu": recipe.per_device_train_batch_size,
-        "gradient_accumulation_steps": recipe.gradient_accumulation_steps,
+        # The number of micro-batches differs from step to step; `_train_step` sets the boundary.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
         "gradient_clipping": recipe.max_grad_norm,
         "zero_optimization": {"stage": recipe.zero_stage},
         "bf16": {"enabled": recipe.precision == "bf16"},
@@ -109,16 +105,16 @@ def start_engine(module: nn.Module, recipe: Recipe, num_steps: int) -> Any:
 def train_steps(
     engine: Any,
     objective: Objective,
-    batches: Iterable[Tensors],
+    shares: Iterable[Share],
     recipe: Recipe,
     progress: Queue,
 ) -> list[Record]:
-    """Train on all `batches`; returns a record of each step, which the first worker reports too."""
+    """Train on all `shares`; returns a record of each step, which the first worker reports too."""
     writer = SummaryWriter(recipe.output_dir / "runs") if distributed.get_rank() == 0 else None
     log: list[Record] = []
     start = time.perf_counter()
-    for window in _windows(batches, recipe.gradient_accumulation_steps):
-        loss = _train_step(engine, objective, window)
+    for share in shares:
+        loss = _train_step(engine, objective, share)
         seconds = time.perf_counter() - start
         record = {
             "step": len(log) + 1,
@@ -138,25 +134,21 @@ def train_steps(
     return log
 
 
-def _windows(batches: Iterable[Tensors], size: int) -> Iterator[list[Tensors]]:
-    """Groups of `size` micro-batches, one for each step; an incomplete last one is left out."""
-    iterator = iter(batches)
-    while len(window := list(itertools.islice(iterator, size))) == size:
-        yield window
-
-
-def _train_step(engine: Any, objective: Objective, window: list[Tensors]) -> float:
+def _train_step(engine: Any, objective: Objective, share: Share) -> float:
     """Make one optimizer step; returns the mean loss over the items of the global batch."""
-    local_items = sum(objective.num_items(batch) for batch in window)
+    num_workers = distributed.get_world_size()
+    local_items = sum(map(objective.num_items, share.micro_batches))
     num_items = torch.tensor(float(local_items), device=engine.device)
     distributed.all_reduce(num_items)
-    num_items /= len(window) * distributed.get_world_size()
+    num_items.clamp_(min=1)
     total = torch.zeros((), device=engine.device)
-    for batch in window:
+    for number, micro_batch in enumerate(share.micro_batches, 1):
+        batch = objective.collate(micro_batch)
         batch = {name: tensor.to(engine.device) for name, tensor in batch.items()}
-        loss = objective.loss(engine, batch, num_items)
-        engine.backward(loss)
+        engine.set_gradient_accumulation_boundary(number == len(share.micro_batches))
+        loss, _ = objective.loss(engine, batch, num_items)
+        engine.backward(loss * num_workers)  # DeepSpeed averages over the workers
         engine.step()
         total += loss.detach()
     distributed.all_reduce(total)
-    return float(total) / (len(window) * distributed.get_world_size())
+    return float(total)

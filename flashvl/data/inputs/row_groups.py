@@ -6,7 +6,7 @@ stops the job.
 
 import os
 import posixpath
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -61,7 +61,7 @@ def read_row_groups(
             yield rows.filter(pa.array(~is_done[places]))
 
 
-class _DamagedError(Exception):
+class DamagedError(Exception):
     """The row group's bytes could be read, but do not decode to rows."""
 
 
@@ -76,14 +76,20 @@ def _read_piece(
     file_columns = [name for name in columns.names if name not in dict(piece["partition"])]
     location = Location(store, os.fsdecode(piece["path"]))
     start = 0
-    with _opened(location, row_group, num_rows) as file:
+
+    def is_same(footer: pq.FileMetaData) -> bool:
+        return (
+            row_group < footer.num_row_groups and footer.row_group(row_group).num_rows == num_rows
+        )
+
+    with open_parquet(location, is_same) as file:
         try:
-            for batch in _batches(file, location, row_group, file_columns):
+            for batch in read_batches(file, location, row_group, file_columns):
                 yield start, _with_partition(pa.Table.from_batches([batch]), piece, columns), None
                 start += batch.num_rows
             if start < num_rows:
-                raise _DamagedError(f"it has {start} rows of {num_rows}")
-        except _DamagedError as error:
+                raise DamagedError(f"it has {start} rows of {num_rows}")
+        except DamagedError as error:
             damage = (
                 f"{_name(location)}: row group {row_group} is damaged ({error});"
                 " replace the file and run again with --restart"
@@ -93,8 +99,13 @@ def _read_piece(
 
 
 @contextmanager
-def _opened(location: Location, row_group: int, num_rows: int) -> Iterator[pq.ParquetFile]:
+def open_parquet(
+    location: Location, is_same: Callable[[pq.FileMetaData], bool]
+) -> Iterator[pq.ParquetFile]:
     """The file, opened.
+
+    Args:
+        is_same: whether a footer is that of the file whose rows were counted.
 
     Raises:
         FlashVLError: the file has changed since its rows were counted, or cannot be read.
@@ -104,8 +115,7 @@ def _opened(location: Location, row_group: int, num_rows: int) -> Iterator[pq.Pa
             opened = stack.enter_context(location.open())
             # A page with a wrong checksum might decode, to another picture.
             file = stack.enter_context(pq.ParquetFile(opened, page_checksum_verification=True))
-            footer = file.metadata
-            if row_group >= file.num_row_groups or footer.row_group(row_group).num_rows != num_rows:
+            if not is_same(file.metadata):
                 raise ValueError("its rows have changed")
         except (OSError, ValueError, pa.ArrowException) as error:
             raise FlashVLError(
@@ -115,13 +125,13 @@ def _opened(location: Location, row_group: int, num_rows: int) -> Iterator[pq.Pa
         yield file
 
 
-def _batches(
+def read_batches(
     file: pq.ParquetFile, location: Location, row_group: int, names: Sequence[str]
 ) -> Iterator[pa.RecordBatch]:
     """The rows of a row group, a few at a time.
 
     Raises:
-        _DamagedError: the file's bytes do not decode to the next rows.
+        DamagedError: the file's bytes do not decode to the next rows.
         FlashVLError: the store does not answer.
     """
     footer = file.metadata.row_group(row_group)
@@ -133,7 +143,7 @@ def _batches(
             batch = next(batches, None)
         except (OSError, ValueError, pa.ArrowException) as error:
             _check_bytes(location, footer)
-            raise _DamagedError(one_line(error)) from None
+            raise DamagedError(one_line(error)) from None
         if batch is None:
             return
         yield batch
@@ -176,8 +186,8 @@ def _read_around(
     for name in names:
         if name != image:
             try:
-                batches = list(_batches(file, location, row_group, [name]))
-            except _DamagedError:
+                batches = list(read_batches(file, location, row_group, [name]))
+            except DamagedError:
                 continue
             column = pa.Table.from_batches(batches)[name] if batches else []
             if len(column) == num_rows:

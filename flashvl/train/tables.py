@@ -1,0 +1,155 @@
+"""Reads conversations from Parquet tables by the numbers of their rows, in any store.
+
+The rows of several tables are numbered through. A damaged row group costs its rows; a store that
+does not answer stops the run.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from flashvl.data.inputs.listing import ListedFile, list_files
+from flashvl.data.inputs.parquet import read_footers
+from flashvl.data.inputs.row_groups import DamagedError, open_parquet, read_batches
+from flashvl.data.plain import is_list, plain_type, repair_text
+from flashvl.data.schema import CONVERSATIONS, is_binary, is_text
+from flashvl.data.storage import Location
+from flashvl.errors import ConfigError, DataError
+
+COLUMNS = ("images", "messages")
+MAX_GROUP_BYTES = 2**30
+"""Bytes of a row group at most: it is read whole, up to the last row that is wanted."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Table:
+    """The files of a table."""
+
+    name: str
+    """Path or URI by which it was given."""
+    folder: Location
+    files: list[ListedFile]
+    rows_of_files: list[int]
+    first_row: int
+    """Number of its first row among the rows of all tables."""
+
+    @property
+    def num_rows(self) -> int:
+        return sum(self.rows_of_files)
+
+    def read(self, rows: npt.NDArray[np.int64]) -> Iterator[tuple[int, dict[str, Any] | DataError]]:
+        """Some rows, by ascending numbers, each with its number, or why it cannot be read.
+
+        Raises:
+            FlashVLError: the table's store does not answer, or a file has changed.
+        """
+        ends = self.first_row + np.cumsum(self.rows_of_files)
+        files = np.searchsorted(ends, rows, side="right")
+        for number in np.unique(files).tolist():
+            origin = int(ends[number]) - self.rows_of_files[number]
+            location = Location(self.folder.store, self.files[number].path)
+            places = rows[files == number] - origin
+            for place, found in _read_file(location, places, self.rows_of_files[number]):
+                yield origin + place, found
+
+
+def open_table(text: str, first_row: int) -> tuple[Table, list[int]]:
+    """The table that `text` names, and the number of rows in each of its row groups.
+
+    Raises:
+        ConfigError: there is no such table, or it is not one of conversations.
+    """
+    listing = list_files(text)
+    files = [file for file in listing.files if _is_part(listing.name(file), listing.is_named)]
+    footers = read_footers(listing.only(files))
+    for footer in footers:
+        if not _holds_conversations(footer.schema):
+            columns = ", ".join(f"{field.name} ({field.type})" for field in footer.schema)
+            raise ConfigError(
+                f"table {footer.path} has columns {columns or 'none'}, not those of conversations"
+                f" ({', '.join(CONVERSATIONS.names)}); make it by flashvl data convert"
+            )
+    sizes = [size for footer in footers for size in footer.row_groups]
+    if not sum(sizes):
+        raise ConfigError(
+            f"table {text} has no row; give a folder of Parquet files with conversations"
+        )
+    table = Table(
+        name=text,
+        folder=listing.root,
+        files=files,
+        rows_of_files=[sum(footer.row_groups) for footer in footers],
+        first_row=first_row,
+    )
+    return table, sizes
+
+
+def _is_part(name: str, is_named: bool) -> bool:
+    """Whether a file of a folder is one of the table's, not a converter's record beside it."""
+    folders = name.split("/")[:-1]
+    is_record = any(folder.startswith("_") or folder == "dead_letters" for folder in folders)
+    return is_named or (name.lower().endswith(".parquet") and not is_record)
+
+
+def _holds_conversations(schema: pa.Schema) -> bool:
+    if any(name not in schema.names for name in COLUMNS):
+        return False
+    images, messages = (schema.field(name).type for name in COLUMNS)
+    if not (is_list(images) and is_binary(images.value_type) and is_list(messages)):
+        return False
+    message = plain_type(messages.value_type)
+    return pa.types.is_struct(message) and all(
+        message.get_field_index(name) >= 0 and is_text(message.field(name).type)
+        for name in ("role", "content")
+    )
+
+
+def _read_file(
+    location: Location, places: npt.NDArray[np.int64], num_rows: int
+) -> Iterator[tuple[int, dict[str, Any] | DataError]]:
+    """Rows of a file, by their places in it."""
+    with open_parquet(location, lambda footer: footer.num_rows == num_rows) as file:
+        sizes = [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)]
+        ends = np.cumsum(sizes)
+        groups = np.searchsorted(ends, places, side="right")
+        for group in np.unique(groups).tolist():
+            start = int(ends[group]) - sizes[group]
+            wanted = places[groups == group] - start
+            for place, found in _read_group(file, location, group, wanted):
+                yield start + place, found
+
+
+def _read_group(
+    file: pq.ParquetFile, location: Location, group: int, wanted: npt.NDArray[np.int64]
+) -> Iterator[tuple[int, dict[str, Any] | DataError]]:
+    """Rows of a row group, by their places in it; from the first damage on, none can be read."""
+    start = num_found = 0
+    try:
+        for batch in read_batches(file, location, group, COLUMNS):
+            here = wanted[(wanted >= start) & (wanted < start + batch.num_rows)]
+            for place, row in zip(here.tolist(), _to_python(batch, here - start), strict=True):
+                yield place, row
+            start += batch.num_rows
+            num_found += len(here)
+            if num_found == len(wanted):
+                return
+        reason = "it has fewer rows than its footer says"
+    except DamagedError as error:
+        reason = str(error)
+    problem = DataError(f"{location}: row group {group} is damaged ({reason}); write the file anew")
+    for place in wanted[num_found:].tolist():
+        yield place, problem
+
+
+def _to_python(batch: pa.RecordBatch, places: npt.NDArray[np.int64]) -> Sequence[dict[str, Any]]:
+    rows = batch.take(pa.array(places))
+    try:
+        return rows.to_pylist()
+    except UnicodeDecodeError:  # Parquet does not ensure that texts are UTF-8
+        repaired = [repair_text(column) for column in rows.columns]
+        return pa.RecordBatch.from_arrays(repaired, names=rows.schema.names).to_pylist()
