@@ -1,6 +1,6 @@
 """`flashvl train` as a job for a Ray cluster.
 
-ray job submit --working-dir . -- python ray_jobs/train.py ray_jobs/configs/stage1.yaml
+ray job submit --working-dir . -- python ray_jobs/train.py ray_jobs/configs/static/stage1.yaml
 """
 
 import sys

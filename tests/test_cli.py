@@ -13,7 +13,7 @@ from flashvl.cli import app
 from flashvl.data import synthetic
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGE1 = str(ROOT / "ray_jobs" / "configs" / "stage1.yaml")
+STAGE1 = str(ROOT / "ray_jobs" / "configs" / "static" / "stage1.yaml")
 
 runner = CliRunner()
 

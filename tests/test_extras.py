@@ -41,7 +41,7 @@ def test_a_module_belongs_to_the_extra_that_installs_it(module: str, extra: str 
     ("arguments", "missing", "extra"),
     [
         (["caption", "in.parquet", "--output", "out"], "ray", "ray"),
-        (["train", "ray_jobs/configs/stage1.yaml"], "ray", "ray"),
+        (["train", "ray_jobs/configs/static/stage1.yaml"], "ray", "ray"),
         pytest.param(["serve"], "fastapi", "serve", marks=pytest.mark.long),
         (["bench", "serve"], "psutil", "bench"),
         (["bench", "peers", "--plot", "peers.png"], "matplotlib", "bench"),

@@ -255,7 +255,7 @@ def train(
 
     The next stage starts from the checkpoint folder that is written.
 
-    Example: flashvl train ray_jobs/configs/stage1.yaml num_workers=8 data.parquet=/data/stage1
+    Example: flashvl train ray_jobs/configs/static/stage1.yaml num_workers=8 data.parquet=/data/stage1
     """
     with report_errors():
         from flashvl.train.recipe import load_recipe

@@ -19,7 +19,7 @@ FLOAT = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MicroBatch:
+class BatchSize:
     """Size of a micro-batch: one row of packed documents."""
 
     num_tokens: int
@@ -56,7 +56,7 @@ def saving_of(part: str, trainable: Collection[str], has_lora: bool = False) -> 
 def activation_bytes(
     config: FlashVLConfig,
     trainable: Collection[str],
-    batch: MicroBatch,
+    batch: BatchSize,
     *,
     number_bytes: int,
     gradient_checkpointing: bool = False,

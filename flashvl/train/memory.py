@@ -9,7 +9,7 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass
 
 from flashvl.model import FlashVLConfig
-from flashvl.train.activations import FLOAT, MicroBatch, activation_bytes, logits_bytes
+from flashvl.train.activations import FLOAT, BatchSize, activation_bytes, logits_bytes
 from flashvl.train.parameters import Parameters
 
 BUCKET = 500_000_000
@@ -100,7 +100,7 @@ def plan_memory(
     config: FlashVLConfig,
     parameters: Parameters,
     trainable: Collection[str],
-    batch: MicroBatch,
+    batch: BatchSize,
     *,
     precision: str,
     zero_stage: int,
@@ -135,3 +135,27 @@ def plan_memory(
         logits=logits,
         buffers=max(in_backward, at_the_end),
     )
+
+
+def sending_bytes(
+    parameters: Parameters,
+    *,
+    precision: str,
+    zero_stage: int,
+    num_workers: int,
+    micro_batches: int,
+) -> tuple[float, float]:
+    """Bytes that each worker sends in a step: for gradients, and for weights.
+
+    A ring of D workers sends (D - 1) / D of a buffer to gather it, as much to reduce and scatter
+    it, and both to reduce it everywhere (Rajbhandari et al. 2020, section 7). ZeRO 0 and 1 reduce
+    the gradients once a step, everywhere; ZeRO 2 and 3 scatter those of each micro-batch. ZeRO 1
+    and 2 gather the new weights; ZeRO 3 gathers all weights twice for each micro-batch instead.
+    """
+    b = 2 if precision == "bf16" else FLOAT
+    ring = (num_workers - 1) / num_workers
+    gradients = ring * b * parameters.num_trained
+    gradients *= 2 if zero_stage < 2 else micro_batches
+    if zero_stage == 3:
+        return gradients, ring * b * parameters.num_total * 2 * micro_batches
+    return gradients, ring * b * parameters.num_trained if zero_stage > 0 else 0.0

@@ -1,7 +1,8 @@
 """Which parameters train: their numbers by part, and the paper's numbers (its Table 1)."""
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import nn
@@ -38,6 +39,12 @@ class Parameters:
     def paper_millions(self) -> float:
         """The number as the paper prints it: 91.02 for the adapter, 1733.07 for the full model."""
         return self.paper_count / PAPER_MILLION
+
+    def only(self, part: str) -> Self:
+        """The same numbers without those of other parts."""
+        return replace(
+            self, total={part: self.total[part]}, trained={part: self.trained.get(part, 0)}
+        )
 
 
 def count_parameters(
