@@ -14,15 +14,35 @@ from flashvl.errors import ConfigError
 IMAGE_MARKER = "<image>"
 """Text that marks the place of an image in a message's content, as in LLaVA's data."""
 
+MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+"""Messages of a conversation, in their order."""
+
 CONVERSATIONS = pa.schema(
-    [
-        ("row", pa.int64()),
-        ("images", pa.list_(pa.binary())),
-        ("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
-    ]
+    [("row", pa.int64()), ("images", pa.list_(pa.binary())), ("messages", MESSAGES)]
 )
 """Input of training. `row` numbers the rows from 0; `images` holds encoded images, or none, in the
 order of the `IMAGE_MARKER`s in the messages."""
+
+PREFERENCES = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("images", pa.list_(pa.binary())),
+        ("prompt", MESSAGES),
+        ("chosen", MESSAGES),
+        ("rejected", MESSAGES),
+    ]
+)
+"""Input of preference training: a prompt whose better answer is `chosen`."""
+
+PROMPTS = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("images", pa.list_(pa.binary())),
+        ("prompt", MESSAGES),
+        ("answer", pa.string()),
+    ]
+)
+"""Input of reinforcement learning: a prompt, and the answer that a reward compares with."""
 
 CAPTIONS = pa.schema(
     [
@@ -46,8 +66,8 @@ DEAD_LETTERS = pa.schema(
         ("row", pa.int64()),
     ]
 )
-"""Output of captioning: a row for each input row without a caption: the `step` that failed (read,
-decode, caption), the class of the `error`, and the reason in words."""
+"""A row for each input row without a result: the `step` that failed (read, convert, decode,
+caption), the class of the `error`, and the reason in words."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

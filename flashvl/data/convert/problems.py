@@ -1,0 +1,41 @@
+"""Problems with answers that can be checked, as multimodal-open-r1: `image, problem, solution`.
+
+A solution is `<think>...</think> <answer>...</answer>`; only what is in `<answer>` is kept.
+"""
+
+import re
+
+from flashvl.data.convert.conversations import as_images, as_text, check_places, with_places
+from flashvl.data.convert.family import PROMPTS_TABLE, Converted, Family, Record
+from flashvl.errors import DataError
+
+ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)  # an answer may have several lines
+
+
+def convert(record: Record) -> Converted:
+    """
+    Raises:
+        DataError: the row has no problem, no image, or no answer.
+    """
+    fields = record.fields
+    images = as_images(fields.get("image"))
+    if not images:
+        raise DataError("row has no image; give it one")
+    problem = as_text(fields.get("problem"), "problem")
+    found = ANSWER.findall(as_text(fields.get("solution"), "solution"))
+    if not found or not found[-1].strip():
+        raise DataError("solution has no <answer>...</answer>; there is nothing to compare with")
+    if not problem.strip():
+        raise DataError("problem is empty; leave the row out")
+    prompt = [{"role": "user", "content": with_places(problem, len(images))}]
+    check_places(prompt, len(images))
+    return {"prompt": prompt, "answer": found[-1].strip(), "images": images, "source": None}
+
+
+FAMILY = Family(
+    table=PROMPTS_TABLE,
+    kinds=("parquet", "json"),
+    needed=("problem", "solution"),
+    used=("id", "image"),
+    convert=convert,
+)
