@@ -38,6 +38,12 @@ PROGRESS_LINE_S = 10.0
 """Seconds between two lines of progress where the output is not a terminal."""
 
 
+def allow_downloads() -> None:
+    """Let the hub be asked, with progress bars; call this before `report_errors` forbids both."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "0")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0")
+
+
 @contextmanager
 def report_errors() -> Iterator[None]:
     """Print a `FlashVLError` as one line on stderr and exit with status 2; set `ENVIRONMENT` first.

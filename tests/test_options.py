@@ -12,6 +12,7 @@ from flashvl.batch.config import CaptionJob
 from flashvl.cli import app
 from flashvl.cli.options import field_options
 from flashvl.config import StrictModel
+from flashvl.data.convert.config import ConversionJob
 from flashvl.serve.config import ServiceConfig
 from tests.test_words import FRAGMENT, STUMBLES
 
@@ -29,6 +30,7 @@ COMMANDS = dict(commands_of(typer.main.get_command(app)))
 MIRRORED: dict[str, type[StrictModel]] = {
     "flashvl caption": CaptionJob,
     "flashvl serve": ServiceConfig,
+    "flashvl data convert": ConversionJob,
 }
 
 

@@ -153,6 +153,7 @@ def check_caption_job(job: CaptionJob) -> Plan:
         source=source,
         output=output,
         results=RESULTS,
+        kept=source.kept,
         fingerprint=fingerprint,
         known=known,
         max_rows=job.max_rows,

@@ -14,8 +14,9 @@ import typer
 from flashvl import __version__
 from flashvl.batch.config import CaptionJob
 from flashvl.cli.bench import bench_app
+from flashvl.cli.data import data_app
 from flashvl.cli.options import JsonOption, ModelOption, build, options_from, write_json
-from flashvl.entrypoint import report_errors, show_progress, start_ray
+from flashvl.entrypoint import allow_downloads, report_errors, show_progress, start_ray
 from flashvl.serve.config import ServiceConfig
 
 app = typer.Typer(
@@ -28,6 +29,7 @@ app = typer.Typer(
 eval_app = typer.Typer(no_args_is_help=True, help="Measure the quality of a model.")
 app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")
+app.add_typer(data_app, name="data")
 
 
 def _print_version(is_asked: bool) -> None:
@@ -98,7 +100,7 @@ def caption(
     Example: flashvl caption 'shards/{000..099}.tar' --output captions/ --prompt-column txt
     """
     if options["input"].startswith("hf://"):
-        _allow_downloads()
+        allow_downloads()
     with report_errors():
         if json_schema is not None:
             options["json_schema"] = _read(json_schema)
@@ -342,7 +344,7 @@ def import_(
 
     Example: flashvl import FlashVL/FlashVL-2B-Static --output static/
     """
-    _allow_downloads()
+    allow_downloads()
     with report_errors():
         from flashvl.model.parts.prepare import fetch_folder
         from flashvl.model.parts.released import import_released
@@ -381,7 +383,7 @@ def assemble(
     Example: flashvl assemble --vision google/siglip2-so400m-patch16-512
     --llm Qwen/Qwen2.5-1.5B-Instruct --output start/
     """
-    _allow_downloads()
+    allow_downloads()
     with report_errors():
         from flashvl.model.parts.assembly import assemble
         from flashvl.model.parts.prepare import fetch_folder
@@ -447,12 +449,6 @@ def demo(
         console = Console()
         console.print(render_demo(made))
         console.print(f"Open {made.report} to see each picture beside its caption.")
-
-
-def _allow_downloads() -> None:
-    """Let the hub be asked, with progress bars; call this before `report_errors` forbids both."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "0")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0")
 
 
 def main() -> None:

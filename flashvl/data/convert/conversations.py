@@ -49,9 +49,7 @@ def build_conversation(
     _check_roles([message["role"] for message in messages[start:]])
     for message in messages:
         if not message["content"].strip():
-            raise DataError(
-                f"conversation has an empty turn of the {message['role']}; leave it out"
-            )
+            raise DataError(f"turn of the {message['role']} is empty; leave the row out")
     check_places(messages, len(images))
     return {"messages": messages, "images": list(images), "source": as_source(source)}
 

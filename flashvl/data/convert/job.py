@@ -116,6 +116,7 @@ def check_conversion(job: ConversionJob) -> Plan:
         source=source,
         output=output,
         results=family.table,
+        kept=pa.schema([]),
         fingerprint=fingerprint,
         known=known,
         max_rows=job.max_rows,

@@ -9,7 +9,8 @@ from flashvl.data.convert.conversations import as_images, as_text, check_places,
 from flashvl.data.convert.family import PROMPTS_TABLE, Converted, Family, Record
 from flashvl.errors import DataError
 
-ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)  # an answer may have several lines
+ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
+"""An answer, which may have several lines."""
 
 
 def convert(record: Record) -> Converted:

@@ -67,7 +67,7 @@ def _convert(
         return keys | {name: row[name] for name in ("step", "error", "reason")}
     step = "read"
     try:
-        fields = row["kept"] if "kept" in row else parse_line(row["record"])
+        fields = row["kept"] if "kept" in row else parse_line(row["record"], "record")
         step = "convert"
         if fields.get("id") is not None:
             keys["id"] = _as_id(fields["id"])

@@ -303,24 +303,28 @@ def _read_lines(
             yield place, line
 
 
-def parse_line(line: bytes | None) -> dict[str, Any]:
+def parse_line(line: bytes | None, what: str = "line") -> dict[str, Any]:
     """The object in a line.
+
+    Args:
+        what: name of what is parsed, for its errors.
 
     Raises:
         DataError: the line is not a JSON object.
     """
     if line is None:
         raise DataError(
-            "line is longer than an image of max_image_bytes; shorten it, or raise max_image_bytes"
+            f"{what} is longer than an image of max_image_bytes; shorten it, or raise"
+            " max_image_bytes"
         )
     try:
         fields = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise DataError(f"line is not UTF-8 ({error}); write it as UTF-8") from error
+        raise DataError(f"{what} is not UTF-8 ({error}); write it as UTF-8") from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"line is not JSON ({error}); write an object a line") from error
+        raise DataError(f"{what} is not JSON ({error}); write an object in each {what}") from error
     if not isinstance(fields, dict):
-        raise DataError("line is not a JSON object; write one on each line")
+        raise DataError(f"{what} is not a JSON object; write one in each {what}")
     return fields
 
 

@@ -82,6 +82,8 @@ class Work:
     source: Source
     output: Location
     results: TableSpec
+    kept: pa.Schema
+    """Columns that are copied from the input."""
     fingerprint: Fingerprint
     known: list[ListedFile]
     """The source's first files: those whose rows the output already covers."""
@@ -139,7 +141,7 @@ class Work:
                 remove_rows(self.output, self.results.name)
             claim(self.output, self.fingerprint, self.source.files, self.known)
             (self.output / SUMMARY).remove()  # written by a trial, about the first rows only
-            output = OutputFolder(self.output, self.source.num_rows, self.results, self.source.kept)
+            output = OutputFolder(self.output, self.source.num_rows, self.results, self.kept)
             if output.num_done > self.num_rows:
                 raise ConfigError(
                     f"output {self.output} holds {output.num_done} rows, more than max_rows"
