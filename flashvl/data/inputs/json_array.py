@@ -14,6 +14,8 @@ BYTES_PER_SCAN = 2**20
 
 _SCANNER = json.JSONDecoder(strict=False)  # what a string holds is checked where it is read
 _OPENING = re.compile(r"(?:\xef\xbb\xbf)?[ \t\r\n]*\[")
+_AFTER = tuple(" \t\r\n,]")
+"""Characters that may follow an element."""
 _BETWEEN = re.compile(r"[ \t\r\n,]*")
 
 
@@ -93,13 +95,15 @@ class _Window:
         while True:
             try:
                 _, stop = _SCANNER.raw_decode(self._text, self.cursor)
-                if stop < len(self._text) or self._is_last:  # else a number may have more digits
+                if self._text[stop : stop + 1] in _AFTER:
                     break
+                problem = "a value does not end where it should"  # or a number's digits follow
             except RecursionError as error:
                 raise BrokenArrayError(str(error)) from None
             except ValueError as error:
-                if self._is_last or len(self._text) - self.cursor > max_bytes:
-                    raise BrokenArrayError(str(error)) from None
+                problem = str(error)
+            if self._is_last or len(self._text) - self.cursor > max_bytes:
+                raise BrokenArrayError(problem)
             self._read_more()
         value = self._text[self.cursor : stop]
         self.cursor = stop
