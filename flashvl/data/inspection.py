@@ -1,7 +1,7 @@
 """What a table of conversations, preferences or prompts holds: counts, sizes and token lengths.
 
 Rows are counted by the files' footers. All else is measured on a sample: whole row groups at even
-distances, as many as have `SAMPLE_ROWS` rows.
+distances, with about `SAMPLE_ROWS` rows.
 """
 
 from collections import Counter
@@ -25,7 +25,7 @@ from flashvl.errors import ConfigError, DataError
 from flashvl.model import FlashVLProcessor
 
 SAMPLE_ROWS = 1024
-"""Rows that are measured, at least where the table has as many."""
+"""Rows that are measured, about, where the table has as many."""
 MANY_TOKENS = 2**40
 """Length that no conversation exceeds, as none is refused here."""
 TABLES = {"conversations": CONVERSATIONS, "preferences": PREFERENCES, "prompts": PROMPTS}
@@ -126,7 +126,7 @@ def open_table(text: str) -> Table:
 
 
 def sample_rows(table: Table, num_rows: int = SAMPLE_ROWS) -> Iterator[dict[str, Any]]:
-    """The rows of some row groups at even distances, `num_rows` or a little more in all."""
+    """The rows of some row groups at even distances, about `num_rows` in all."""
     groups = [
         (file, group, count)
         for file in table.files
