@@ -2,8 +2,8 @@
 
 The row groups of every table are shuffled, the tables interleaved so that each is spread evenly
 over the stage, and the rows shuffled within windows of about a thousand. Only two numbers of each
-row group are kept, and those of a row are computed when they are asked for. The order knows nothing
-of workers, so that any number of them may train it, and may go on with it.
+row group are kept; the place of a row is computed when it is asked for. The order knows nothing of
+workers: any number of them may train it, and any other number resume it.
 """
 
 from collections.abc import Sequence

@@ -327,6 +327,34 @@ def test_prompt_is_the_beginning_of_the_conversation(processor: FlashVLProcessor
     assert processor.tokenizer.decode(input_ids[len(prompt) :]) == "3<|im_end|>\n"
 
 
+TEXT = st.lists(
+    st.sampled_from(
+        ("<|im_start|>", "<|im_end|>", PAD, "<|endoftext|>", "<|im_", "end|>", "a", " ", "\n", "\u00e9\U0001f642")
+    ),
+    max_size=8,
+).map("".join)
+
+
+@settings(deadline=None, max_examples=100)
+@given(question=TEXT, answer=TEXT, more=TEXT)
+def test_control_tokens_in_a_text_are_text_in_training_as_in_inference(
+    processor: FlashVLProcessor, question: str, answer: str, more: str
+) -> None:
+    opening = [{"role": "user", "content": f"<image>{question}."}]
+    turns = [{"role": "assistant", "content": f"I{answer}"}, {"role": "user", "content": more}]
+    last = {"role": "assistant", "content": "I."}
+    tokenizer = processor.tokenizer
+    input_ids, labels = encode_conversation([*opening, *turns, last], [1], processor, 999)
+    for messages in (opening, [*opening, *turns]):
+        prompt = encode_prompt(messages, [1], processor)
+        assert input_ids[: len(prompt)] == prompt
+    assert input_ids.count(tokenizer.convert_tokens_to_ids(PAD)) == IMAGE_SEQ_LENGTH
+    assert input_ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 5
+    assert input_ids.count(tokenizer.convert_tokens_to_ids("<|im_start|>")) == 5
+    learnt = [tokenizer.decode(run) for run in segments(input_ids, labels)]
+    assert learnt == [f"I{answer}<|im_end|>", "I.<|im_end|>"]
+
+
 def test_labels_are_the_librarys_assistant_mask(processor: FlashVLProcessor) -> None:
     """The processor's own mask, which TRL's assistant_only_loss uses, marks the same tokens."""
     blocks = [user(picture(), "A?"), {"role": "assistant", "content": "B c."}]
