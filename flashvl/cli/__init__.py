@@ -17,6 +17,8 @@ from flashvl.cli.bench import bench_app
 from flashvl.cli.data import data_app
 from flashvl.cli.options import JsonOption, ModelOption, build, options_from, write_json
 from flashvl.entrypoint import allow_downloads, report_errors, show_progress, start_ray
+from flashvl.cli.plan import plan
+from flashvl.entrypoint import report_errors, show_progress, start_ray
 from flashvl.serve.config import ServiceConfig
 
 app = typer.Typer(
@@ -30,6 +32,7 @@ eval_app = typer.Typer(no_args_is_help=True, help="Measure the quality of a mode
 app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")
 app.add_typer(data_app, name="data")
+app.command()(plan)
 
 
 def _print_version(is_asked: bool) -> None:
@@ -257,7 +260,7 @@ def train(
 
     The next stage starts from the checkpoint folder that is written.
 
-    Example: flashvl train ray_jobs/configs/static/stage1.yaml num_workers=8 data.parquet=/data/stage1
+    Example: flashvl train ray_jobs/configs/static/stage1.yaml num_workers=8
     """
     with report_errors():
         from flashvl.train.recipe import load_recipe

@@ -47,7 +47,7 @@ class PartFlops:
 
 
 def forward_flops(
-    config: FlashVLConfig, num_tokens: int, num_tiles: int, num_labels: int | None = None
+    config: FlashVLConfig, num_tokens: float, num_tiles: float, num_labels: float | None = None
 ) -> dict[str, PartFlops]:
     """Operations of the forward pass of one row, for each of `PARTS`.
 
@@ -96,7 +96,7 @@ def forward_flops(
     }
 
 
-def row_flops(config: FlashVLConfig, num_tokens: int, num_tiles: int) -> float:
+def row_flops(config: FlashVLConfig, num_tokens: float, num_tiles: float) -> float:
     """Operations of the forward pass of one row, whose logits are those of all its text."""
     return sum(part.total for part in forward_flops(config, num_tokens, num_tiles).values())
 
@@ -104,11 +104,11 @@ def row_flops(config: FlashVLConfig, num_tokens: int, num_tiles: int) -> float:
 def training_flops(
     config: FlashVLConfig,
     trainable: Collection[str],
-    num_tokens: int,
-    num_tiles: int,
+    num_tokens: float,
+    num_tiles: float,
     gradient_checkpointing: bool = False,
     *,
-    num_labels: int | None = None,
+    num_labels: float | None = None,
     has_lora: bool = False,
 ) -> float:
     """Operations of the forward and the backward pass of one row.
@@ -139,7 +139,7 @@ def training_flops(
     return total
 
 
-def _layers(uses: int, *, weights: int, last: int, attention: float) -> PartFlops:
+def _layers(uses: float, *, weights: int, last: int, attention: float) -> PartFlops:
     """Layers whose matrices have `weights` elements, the last of them `last`."""
     return PartFlops(
         linear=uses * weights, attention=attention, recomputed=uses * (weights - last) + attention

@@ -5,16 +5,14 @@ by the mixture's counts, by `preset` and by `Assumptions`. What it leaves out: e
 start of the workers, and steps that are made again after a failure.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pydantic import Field, PositiveFloat, PositiveInt
-
-from flashvl.config import StrictModel
 from flashvl.errors import ConfigError
 from flashvl.model import FlashVLConfig
 from flashvl.train.activations import BatchSize
+from flashvl.train.assumptions import Assumptions
 from flashvl.train.flops import training_flops
 from flashvl.train.gpus import GIB, Gpu, find_gpu
 from flashvl.train.memory import Memory, plan_memory, sending_bytes
@@ -27,38 +25,8 @@ HOST_GB_PER_S = 10
 """Rate at which a GPU copies to the host's memory, through PCIe 4 shared by two GPUs."""
 DECODE_MS, RESIZE_MS = 2.7, 5.7
 """Time of a core to decode a JPEG of 1024 x 768, and to resize it to a tile of 512 x 512."""
-FILLED = 0.95
-"""Share of `token_budget` that packing fills."""
 BUDGETS = 256
 """Tokens of which `token_budget` is proposed as a multiple."""
-
-
-class Assumptions(StrictModel):
-    """What a plan is made for, and what it takes for granted."""
-
-    gpus: PositiveInt | None = None
-    """Number of GPUs, one for each worker. Default: the recipe's num_workers."""
-    gpu: str = "a100-80g"
-    """Kind of the GPUs: a100-40g, a100-80g, h100, h200, l40 or l40s."""
-    price: PositiveFloat | None = Field(default=None, allow_inf_nan=False)
-    """Price of a GPU for an hour; the plan then has a cost."""
-    mfu: float = Field(default=0.4, gt=0, le=1)
-    """Share of the GPU's peak that a step reaches, with its waiting for data and network. Published
-    figures for models of this kind are 0.3 to 0.4."""
-    reserve: float = Field(default=0.1, ge=0, lt=1)
-    """Share of a GPU's memory that is left to CUDA, to NCCL, to fragmentation, and to micro-batches
-    with more images than most."""
-    network: PositiveFloat = Field(default=100.0, allow_inf_nan=False)
-    """Bus bandwidth of an all-reduce over all GPUs, in GB/s, as nccl-tests prints it. Nodes with
-    four cards of 200 Gb/s reach about 100, with one card about 25."""
-    store: PositiveFloat = Field(default=2.0, allow_inf_nan=False)
-    """Rate at which all workers together write a checkpoint, in GB/s."""
-    rows: PositiveInt | None = None
-    """Rows of the stage. Default: what its tables or its mixture's counts say."""
-    text_tokens: PositiveInt = 200
-    """Tokens of text in a row, while the data cannot be read."""
-    image_kb: PositiveFloat = Field(default=150.0, allow_inf_nan=False)
-    """Size of an image file, which is a JPEG of 1024 x 768 pixels while the data cannot be read."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,6 +85,7 @@ class Plan:
     precision: str
     zero_stage: int
     gradient_checkpointing: bool
+    save_steps: int
     memory: Memory
     """Memory of a micro-batch that fills `token_budget`."""
     usable_bytes: int
@@ -183,9 +152,8 @@ def build_plan(recipe: AnyRecipe, assumptions: Assumptions) -> Plan:
         )
     config = find_config(recipe)
     num_rows = assumptions.rows or count_rows(recipe)
-    row = sample_rows(recipe) or RowSize.assume(
-        config, assumptions.text_tokens, int(assumptions.image_kb * 1000)
-    )
+    row = sample_rows(recipe) or RowSize.assume(config, assumptions.text_tokens, assumptions.images)
+    image_bytes = assumptions.image_kb * 1000 * assumptions.images
     stage = _Stage(recipe, config, num_gpus, row)
     usable = int(gpu.memory_gib * GIB * (1 - assumptions.reserve))
     memory = stage.memory()
@@ -193,8 +161,8 @@ def build_plan(recipe: AnyRecipe, assumptions: Assumptions) -> Plan:
         raise ConfigError(_refusal(stage, gpu, memory, usable))
     rows_of_a_gpu = -(-recipe.global_batch_size // num_gpus)
     num_steps = -(-num_rows // recipe.global_batch_size)
-    tokens = rows_of_a_gpu * row.num_tokens
-    micro_batches = max(1, -(-tokens // int(recipe.token_budget * FILLED)))
+    rows_at_once = max(1, int(recipe.token_budget / row.num_tokens))
+    micro_batches = -(-rows_of_a_gpu // rows_at_once)
     executed = stage.flops(recipe.gradient_checkpointing)
     compute_s = rows_of_a_gpu * executed / (assumptions.mfu * gpu.bf16_tflops * 1e12)
     gradient_bytes, weight_bytes = sending_bytes(
@@ -226,6 +194,7 @@ def build_plan(recipe: AnyRecipe, assumptions: Assumptions) -> Plan:
         precision=recipe.precision,
         zero_stage=recipe.zero_stage,
         gradient_checkpointing=recipe.gradient_checkpointing,
+        save_steps=recipe.save_steps,
         memory=memory,
         usable_bytes=usable,
         largest_token_budget=stage.largest_token_budget(usable),
@@ -235,9 +204,9 @@ def build_plan(recipe: AnyRecipe, assumptions: Assumptions) -> Plan:
         checkpoints=_checkpoints(recipe, stage.parameters, num_gpus, num_steps, assumptions),
         loading=Loading(
             rows_per_s=rows_per_s,
-            bytes_per_s=rows_per_s * row.image_bytes,
-            cores=rows_per_s * (DECODE_MS + RESIZE_MS * row.num_tiles) / 1000,
-            total_bytes=float(num_rows) * row.image_bytes,
+            bytes_per_s=rows_per_s * image_bytes,
+            cores=rows_per_s * (DECODE_MS * assumptions.images + RESIZE_MS * row.num_tiles) / 1000,
+            total_bytes=float(num_rows) * image_bytes,
         ),
     )
 

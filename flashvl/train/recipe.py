@@ -23,6 +23,8 @@ class Recipe(StrictModel):
     """Name of the stage, for the progress bar and the logs."""
     init_from: str
     """Checkpoint that the stage starts from: a folder, or a shipped or published model's name."""
+    preset: str | None = None
+    """Preset with the shapes of `init_from`; `flashvl plan` goes by it until that folder exists."""
     output_dir: Path
     """New folder for the checkpoint and its logs, on storage that all nodes share."""
     trainable: tuple[ModelPart, ...] = ("vision_tower", "multi_modal_projector", "language_model")

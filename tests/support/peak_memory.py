@@ -166,4 +166,4 @@ def _resident(field: str) -> int:
 
 
 if __name__ == "__main__":
-    print(json.dumps(run_worker(json.loads(sys.argv[1]))))
+    sys.stdout.write(json.dumps(run_worker(json.loads(sys.argv[1]))) + "\n")
