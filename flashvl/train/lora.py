@@ -1,0 +1,37 @@
+"""Low-rank adapters (LoRA, Hu et al. 2021) by PEFT: put into the model, merged into it at the end."""
+
+from collections.abc import Collection
+
+from peft import LoraConfig
+from peft.tuners.lora import LoraModel
+from torch import nn
+
+from flashvl.train.recipe import LoraSettings
+
+NAME = "default"
+
+
+def add_adapters(model: nn.Module, settings: LoraSettings, trainable: Collection[str]) -> LoraModel:
+    """Put adapters on the linear layers of some parts of the model, and let only these learn.
+
+    Returns:
+        PEFT's handle of the adapters, for `merge`; the model itself is changed in place.
+    """
+    names = [
+        f"model.{part}.{name}"
+        for part in trainable
+        for name, layer in model.get_submodule(f"model.{part}").named_modules()
+        if isinstance(layer, nn.Linear) and not name.endswith("attention.out_proj")
+    ]
+    config = LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=names,
+    )
+    return LoraModel(model, {NAME: config}, NAME)
+
+
+def merge(adapters: LoraModel) -> None:
+    """Add the adapters to the weights of their layers, and take them out of the model."""
+    adapters.merge_and_unload()
