@@ -16,9 +16,8 @@ from flashvl.batch.config import CaptionJob
 from flashvl.cli.bench import bench_app
 from flashvl.cli.data import data_app
 from flashvl.cli.options import JsonOption, ModelOption, build, options_from, write_json
-from flashvl.entrypoint import allow_downloads, report_errors, show_progress, start_ray
 from flashvl.cli.plan import plan
-from flashvl.entrypoint import report_errors, show_progress, start_ray
+from flashvl.entrypoint import allow_downloads, report_errors, show_progress, start_ray
 from flashvl.serve.config import ServiceConfig
 
 app = typer.Typer(

@@ -3,11 +3,12 @@
 `Recipe` has the settings that all kinds of training share; the `kind` of a file names its subclass.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
 from flashvl.config import StrictModel, load_config, validate
 from flashvl.train.mixture import TrainingData
@@ -25,8 +26,9 @@ class Recipe(StrictModel):
     """Checkpoint that the stage starts from: a folder, or a shipped or published model's name."""
     preset: str | None = None
     """Preset with the shapes of `init_from`; `flashvl plan` goes by it until that folder exists."""
-    output_dir: Path
-    """New folder for the checkpoint and its logs, on storage that all nodes share."""
+    output_dir: Annotated[str, BeforeValidator(os.fspath)]
+    """Folder or URI (s3://, gs://, abfs://, hdfs://) for the trained model, its checkpoints and its
+    logs, which all nodes reach. The same recipe again resumes what a stopped run left there."""
     trainable: tuple[ModelPart, ...] = ("vision_tower", "multi_modal_projector", "language_model")
     """Parts that are trained (paper, Table 1); the others stay bit-identical."""
 

@@ -1,154 +1,222 @@
-"""The training loop of a worker: stages 1-4 and the pre-trainings, by a DeepSpeed engine.
+"""A worker of a stage: builds the model and its DeepSpeed engine, trains, and writes the result.
 
 It runs inside Ray Train's `TorchTrainer`, which `launch.run` starts.
 """
 
-import os
-import time
-from collections.abc import Iterable
+import tempfile
+from dataclasses import dataclass
 from typing import Any
 
 import ray.train
 import torch
-from ray.util.queue import Queue
-from torch import distributed, nn
-from torch.utils.tensorboard import SummaryWriter
-from transformers import get_cosine_with_min_lr_schedule_with_warmup
+from peft.tuners.lora import LoraModel
+from ray.actor import ActorHandle
+from torch import distributed
 
+from flashvl.data.storage import Location, locate
+from flashvl.errors import FlashVLError
+from flashvl.model import FlashVLForConditionalGeneration
 from flashvl.model.loading import load_model, load_processor
-from flashvl.train.checkpoint import save_checkpoint
-from flashvl.train.feed import read_shares
-from flashvl.train.objectives import OBJECTIVES, Objective
-from flashvl.train.recipe import AnyRecipe, ModelPart, Recipe
-from flashvl.train.shares import Share
+from flashvl.train.checkpoint import (
+    Checkpoint,
+    CheckpointState,
+    CheckpointWriter,
+    checkpoint_folder,
+    read_checkpoint,
+)
+from flashvl.train.consumed import Consumed
+from flashvl.train.export import gathered, write_log, write_model
+from flashvl.train.feed import Feed
+from flashvl.train.guard import Guard
+from flashvl.train.lora import add_adapters, merge
+from flashvl.train.loop import Loop
+from flashvl.train.metrics import Boards, Meter, peak_flops
+from flashvl.train.monitor import Pulse
+from flashvl.train.objectives import OBJECTIVES
+from flashvl.train.parts import read_steps
+from flashvl.train.recipe import AnyRecipe, SupervisedRecipe
+from flashvl.train.schedule import check_count, count_trained, freeze_all_but, group_by_rate
+from flashvl.train.shards import ShardReader
+from flashvl.train.zero import publish, read_fragments, start_engine
 
-Record = dict[str, float]
-"""Figures of one step: step, loss, learning_rate, grad_norm, seconds so far, samples_per_s."""
+BOARDS = "runs"
+"""Folder of TensorBoard's files."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Assignment:
+    """What the workers of an attempt are given."""
+
+    recipe: AnyRecipe
+    feed: Feed
+    eval_feed: Feed | None
+    first_step: int
+    """Steps of the checkpoint to resume from; 0 begins anew."""
+    run_id: str
+    """Differs between attempts."""
+    monitor: ActorHandle
 
 
 def train_worker(config: dict[str, Any]) -> None:
     """Run one worker of a stage.
 
     Args:
-        config: `recipe`, `num_steps`, and `progress`, a queue for the records of the steps.
+        config: `assignment`, an `Assignment`.
+
+    Raises:
+        FlashVLError: the run cannot go on; the error says why.
     """
-    recipe: AnyRecipe = config["recipe"]
-    num_steps: int = config["num_steps"]
+    assignment: Assignment = config["assignment"]
+    rank = ray.train.get_context().get_world_rank()
+    pulse = Pulse(assignment.monitor, rank)
+    pulse.beat(assignment.first_step, "start")
+    try:
+        _train(assignment, rank, pulse)
+    except torch.OutOfMemoryError as error:
+        raise FlashVLError(
+            f"rank {rank} has too little GPU memory ({str(error).partition('.')[0]}); lower"
+            f" token_budget ({assignment.recipe.token_budget}), raise zero_stage"
+            f" ({assignment.recipe.zero_stage}), or set gradient_checkpointing=true"
+        ) from error
+
+
+def _train(assignment: Assignment, rank: int, pulse: Pulse) -> None:
+    recipe = assignment.recipe
     torch.set_num_threads(recipe.threads_per_worker)
     torch.manual_seed(recipe.seed)
-
-    processor = load_processor(recipe.init_from)
+    output = locate(recipe.output_dir)
     model = load_model(recipe.init_from).train()
-    freeze_all_but(model, recipe.trainable)
-    objective: Objective = OBJECTIVES[recipe.kind](model, processor)
-    engine = start_engine(objective.module, recipe, num_steps)
-    rank = ray.train.get_context().get_world_rank()
-    shares = read_shares(ray.train.get_dataset_shard("train"), rank, first_step=0)
-    log = train_steps(engine, objective, shares, recipe, config["progress"])
-    if not log:
-        return  # `launch.run` reports that no row could be used
-
-    ray.train.report({"loss": log[-1]["loss"], "step": len(log)})
-    if rank == 0:
-        save_checkpoint(model, processor, recipe, log)
-
-
-def freeze_all_but(model: nn.Module, trainable: Iterable[ModelPart]) -> None:
-    """Let only the parts `trainable` of the model learn; the head is part of the language model."""
-    model.requires_grad_(False)
-    for part in trainable:
-        model.get_submodule(f"model.{part}").requires_grad_(True)
-        if part == "language_model":
-            model.get_submodule("lm_head").requires_grad_(True)
-
-
-def start_engine(module: nn.Module, recipe: Recipe, num_steps: int) -> Any:
-    """A DeepSpeed engine around `module`, with AdamW and the recipe's cosine schedule."""
-    if not recipe.use_gpu:
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed  # on import it chooses the accelerator, by the variable set above
-
-    # Otherwise the CPU back end compiles a shared-memory all-reduce, which takes g++ and half a
-    # minute; a worker killed meanwhile leaves a lock that later runs wait for. Gloo is as good.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-    settings = {
-        # The number of micro-batches differs from step to step; `_train_step` sets the boundary.
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": recipe.max_grad_norm,
-        "zero_optimization": {"stage": recipe.zero_stage},
-        "bf16": {"enabled": recipe.precision == "bf16"},
-        "optimizer": {
-            "type": "AdamW",
-            "params": {
-                "lr": recipe.learning_rate,
-                "betas": [0.9, recipe.adam_beta2],
-                "weight_decay": recipe.weight_decay,
-                "torch_adam": True,  # DeepSpeed's own would be compiled at the first step
-            },
-        },
-        "steps_per_print": 10**9,
-    }
-    engine, *_ = deepspeed.initialize(
-        model=module,
-        model_parameters=[p for p in module.parameters() if p.requires_grad],
-        config=settings,
-        dist_init_required=False,  # Ray Train has started the process group
-        lr_scheduler=lambda optimizer: get_cosine_with_min_lr_schedule_with_warmup(
-            optimizer, recipe.warmup_steps, num_steps, min_lr=recipe.min_learning_rate
+    processor = load_processor(recipe.init_from)
+    adapters = prepare_parts(model, recipe)
+    objective = OBJECTIVES[recipe.kind](model, processor)
+    groups = group_by_rate(objective.module, model, recipe)
+    peaks = [group["lr"] for group in groups]
+    engine = start_engine(objective.module, groups, recipe)
+    resumed = _restore(engine, output, assignment.first_step)
+    state = resumed.state if resumed is not None else None
+    is_first = rank == 0
+    boards_folder = f"{output.path}/{BOARDS}" if output.is_local else tempfile.mkdtemp()
+    consumed = Consumed(assignment.feed.num_rows, resumed.consumed() if resumed else None)
+    loop = Loop(
+        engine=engine,
+        objective=objective,
+        config=model.config,
+        recipe=recipe,
+        feed=assignment.feed,
+        eval_feed=assignment.eval_feed,
+        output=output,
+        pulse=pulse,
+        writer=CheckpointWriter(output, rank, assignment.run_id),
+        guard=_build_guard(recipe, state),
+        meter=Meter(
+            sources=assignment.feed.sources,
+            peak_flops=peak_flops(engine.device),
+            seconds=state.seconds if state else 0.0,
         ),
+        peaks=peaks,
+        consumed=consumed if is_first else None,
+        boards=Boards(boards_folder, recipe.stage, assignment.first_step + 1) if is_first else None,
+        step=assignment.first_step,
+        num_trained=state.num_trained if state else 0,
+        num_dead=state.num_dead if state else 0,
+        loss=state.loss if state else 0.0,
+        eval_loss=state.eval_loss if state else None,
     )
-    return engine
+    if loop.run():
+        pulse.beat(loop.step, "export")
+        _audit(loop)
+        _export(model, adapters, loop)
+    if loop.boards is not None:
+        loop.boards.close()
 
 
-def train_steps(
-    engine: Any,
-    objective: Objective,
-    shares: Iterable[Share],
-    recipe: Recipe,
-    progress: Queue,
-) -> list[Record]:
-    """Train on all `shares`; returns a record of each step, which the first worker reports too."""
-    writer = SummaryWriter(recipe.output_dir / "runs") if distributed.get_rank() == 0 else None
-    log: list[Record] = []
-    start = time.perf_counter()
-    for share in shares:
-        loss = _train_step(engine, objective, share)
-        seconds = time.perf_counter() - start
-        record = {
-            "step": len(log) + 1,
-            "loss": loss,
-            "learning_rate": engine.get_lr()[0],
-            "grad_norm": float(engine.get_global_grad_norm() or 0.0),
-            "seconds": seconds,
-            "samples_per_s": (len(log) + 1) * recipe.global_batch_size / seconds,
-        }
-        log.append(record)
-        if writer is not None:
-            for name in ("loss", "learning_rate", "grad_norm", "samples_per_s"):
-                writer.add_scalar(f"train/{name}", record[name], len(log))
-            progress.actor.put_nowait.remote(record)  # not waited for
-    if writer is not None:
-        writer.close()
-    return log
+def prepare_parts(
+    model: FlashVLForConditionalGeneration, recipe: AnyRecipe
+) -> LoraModel | None:
+    """Let only what the recipe names be trained.
+
+    Returns:
+        The low-rank adapters, if these are trained in place of the parts' weights.
+
+    Raises:
+        ConfigError: another number of parameters would be trained than the recipe says.
+    """
+    adapters = None
+    if isinstance(recipe, SupervisedRecipe) and recipe.lora is not None:
+        adapters = add_adapters(model, recipe.lora, recipe.trainable)
+    else:
+        freeze_all_but(model, recipe.trainable)
+    check_count(count_trained(model), recipe)
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return adapters
 
 
-def _train_step(engine: Any, objective: Objective, share: Share) -> float:
-    """Make one optimizer step; returns the mean loss over the items of the global batch."""
-    num_workers = distributed.get_world_size()
-    local_items = sum(map(objective.num_items, share.micro_batches))
-    num_items = torch.tensor(float(local_items), device=engine.device)
-    distributed.all_reduce(num_items)
-    num_items.clamp_(min=1)
-    total = torch.zeros((), device=engine.device)
-    for number, micro_batch in enumerate(share.micro_batches, 1):
-        batch = objective.collate(micro_batch)
-        batch = {name: tensor.to(engine.device) for name, tensor in batch.items()}
-        engine.set_gradient_accumulation_boundary(number == len(share.micro_batches))
-        loss, _ = objective.loss(engine, batch, num_items)
-        engine.backward(loss * num_workers)  # DeepSpeed averages over the workers
-        engine.step()
-        total += loss.detach()
-    distributed.all_reduce(total)
-    return float(total)
+def _restore(engine: Any, output: Location, step: int) -> Checkpoint | None:
+    """Give the engine the state of the checkpoint after `step` steps."""
+    if step == 0:
+        return None
+    folder = checkpoint_folder(output, step)
+    checkpoint = read_checkpoint(folder)
+    if checkpoint is None:
+        raise FlashVLError(f"{folder} was removed meanwhile; run the same command again")
+    with ShardReader(checkpoint.shards) as reader:
+        reader.fill(read_fragments(engine))
+    publish(engine, checkpoint.state.adam_step)
+    return checkpoint
+
+
+def _build_guard(recipe: AnyRecipe, state: CheckpointState | None) -> Guard:
+    if state is None:
+        return Guard(recipe.spike_factor, recipe.max_skipped_steps)
+    return Guard(
+        recipe.spike_factor,
+        recipe.max_skipped_steps,
+        recent=state.recent_losses,
+        num_skipped=state.num_skipped,
+        num_in_a_row=state.num_skipped_in_a_row,
+    )
+
+
+def _audit(loop: Loop) -> None:
+    """
+    Raises:
+        FlashVLError: a row is neither trained nor a dead letter; or no row could be used.
+    """
+    if loop.consumed is not None:
+        loop.consumed.check(loop.feed, loop.feed.num_steps)
+    if not loop.num_trained:
+        raise FlashVLError(
+            f"none of the {loop.feed.num_rows} rows could be used; see {loop.output}/dead_letters"
+            f" for the reasons, and raise max_length ({loop.recipe.max_length}) if they are too long"
+        )
+
+
+def _export(
+    model: FlashVLForConditionalGeneration, adapters: LoraModel | None, loop: Loop
+) -> None:
+    """Write the finished model on rank 0; all ranks call this."""
+    recipe, output = loop.recipe, loop.output
+    with gathered(model, recipe.zero_stage):
+        if loop.rank == 0:
+            if adapters is not None:
+                merge(adapters)
+            totals = {
+                "num_steps": loop.step - loop.guard.num_skipped,
+                "planned_steps": loop.feed.num_steps,
+                "num_skipped": loop.guard.num_skipped,
+                "num_trained": loop.num_trained,
+                "num_dead": loop.num_dead,
+                "loss": loop.loss,
+                "eval_loss": loop.eval_loss,
+                "seconds": loop.meter.seconds,
+            }
+            try:
+                write_log(output, recipe, totals, read_steps(output))
+                write_model(output, model, load_processor(recipe.init_from))
+            except OSError as error:
+                raise FlashVLError(
+                    f"the trained model cannot be written to {output}"
+                    f" ({error.strerror or error}); make room, and run the same command again"
+                ) from None
+        distributed.barrier()

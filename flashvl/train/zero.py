@@ -6,6 +6,7 @@ it begins in it, which holds at any number of ranks and at any ZeRO stage. All t
 DeepSpeed's own attributes is here.
 """
 
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -132,6 +133,24 @@ def publish(engine: Any, adam_step: int) -> None:
         elif optimizer is not engine.basic_optimizer:
             for low, high in _pairs(optimizer):
                 low.data.copy_(high.data)
+
+
+def update_weights(engine: Any) -> float | None:
+    """Update the weights by the gradients of all backward passes since the last update.
+
+    Returns:
+        The norm of the gradient before clipping; None where it is not finite: then nothing changed.
+    """
+    if engine.optimizer is engine.basic_optimizer:  # plain AdamW, which checks nothing
+        gradients = [weight.grad for weight in engine.module.parameters()]
+        norm = float(nn.utils.get_total_norm([each for each in gradients if each is not None]))
+        if not math.isfinite(norm):
+            drop_gradients(engine)
+            return None
+        engine.step()
+        return norm
+    engine.step()
+    return float(engine.get_global_grad_norm()) if engine.was_step_applied() else None
 
 
 def drop_gradients(engine: Any) -> None:
