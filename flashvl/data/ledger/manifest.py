@@ -10,7 +10,7 @@ of files that counts, writing it adds all the new files at once.
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -96,11 +96,17 @@ def check_files(
         )
 
 
-def check_same(folder: Location, fingerprint: Fingerprint, may_differ: Sequence[str] = ()) -> None:
+def check_same(
+    folder: Location,
+    fingerprint: Mapping[str, Any],
+    may_differ: Sequence[str] = (),
+    remedy: str = "Name another output, or give --restart to throw them away",
+) -> None:
     """Refuse to resume the job in `folder` as another job.
 
     Args:
         may_differ: names whose values may differ.
+        remedy: what the user can do.
 
     Raises:
         ConfigError: the fingerprints differ; the error names where, with both values.
@@ -118,8 +124,7 @@ def check_same(folder: Location, fingerprint: Fingerprint, may_differ: Sequence[
             for name in differing
         )
         raise ConfigError(
-            f"output {folder} holds another job's results: {told}. Name another output, or give"
-            " --restart to throw them away"
+            f"output {folder} holds another job's results: {told}. {remedy}"
         )
 
 
@@ -158,6 +163,11 @@ def _write(
     data = pa.BufferOutputStream()
     pq.write_table(pa.table(columns, schema=_FILE), data)
     (folder / list_name).write(data.getvalue().to_pybytes())
+    write_manifest(folder, fingerprint)
+
+
+def write_manifest(folder: Location, fingerprint: Mapping[str, Any]) -> None:
+    """Begin the job of `folder`, whose lock this job holds."""
     (folder / MANIFEST).write((json.dumps(fingerprint, indent=2) + "\n").encode())
 
 
