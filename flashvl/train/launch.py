@@ -1,12 +1,12 @@
 """Runs a stage on Ray Train, from its recipe to the finished model, through lost workers and nodes.
 
-    output_dir/
-        _manifest.json, _lock       what decides the weights; see `flashvl.data.ledger`
-        checkpoints/                see `flashvl.train.checkpoint`
-        steps/, dead_letters/       see `flashvl.train.parts`
-        runs/                       TensorBoard
-        training_log.json           totals, and a record of each step
-        config.json, ...            the model as a Hugging Face folder, `config.json` written last
+output_dir/
+    _manifest.json, _lock       what decides the weights; see `flashvl.data.ledger`
+    checkpoints/                see `flashvl.train.checkpoint`
+    steps/, dead_letters/       see `flashvl.train.parts`
+    runs/                       TensorBoard
+    training_log.json           totals, and a record of each step
+    config.json, ...            the model as a Hugging Face folder, `config.json` written last
 """
 
 import logging
@@ -212,9 +212,7 @@ def _check_same(stage: Stage) -> None:
     check_same(stage.output, stage.fingerprint, remedy=remedy)
 
 
-def _run_attempts(
-    stage: Stage, resources: dict[str, float], on_progress: ShowProgress
-) -> None:
+def _run_attempts(stage: Stage, resources: dict[str, float], on_progress: ShowProgress) -> None:
     """Start the workers from the newest checkpoint, again and again while processes are lost.
 
     Raises:

@@ -194,7 +194,7 @@ class Loop:
             asks_preemption=self.rank == 0 and self._is_preemption_due(),
         )
         by_source = [
-            np.bincount(share.sources, weights=values, minlength=num_sources)
+            np.bincount(share.sources, weights=values, minlength=num_sources).astype(np.float64)
             for values in (document_losses, document_items)
         ]
         return gather(figures, by_source[0], by_source[1], device)

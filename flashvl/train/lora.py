@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, Hu et al. 2021) by PEFT: put into the model, merged into it at the end."""
+"""Low-rank adapters by PEFT (LoRA, Hu et al. 2021): put into the model, merged at the end."""
 
 from collections.abc import Collection
 

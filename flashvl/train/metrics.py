@@ -16,7 +16,7 @@ from flashvl.data.features import IGNORE_INDEX
 from flashvl.model import FlashVLConfig
 from flashvl.train.flops import training_flops
 from flashvl.train.gpus import GPUS
-from flashvl.train.recipe import SupervisedRecipe, AnyRecipe
+from flashvl.train.recipe import AnyRecipe, SupervisedRecipe
 from flashvl.train.shares import MicroBatch, Share
 
 Record = dict[str, Any]
@@ -215,9 +215,7 @@ class Boards:
             if isinstance(value, dict):
                 for source, part in value.items():
                     self._writer.add_scalar(f"{name}/{source}", part, step)
-                    self._gauge(name, "source").set(
-                        part, {"stage": self._stage, "source": source}
-                    )
+                    self._gauge(name, "source").set(part, {"stage": self._stage, "source": source})
             elif isinstance(value, int | float):
                 self._writer.add_scalar(f"train/{name}", value, step)
                 self._gauge(name).set(value, {"stage": self._stage})

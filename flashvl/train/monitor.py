@@ -60,9 +60,7 @@ class Report:
 
     def laggard(self) -> Beat:
         """The worker that the others wait for: the one that has got least far."""
-        return min(
-            self.beats, key=lambda beat: (beat.step, PHASES.index(beat.phase), -beat.age_s)
-        )
+        return min(self.beats, key=lambda beat: (beat.step, PHASES.index(beat.phase), -beat.age_s))
 
 
 class _Monitor:
@@ -108,9 +106,7 @@ class Pulse:
     def __init__(self, monitor: ActorHandle, rank: int):
         self._monitor, self._rank = monitor, rank
         self._answer: ray.ObjectRef | None = None
-        monitor.join.options(num_returns=0).remote(
-            rank, ray.get_runtime_context().current_actor
-        )
+        monitor.join.options(num_returns=0).remote(rank, ray.get_runtime_context().current_actor)
 
     def beat(self, step: int, phase: Phase, record: dict[str, Any] | None = None) -> None:
         """Tell where this worker is.

@@ -1,4 +1,4 @@
-"""Which parameters are trained, and how fast: parts, parameter groups, and the learning rate."""
+"""The parameters that are trained, their groups, and the learning rate of each step."""
 
 import math
 from collections import defaultdict

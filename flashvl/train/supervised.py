@@ -28,8 +28,8 @@ from flashvl.train.consumed import Consumed
 from flashvl.train.export import gathered, write_log, write_model
 from flashvl.train.feed import Feed
 from flashvl.train.guard import Guard
-from flashvl.train.lora import add_adapters, merge
 from flashvl.train.loop import Loop
+from flashvl.train.lora import add_adapters, merge
 from flashvl.train.metrics import Boards, Meter, peak_flops
 from flashvl.train.monitor import Pulse
 from flashvl.train.objectives import OBJECTIVES
@@ -130,9 +130,7 @@ def _train(assignment: Assignment, rank: int, pulse: Pulse) -> None:
         loop.boards.close()
 
 
-def prepare_parts(
-    model: FlashVLForConditionalGeneration, recipe: AnyRecipe
-) -> LoraModel | None:
+def prepare_parts(model: FlashVLForConditionalGeneration, recipe: AnyRecipe) -> LoraModel | None:
     """Let only what the recipe names be trained.
 
     Returns:
@@ -188,13 +186,12 @@ def _audit(loop: Loop) -> None:
     if not loop.num_trained:
         raise FlashVLError(
             f"none of the {loop.feed.num_rows} rows could be used; see {loop.output}/dead_letters"
-            f" for the reasons, and raise max_length ({loop.recipe.max_length}) if they are too long"
+            f" for the reasons, and raise max_length ({loop.recipe.max_length}) for rows that are"
+            " too long"
         )
 
 
-def _export(
-    model: FlashVLForConditionalGeneration, adapters: LoraModel | None, loop: Loop
-) -> None:
+def _export(model: FlashVLForConditionalGeneration, adapters: LoraModel | None, loop: Loop) -> None:
     """Write the finished model on rank 0; all ranks call this."""
     recipe, output = loop.recipe, loop.output
     with gathered(model, recipe.zero_stage):

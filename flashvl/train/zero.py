@@ -118,7 +118,7 @@ def publish(engine: Any, adam_step: int) -> None:
     """Make the engine compute with what was copied into its fragments.
 
     Args:
-        adam_step: number of updates that the fragments have behind them.
+        adam_step: number of updates that have made the fragments.
     """
     for state in engine.basic_optimizer.state.values():
         state["step"].fill_(adam_step)

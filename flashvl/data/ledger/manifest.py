@@ -123,9 +123,7 @@ def check_same(
             f"{name} was {stored.get(name)!r} and is {fingerprint.get(name)!r}"
             for name in differing
         )
-        raise ConfigError(
-            f"output {folder} holds another job's results: {told}. {remedy}"
-        )
+        raise ConfigError(f"output {folder} holds another job's results: {told}. {remedy}")
 
 
 def claim(
