@@ -257,19 +257,24 @@ def train(
 ) -> None:
     """Train one stage from its recipe.
 
-    The next stage starts from the checkpoint folder that is written.
+    The same command again resumes a stage that was stopped or killed, also with another num_workers
+    or zero_stage. The next stage starts from the folder that is written.
 
-    Example: flashvl train ray_jobs/configs/static/stage1.yaml num_workers=8
+    Example: flashvl train ray_jobs/configs/static/stage1.yaml init_from=/models/static
     """
     with report_errors():
         from flashvl.train.recipe import load_recipe
 
         loaded = load_recipe(recipe, overrides or ())
-        start_ray(include_dashboard=True)
-        from flashvl.train.launch import run
+        from flashvl.train.launch import check_stage, run_stage
 
-        with show_progress(loaded.stage) as on_progress:
-            result = run(loaded, on_progress)
+        stage = check_stage(loaded)
+        result = stage.finished()
+        if result is None:
+            print(stage, flush=True)
+            start_ray(include_dashboard=True)
+            with show_progress(loaded.stage) as on_progress:
+                result = run_stage(stage, on_progress)
         print(result)
 
 

@@ -29,6 +29,7 @@ from flashvl.data.ledger.lock import LOCK, held
 from flashvl.data.ledger.manifest import check_same, has_begun, write_manifest
 from flashvl.data.storage import UNFINISHED, Location, locate
 from flashvl.errors import ConfigError, FlashVLError
+from flashvl.model import FlashVLConfig
 from flashvl.model.loading import hash_folder, load_processor, resolve_checkpoint
 from flashvl.model.parts.prepare import prepare_model
 from flashvl.progress import ShowProgress, ignore_progress
@@ -39,8 +40,10 @@ from flashvl.train.failures import is_fault_of_ray, what_was_lost
 from flashvl.train.feed import Feed, build_feed
 from flashvl.train.mixture import TrainingData
 from flashvl.train.monitor import Watch, start_monitor
+from flashvl.train.parameters import Parameters, count_parameters
 from flashvl.train.parts import remove_later
 from flashvl.train.recipe import AnyRecipe, Recipe, SupervisedRecipe
+from flashvl.train.schedule import check_count
 from flashvl.train.supervised import Assignment, train_worker
 
 logger = logging.getLogger(__name__)
@@ -49,6 +52,7 @@ MAY_DIFFER = frozenset(
     {
         "stage",
         "output_dir",
+        "preset",
         "init_from",  # its hash counts
         "data",  # the feed's fingerprint counts
         "eval_data",
@@ -114,6 +118,17 @@ class Stage:
     eval_feed: Feed | None
     fingerprint: dict[str, Any]
     """What decides the weights, by name."""
+    parameters: Parameters
+    """Numbers of the model's parameters, and of those that are trained."""
+
+    def __str__(self) -> str:
+        recipe, counts = self.recipe, self.parameters
+        parts = ", ".join(f"{part} {counts.trained[part]:,}" for part in recipe.trainable)
+        return (
+            f"{recipe.stage}: {self.feed.num_rows:,} rows of {', '.join(self.feed.sources)} in"
+            f" {self.feed.num_steps:,} steps of {recipe.global_batch_size}; trains"
+            f" {counts.num_trained:,} of {counts.num_total:,} parameters ({parts})"
+        )
 
     def finished(self) -> StageResult | None:
         """The result, if the stage has run to its end."""
@@ -137,7 +152,11 @@ def run(recipe: AnyRecipe, on_progress: ShowProgress = ignore_progress) -> Stage
         FlashVLError: the run cannot go on, or SIGTERM has stopped it.
         RankError: a worker has failed; the message holds its traceback.
     """
-    stage = check_stage(recipe)
+    return run_stage(check_stage(recipe), on_progress)
+
+
+def run_stage(stage: Stage, on_progress: ShowProgress = ignore_progress) -> StageResult:
+    """What `run` does after `check_stage`."""
     if (result := stage.finished()) is not None:
         return result
     resources = _resources_of_a_worker(stage.recipe)
@@ -162,6 +181,7 @@ def check_stage(recipe: AnyRecipe) -> Stage:
     init_from = resolve_checkpoint(prepare_model(recipe.init_from)).resolve()
     load_processor(init_from)
     recipe = recipe.model_copy(update={"init_from": str(init_from)})
+    parameters = _count_parameters(recipe)
     feed = _build_feed(recipe, recipe.data)
     eval_data = recipe.eval_data if isinstance(recipe, SupervisedRecipe) else None
     settings = recipe.model_dump(mode="json", exclude=set(MAY_DIFFER))
@@ -171,9 +191,22 @@ def check_stage(recipe: AnyRecipe) -> Stage:
         feed=feed,
         eval_feed=_build_feed(recipe, eval_data) if eval_data is not None else None,
         fingerprint={"init_from": hash_folder(init_from), **feed.fingerprint(), **settings},
+        parameters=parameters,
     )
     _check_output(stage)
     return stage
+
+
+def _count_parameters(recipe: AnyRecipe) -> Parameters:
+    """
+    Raises:
+        ConfigError: another number of parameters would be trained than the recipe says.
+    """
+    lora = recipe.lora if isinstance(recipe, SupervisedRecipe) else None
+    config = FlashVLConfig.from_pretrained(recipe.init_from)
+    counts = count_parameters(config, recipe.trainable, lora.r if lora is not None else None)
+    check_count(counts.num_trained, recipe)
+    return counts
 
 
 def _build_feed(recipe: AnyRecipe, data: TrainingData) -> Feed:
