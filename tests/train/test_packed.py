@@ -134,11 +134,18 @@ def packed(
 def assert_same(
     found: tuple[float, dict[str, torch.Tensor]], expected: tuple[float, dict[str, torch.Tensor]]
 ) -> None:
-    """The same loss, and gradients that differ by at most 1e-5 of the largest of a parameter."""
+    """The same loss, and gradients that differ by at most 1e-5 of the largest in a part.
+
+    Those of single parameters may be rounding errors: a key's bias, say, has no influence.
+    """
     assert found[0] == pytest.approx(expected[0], rel=1e-5)
+    largest: dict[str, float] = {}
     for name, gradient in expected[1].items():
-        scale = float(gradient.abs().max()) or 1.0
-        torch.testing.assert_close(found[1][name] / scale, gradient / scale, rtol=0, atol=1e-5)
+        part = ".".join(name.split(".")[:2])
+        largest[part] = max(largest.get(part, 0.0), float(gradient.abs().max()))
+    for name, gradient in expected[1].items():
+        atol = 1e-5 * largest[".".join(name.split(".")[:2])]
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=atol)
 
 
 @pytest.fixture(scope="module", params=["tiny", "tiny-iss"])
@@ -170,6 +177,7 @@ def test_loss_and_gradients_do_not_depend_on_how_rows_are_split(
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "flex_attention"])
+@torch.compiler.set_stance("force_eager")  # PyTorch's C++ for flex attention does not compile
 def test_no_token_sees_another_document(random_folder: Folder, attention: str) -> None:
     folder = random_folder("tiny-iss")
     objective = Answers(load_model(folder).eval(), load_processor(folder))
