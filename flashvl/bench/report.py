@@ -5,11 +5,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # to print one benchmark's result takes no library of another's
     from flashvl.bench.caption import CaptionSpeed
+    from flashvl.bench.feed import Growth
     from flashvl.bench.images import ImageSpeed
     from flashvl.bench.latency import Latency
     from flashvl.bench.machine import Machine
     from flashvl.bench.serve import Overload, ServiceSpeeds, Speed
     from flashvl.bench.throughput import Throughput
+    from flashvl.bench.train import TrainSpeed
 
 
 def describe_images(speeds: Sequence["ImageSpeed"], size: tuple[int, int], rounds: int) -> str:
@@ -119,6 +121,39 @@ def _describe_overload(overload: "Overload") -> str:
         f" {overload.ttft_p99_ms:.0f} ms, bound {overload.ttft_bound_ms:.0f} ms;"
         f" memory {overload.memory_start_mb:.0f} -> {overload.memory_end_mb:.0f} MB"
     )
+
+
+def describe_training(speed: "TrainSpeed", rounds: int) -> str:
+    """Samples a second of each way of training, and how full the packs are."""
+    lines = [
+        f"samples/s on one thread, median of {rounds} rounds; {speed.tokens_per_row:.0f} tokens a"
+        " sample",
+        f"{speed.padded:8.2f}  padded",
+        f"{speed.packed:8.2f}  packed: {speed.times_padded:.2f}x",
+        f"{speed.fed:8.2f}  packed, fed by Ray Data: {speed.of_ready:.3f} of ready tensors",
+    ]
+    lines += [
+        f"{each.num_workers} workers: {each.filled:.1%} of the token budget filled, work"
+        f" {each.balance:.1%} balanced"
+        for each in speed.packing
+    ]
+    return "\n".join(lines)
+
+
+def describe_growth(found: Sequence["Growth"]) -> str:
+    """A line for each number of rows."""
+    header = ["rows", "order, MB", "bitmap, MB", "driver, MB", "task, MB"]
+    rows = [
+        [
+            f"{each.num_rows}",
+            f"{each.order_mb:.2f}",
+            f"{each.bitmap_mb:.2f}",
+            f"{each.driver_mb:.0f}",
+            f"{each.worker_mb:.0f}",
+        ]
+        for each in found
+    ]
+    return _table(header, rows)
 
 
 def _describe_machine(machine: "Machine") -> str:

@@ -319,6 +319,67 @@ def serve(
         print(describe_service(found))
 
 
+@bench_app.command()
+def train(
+    model: ModelOption = "tiny",
+    steps: Annotated[
+        int, typer.Option(metavar="INTEGER", min=8, help="Steps of 64 samples in each round.")
+    ] = 8,
+    rounds: RoundsOption = 3,
+    json_file: JsonOption = None,
+) -> None:
+    """Measure the samples a second of training.
+
+    Packed micro-batches are compared with padded ones, and a feed by Ray Data with ready tensors.
+
+    Example: flashvl bench train
+    """
+    with report_errors():
+        _check_writable(json_file)
+        from flashvl.bench.report import describe_training
+        from flashvl.bench.train import measure_training
+        from flashvl.model.parts.prepare import prepare_model
+
+        start_ray()
+        with show_progress("measuring") as on_progress:
+            speed = measure_training(str(prepare_model(model)), steps, rounds, on_progress)
+        _write(json_file, asdict(speed))
+        print(describe_training(speed, rounds))
+
+
+@bench_app.command()
+def feed(
+    model: ModelOption = "tiny",
+    rows: Annotated[
+        list[int] | None,
+        typer.Option(
+            metavar="INTEGER",
+            min=1000,
+            help="Rows of a stage; may be repeated; by default 10^4, 10^6 and 10^7.",
+        ),
+    ] = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Measure the memory of the training feed.
+
+    It is that of the driver and of the tasks, for several numbers of rows.
+
+    Example: flashvl bench feed
+    """
+    with report_errors():
+        _check_writable(json_file)
+        from flashvl.bench.feed import measure_growth
+        from flashvl.bench.report import describe_growth
+        from flashvl.model.parts.prepare import prepare_model
+
+        with show_progress("measuring") as on_progress:
+            found = measure_growth(
+                str(prepare_model(model)), rows or (10**4, 10**6, 10**7), on_progress
+            )
+        _write(json_file, {"sizes": [asdict(each) for each in found]})
+        print(describe_growth(found))
+
+
 def _check_writable(json_file: Path | None, plot: Path | None = None) -> None:
     """Refuse a bad path, or a missing library, before a long run.
 

@@ -18,7 +18,7 @@ from flashvl.data.inputs.parquet import read_footers
 from flashvl.data.inputs.row_groups import DamagedError, open_parquet, read_batches
 from flashvl.data.plain import is_list, plain_type, repair_text
 from flashvl.data.schema import CONVERSATIONS, is_binary, is_text
-from flashvl.data.storage import Location
+from flashvl.data.storage import Location, locate
 from flashvl.errors import ConfigError, DataError
 
 COLUMNS = ("images", "messages")
@@ -31,7 +31,7 @@ class Table:
     """The files of a table."""
 
     name: str
-    """Path or URI by which it was given."""
+    """Its path, without the credentials that a URI may hold."""
     folder: Location
     files: list[ListedFile]
     rows_of_files: list[int]
@@ -80,7 +80,7 @@ def open_table(text: str, first_row: int) -> tuple[Table, list[int]]:
             f"table {text} has no row; give a folder of Parquet files with conversations"
         )
     table = Table(
-        name=text,
+        name=str(locate(text)),
         folder=listing.root,
         files=files,
         rows_of_files=[sum(footer.row_groups) for footer in footers],

@@ -1,0 +1,95 @@
+"""Memory of the feed as the number of rows grows: of the driver, and of the tasks that read rows.
+
+    flashvl bench feed
+
+Each size is measured in processes of its own, from the start of Ray to a few steps. The rows are
+those of the procedural world, numbered as the row groups of a table are.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import psutil
+
+from flashvl.progress import ShowProgress, ignore_progress
+from flashvl.train.feed import Feed
+from flashvl.train.mixture import SyntheticData
+from flashvl.train.order import shuffle_tables
+
+ROWS_PER_GROUP = 64
+GLOBAL_BATCH = 240
+NUM_STEPS = 12
+"""Steps that are read before memory is measured."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Growth:
+    """Memory with a number of rows, in MB: of a process alone, without what it shares."""
+
+    num_rows: int
+    order_mb: float
+    """Arrays of the order, which the driver holds and tasks map from shared memory."""
+    bitmap_mb: float
+    """A bit a row, for the rows that are consumed."""
+    driver_mb: float
+    """The driver, with both."""
+    worker_mb: float
+    """The largest task process."""
+
+
+def measure_growth(
+    model: str, sizes: Sequence[int], on_progress: ShowProgress = ignore_progress
+) -> list[Growth]:
+    """Measure each size in a fresh process with a Ray of its own."""
+    found = []
+    for number, size in enumerate(sizes):
+        on_progress(number, len(sizes), f"{size} rows")
+        done = subprocess.run(
+            [sys.executable, "-m", __name__, model, str(size)],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        found.append(Growth(**json.loads(done.stdout.splitlines()[-1])))
+    return found
+
+
+def _measure(model: str, num_rows: int) -> Growth:
+    from flashvl.entrypoint import start_ray
+
+    start_ray()
+    groups = np.full(-(-num_rows // ROWS_PER_GROUP), ROWS_PER_GROUP, np.int64)
+    order = shuffle_tables([groups], [num_rows], GLOBAL_BATCH, seed=0)
+    bitmap = np.ones(-(-num_rows // 8), np.uint8)
+    feed = Feed(
+        order=order,
+        source=SyntheticData(count=num_rows, words_share=1.0),
+        kind="supervised",
+        model=model,
+        max_length=1024,
+        token_budget=4096,
+    )
+    dataset = feed.dataset(0, 1)
+    dataset.context.execution_options.preserve_order = True
+    blocks = dataset.iter_batches(batch_size=1, batch_format="pyarrow")
+    for _, _ in zip(range(NUM_STEPS), blocks, strict=False):
+        pass
+    own = psutil.Process()
+    tasks = [each for each in own.children(recursive=True) if each.name().startswith("ray::")]
+    return Growth(
+        num_rows=num_rows,
+        order_mb=(order.starts.nbytes + order.ends.nbytes) / 1e6,
+        bitmap_mb=bitmap.nbytes / 1e6,
+        driver_mb=own.memory_full_info().uss / 1e6,
+        worker_mb=max(each.memory_full_info().uss for each in tasks) / 1e6,
+    )
+
+
+if __name__ == "__main__":
+    from dataclasses import asdict
+
+    sys.stdout.write(json.dumps(asdict(_measure(sys.argv[1], int(sys.argv[2])))) + "\n")
