@@ -10,7 +10,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import psutil
@@ -24,6 +24,15 @@ ROWS_PER_GROUP = 64
 GLOBAL_BATCH = 240
 NUM_STEPS = 12
 """Steps that are read before memory is measured."""
+
+
+PROGRAM = """
+import sys
+from flashvl.bench.feed import print_growth
+from flashvl.entrypoint import start_ray
+start_ray()
+print_growth(sys.argv[1], int(sys.argv[2]))
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,7 +58,7 @@ def measure_growth(
     for number, size in enumerate(sizes):
         on_progress(number, len(sizes), f"{size} rows")
         done = subprocess.run(
-            [sys.executable, "-m", __name__, model, str(size)],
+            [sys.executable, "-c", PROGRAM, model, str(size)],
             stdout=subprocess.PIPE,
             text=True,
             check=True,
@@ -58,10 +67,8 @@ def measure_growth(
     return found
 
 
-def _measure(model: str, num_rows: int) -> Growth:
-    from flashvl.entrypoint import start_ray
-
-    start_ray()
+def print_growth(model: str, num_rows: int) -> None:
+    """Measure this process and its Ray, and print the figures as a line of JSON."""
     groups = np.full(-(-num_rows // ROWS_PER_GROUP), ROWS_PER_GROUP, np.int64)
     order = shuffle_tables([groups], [num_rows], GLOBAL_BATCH, seed=0)
     bitmap = np.ones(-(-num_rows // 8), np.uint8)
@@ -80,16 +87,11 @@ def _measure(model: str, num_rows: int) -> Growth:
         pass
     own = psutil.Process()
     tasks = [each for each in own.children(recursive=True) if each.name().startswith("ray::")]
-    return Growth(
+    growth = Growth(
         num_rows=num_rows,
         order_mb=(order.starts.nbytes + order.ends.nbytes) / 1e6,
         bitmap_mb=bitmap.nbytes / 1e6,
         driver_mb=own.memory_full_info().uss / 1e6,
         worker_mb=max(each.memory_full_info().uss for each in tasks) / 1e6,
     )
-
-
-if __name__ == "__main__":
-    from dataclasses import asdict
-
-    sys.stdout.write(json.dumps(asdict(_measure(sys.argv[1], int(sys.argv[2])))) + "\n")
+    sys.stdout.write(json.dumps(asdict(growth)) + "\n")

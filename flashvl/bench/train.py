@@ -8,6 +8,7 @@ included. Padded batches have no tokens of padding in the head, and so differ by
 """
 
 import itertools
+import os
 import random
 import statistics
 import tempfile
@@ -145,10 +146,9 @@ def measure_training(
             rates["of_ready"] = rates["fed"] / rates["packed"]
             found.append(rates)
     medians = {name: statistics.median(each[name] for each in found) for name in found[0]}
-    micro_batches = [each for share in shares for each in share.micro_batches]
-    lengths = np.concatenate([each.lengths for each in micro_batches])
+    lengths = [each.lengths for share in shares for each in share.micro_batches]
     return TrainSpeed(
-        tokens_per_row=float(lengths.mean()),
+        tokens_per_row=float(np.concatenate(lengths).mean()),
         packing=[_judge(trainer, shares, workers) for workers in (1, MANY_WORKERS)],
         **medians,
     )
@@ -159,7 +159,8 @@ def _shares(feed: Feed) -> Iterator[Share]:
     dataset = feed.dataset(0, 1)
     options = dataset.context.execution_options
     options.preserve_order = True
-    options.exclude_resources = ray.data.ExecutionResources(cpu=1)
+    cores = len(os.sched_getaffinity(0))
+    options.resource_limits = ray.data.ExecutionResources(cpu=max(1, cores - 1))
     (shard,) = dataset.streaming_split(1, equal=True)
     return read_shares(shard, rank=0, first_step=0)
 
@@ -174,7 +175,7 @@ class _Trainer:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5)
 
     def train(self, shares: Iterable[Share]) -> float:
-        """Train on packed micro-batches; returns samples a second after the first share is there."""
+        """Train on packed micro-batches; returns samples a second from the first share on."""
         return self._run(shares, lambda share: share.micro_batches, self._packed_loss)
 
     def train_padded(self, shares: Iterable[Share]) -> float:

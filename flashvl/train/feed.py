@@ -21,7 +21,7 @@ from flashvl.data.ledger.manifest import hash_listed
 from flashvl.errors import FlashVLError
 from flashvl.model import FlashVLProcessor
 from flashvl.model.configuration_flashvl import FlashVLConfig
-from flashvl.model.loading import load_processor
+from flashvl.model.loading import load_processor, resolve_checkpoint
 from flashvl.train.documents import (
     CellsEncoder,
     ConversationEncoder,
@@ -54,7 +54,7 @@ class Feed:
     source: SyntheticData | tuple[Table, ...]
     kind: Kind
     model: str
-    """Folder of the model whose processor encodes the rows."""
+    """Folder or shipped name of the model whose processor encodes the rows."""
     max_length: int
     token_budget: int
 
@@ -243,4 +243,4 @@ def _processor(model: str) -> FlashVLProcessor:
 
 @functools.lru_cache(maxsize=1)
 def _config(model: str) -> FlashVLConfig:
-    return FlashVLConfig.from_pretrained(model)
+    return FlashVLConfig.from_pretrained(resolve_checkpoint(model))
