@@ -7,8 +7,8 @@
 tiny: random weights -> pre-training of the tower and of the LLM -> stages 1 to 4. The tiled models
 begin with the tower and the LLM of the shipped tiny, like the paper's with published ones. Each
 stage starts from the checkpoint of the one before, and its model is asked the held-out questions.
-At the end the weights are written in bf16, with a model card. A run that was interrupted resumes
-after the last finished stage; remove RUNS to begin anew.
+At the end the weights are written in bf16, with a model card. A run that was interrupted goes
+on where it stopped; remove RUNS to begin anew.
 """
 
 import argparse
@@ -16,15 +16,12 @@ import json
 import os
 import platform
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
 from flashvl.entrypoint import report_errors, show_progress, start_ray
 
-RECIPES = Path(__file__).parent / "configs"
-STAGES = ("tower", "llm", "stage1", "stage2", "stage3", "stage4")
-"""All stages in their order; those with a recipe in the model's folder are run."""
+PIPELINES = Path(__file__).parent / "configs" / "pipelines"
 MAX_BYTES = 12_000_000
 """Size of a shipped model's weights at most, as the package holds them."""
 
@@ -33,7 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = sorted(folder.name for folder in RECIPES.glob("tiny*"))
+    names = sorted(path.stem for path in PIPELINES.glob("tiny*.yaml"))
     parser.add_argument("preset", nargs="?", choices=names, default="tiny")
     parser.add_argument("--runs", type=Path, help="folder for the checkpoints (runs/PRESET)")
     parser.add_argument("--output", type=Path, help="folder for the result (inside the package)")
@@ -51,56 +48,19 @@ def main() -> None:
 def make_checkpoint(preset: str, runs: Path, output: Path) -> None:
     """Train in the folder `runs`, and write the finished checkpoint and its card to `output`."""
     from flashvl.engine import Engine
+    from flashvl.eval.pipeline import run_and_score
     from flashvl.eval.scenes import average, evaluate_scenes
-    from flashvl.train.create import create_random, create_variant
+    from flashvl.train.pipeline import load_pipeline
 
-    before = runs / "start"
-    if not (before / "config.json").exists():
-        if preset == "tiny":
-            create_random(preset, before)
-        else:
-            create_variant("tiny", preset, before)
-    rows: list[dict[str, Any]] = []
-    for stage in STAGES:
-        recipe = RECIPES / preset / f"{stage}.yaml"
-        if recipe.exists():
-            rows.append(run_stage(recipe, before, runs / stage))
-            print(json.dumps(rows[-1]), flush=True)
-            before = runs / stage
-    export(before, output)
+    pipeline = load_pipeline(PIPELINES / f"{preset}.yaml", [f"output_dir={runs}"])
+    records = run_and_score(
+        pipeline, show_progress, lambda record: print(json.dumps(record), flush=True)
+    )
+    export(runs / records[-1]["stage"], output)
     scores = evaluate_scenes(Engine.from_pretrained(output))
-    card = write_card(preset, rows, {task: score.exact_match for task, score in scores.items()})
-    (output / "README.md").write_text(card)
+    last = {task: score.exact_match for task, score in scores.items()}
+    (output / "README.md").write_text(write_card(preset, records, last))
     print(f"{output}: average exact match {average(scores):.3f}")
-
-
-def run_stage(recipe_file: Path, init_from: Path, output_dir: Path) -> dict[str, Any]:
-    """Run a stage and return its row of the card, or read the row if the stage was run before."""
-    from flashvl.engine import Engine
-    from flashvl.eval.scenes import average, evaluate_scenes
-    from flashvl.train.launch import run
-    from flashvl.train.recipe import load_recipe
-
-    record = output_dir / "result.json"
-    if record.exists():
-        return json.loads(record.read_text())
-    start = time.perf_counter()
-    paths = [f"init_from={init_from}", f"output_dir={output_dir}"]
-    recipe = load_recipe(recipe_file, paths)
-    with show_progress(recipe.stage) as on_progress:
-        result = run(recipe, on_progress)
-    row: dict[str, Any] = {
-        "stage": recipe.stage,
-        "samples": result.num_steps * recipe.global_batch_size,
-        "loss": round(result.loss, 4),
-    }
-    if recipe.stage.startswith("stage"):  # a pre-trained model cannot answer yet
-        scores = evaluate_scenes(Engine.from_pretrained(output_dir))
-        row |= {task: round(score.exact_match, 3) for task, score in scores.items()}
-        row["average"] = round(average(scores), 3)
-    row["seconds"] = round(time.perf_counter() - start)
-    record.write_text(json.dumps(row) + "\n")
-    return row
 
 
 def export(checkpoint: Path, output: Path) -> None:
@@ -132,21 +92,15 @@ def _without_auto_map(value: Any) -> Any:
     return {key: _without_auto_map(item) for key, item in value.items() if key != "auto_map"}
 
 
-def write_card(preset: str, rows: list[dict[str, Any]], final: dict[Any, float]) -> str:
+def write_card(preset: str, records: list[dict[str, Any]], last: dict[Any, float]) -> str:
     """The model card: what the model is, how it was made, and its scores after each stage."""
-    tasks = list(final)
-    lines = [f"| stage | samples | seconds | loss | {' | '.join(tasks)} | average |"]
-    lines.append("|---" * (len(tasks) + 5) + "|")
-    for row in rows:
-        scores = [f"{row[task]:.3f}" if task in row else "-" for task in (*tasks, "average")]
-        cells = [row["stage"], row["samples"], row["seconds"], row["loss"], *scores]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    last = [f"{score:.3f}" for score in (*final.values(), sum(final.values()) / len(final))]
-    lines.append("| " + " | ".join(["shipped (bf16)", "-", "-", "-", *last]) + " |")
-    minutes = round(sum(row["seconds"] for row in rows) / 60)
+    from flashvl.train.pipeline import render_scores
+
+    shipped = {"stage": "shipped (bf16)", "rows": None, "loss": None, "seconds": None}
+    minutes = round(sum(record["seconds"] for record in records) / 60)
     return CARD.format(
         preset=preset,
-        table="\n".join(lines),
+        table=render_scores([*records, shipped | {"scores": last}]).rstrip(),
         made=f"`make {preset}` made it in {minutes} minutes on {platform.machine()},"
         f" {os.cpu_count()} cores, no GPU",
         **TEXTS[preset],

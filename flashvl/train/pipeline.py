@@ -96,17 +96,19 @@ class Pipeline(StrictModel):
 
 
 def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> Pipeline:
-    """The pipeline in the YAML file `path`, whose recipes lie beside it.
+    """The pipeline in the YAML file `path`, whose recipes are found from there.
 
     Raises:
-        ConfigError: the file cannot be read, or is wrong.
+        ConfigError: the file cannot be read, or it or one of its recipes is wrong.
     """
     pipeline = load_config(Pipeline, path, overrides)
     stages = (
         stage.model_copy(update={"recipe": Path(path).parent / stage.recipe})
         for stage in pipeline.stages
     )
-    return pipeline.model_copy(update={"stages": tuple(stages)})
+    pipeline = pipeline.model_copy(update={"stages": tuple(stages)})
+    pipeline.recipes()
+    return pipeline
 
 
 def run_pipeline(
@@ -164,9 +166,14 @@ def render_scores(records: Sequence[Record]) -> str:
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for record in records:
         scores = record["scores"] or {}
-        cells = [record["stage"], f"{record['rows']:,}", str(round(record["seconds"]))]
-        cells.append(f"{record['loss']:.4f}")
-        cells += [f"{scores[task]:.3f}" if task in scores else "-" for task in tasks]
+        cells = [
+            record["stage"],
+            *(
+                "-" if record[name] is None else f"{record[name]:{form}}"
+                for name, form in (("rows", ","), ("seconds", ".0f"), ("loss", ".4f"))
+            ),
+            *(f"{scores[task]:.3f}" if task in scores else "-" for task in tasks),
+        ]
         if tasks:
             cells.append(f"{sum(scores.values()) / len(scores):.3f}" if scores else "-")
         lines.append(f"| {' | '.join(cells)} |")

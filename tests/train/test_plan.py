@@ -17,12 +17,8 @@ from flashvl.train.parameters import MODEL_PARTS, Parameters, count_parameters
 from flashvl.train.plan import Plan, build_plan
 from flashvl.train.plan_report import describe_plan
 from flashvl.train.recipe import load_recipe
+from tests.support.recipes import CONFIGS, RECIPES, name_of
 
-ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = ROOT / "ray_jobs" / "configs"
-RECIPES = sorted(
-    path for path in CONFIGS.rglob("*.yaml") if path.parent.name not in ("mixtures", "pipelines")
-)
 A100S = {"gpus": 40, "gpu": "a100-80g"}
 
 
@@ -30,7 +26,7 @@ def plan(name: str, *overrides: str, **assumptions: Any) -> Plan:
     return build_plan(load_recipe(CONFIGS / name, overrides), Assumptions(**assumptions))
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+@pytest.mark.parametrize("path", RECIPES, ids=name_of)
 def test_every_recipe_in_the_repository_is_planned(path: Path) -> None:
     recipe = load_recipe(path)
     made = build_plan(recipe, Assumptions())
