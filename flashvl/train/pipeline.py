@@ -140,6 +140,7 @@ def run_pipeline(
             f"{output} holds scores of the stages {', '.join(done)}, the pipeline has"
             f" {', '.join(names)}; name another output_dir"
         )
+    output.make_folder()
     if not done:
         _make_start(pipeline)
     for stage, recipe in list(zip(pipeline.stages, recipes, strict=True))[len(done) :]:
