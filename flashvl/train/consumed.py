@@ -64,7 +64,7 @@ class Consumed:
         Raises:
             FlashVLError: a row is used that is not one of them, or one of them is not used.
         """
-        expected = Consumed(feed.num_rows)
+        expected = Consumed(feed.num_numbers)
         for start in range(0, num_steps, STEPS_AT_ONCE):
             expected.mark(feed.rows_of_steps(start, min(start + STEPS_AT_ONCE, num_steps)))
         differing = np.flatnonzero(self._bits != expected._bits)

@@ -63,6 +63,13 @@ class Feed:
         return self.order.num_rows
 
     @property
+    def num_numbers(self) -> int:
+        """Numbers that rows may have: rows of all tables, of which a mixture may take some."""
+        if isinstance(self.source, SyntheticData):
+            return self.num_rows
+        return self.source[-1].first_row + self.source[-1].num_rows
+
+    @property
     def num_steps(self) -> int:
         return self.order.num_steps
 

@@ -278,7 +278,7 @@ def _newest(stage: Stage) -> Checkpoint | None:
     step = newest.state.step if newest is not None else 0
     remove_later(stage.output, step)
     if newest is not None:
-        Consumed(stage.feed.num_rows, newest.consumed()).check(stage.feed, step)
+        Consumed(stage.feed.num_numbers, newest.consumed()).check(stage.feed, step)
     return newest
 
 

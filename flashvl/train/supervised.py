@@ -96,7 +96,7 @@ def _train(assignment: Assignment, rank: int, pulse: Pulse) -> None:
     state = resumed.state if resumed is not None else None
     is_first = rank == 0
     boards_folder = f"{output.path}/{BOARDS}" if output.is_local else tempfile.mkdtemp()
-    consumed = Consumed(assignment.feed.num_rows, resumed.consumed() if resumed else None)
+    consumed = Consumed(assignment.feed.num_numbers, resumed.consumed() if resumed else None)
     loop = Loop(
         engine=engine,
         objective=objective,

@@ -26,7 +26,7 @@ def feed_of(parts: list[Any]) -> Any:
     def rows_of_steps(start: int, stop: int) -> Any:
         return np.concatenate([np.empty(0, np.int64), *parts[start:stop]])
 
-    return SimpleNamespace(num_rows=NUM_ROWS, rows_of_steps=rows_of_steps)
+    return SimpleNamespace(num_numbers=NUM_ROWS, rows_of_steps=rows_of_steps)
 
 
 def marked(parts: Iterator[Any] | list[Any]) -> Consumed:
