@@ -75,7 +75,8 @@ def run_worker(settings: dict[str, Any]) -> dict[str, float]:
         world_size=settings["num_workers"],
     )
     # Libraries, kernels and buffers of the network, which are not the model's memory.
-    train(settings | {"config": build_config("tiny").to_dict(), "num_tokens": 40, "num_labels": 8})
+    small = {"num_tokens": 40, "num_tiles": 1, "num_labels": 8}
+    train(settings | small | {"config": build_config("tiny").to_dict()})
     gc.collect()
     before = _resident("VmRSS")
     figures = train(settings)
