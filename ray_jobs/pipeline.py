@@ -2,8 +2,8 @@
 
 ray job submit --working-dir . -- python ray_jobs/pipeline.py ray_jobs/configs/pipelines/static.yaml
 
-The same command again goes on where the last one stopped. KEY=VALUE replaces values of the file, as
-in: overrides=[num_workers=8].
+The same command again does what is left. KEY=VALUE replaces values of the file, as in:
+overrides=[num_workers=8].
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Which parameters train: their numbers by part, and the paper's numbers (its Table 1)."""
+"""Numbers of the parameters that a stage trains, by part, and as the paper's Table 1 has them."""
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
@@ -21,11 +21,11 @@ class Parameters:
     """Numbers of a model's parameters."""
 
     total: dict[str, int]
-    """Of each part, trained or not; a head of its own belongs to the language model."""
+    """All parameters of each part; a head of its own belongs to the language model."""
     trained: dict[str, int]
-    """Those that are trained, of each part; low-rank adapters count instead of the weights."""
+    """Parameters of each part that are trained; adapters of low rank count in place of weights."""
     paper_count: int
-    """Those that are trained, without the embeddings and heads that the paper leaves out."""
+    """Parameters that are trained, without the embeddings and heads that the paper leaves out."""
 
     @property
     def num_total(self) -> int:

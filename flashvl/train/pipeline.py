@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from flashvl.config import StrictModel, load_config
 from flashvl.data.storage import Location, locate
@@ -41,8 +41,8 @@ class PipelineStage(StrictModel):
     """A stage of a pipeline."""
 
     recipe: Path
-    """Recipe file; a path from the pipeline's folder. Its `init_from` and `output_dir` are replaced
-    by the chain's, but for the first stage's `init_from` where the pipeline has none."""
+    """Recipe file; a path from the pipeline's folder. The chain's folders replace its `init_from`
+    and `output_dir`; a first stage keeps its `init_from` if the pipeline has none."""
     overrides: tuple[str, ...] = ()
     """Values that replace the recipe's, as `key=value`."""
     evaluate: bool = True
@@ -109,6 +109,23 @@ def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> Pipeline:
     pipeline = pipeline.model_copy(update={"stages": tuple(stages)})
     pipeline.recipes()
     return pipeline
+
+
+class _AnyFile(StrictModel):
+    """A recipe or a pipeline, whose keys their own classes check."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+def load_stages(path: str | Path, overrides: Sequence[str] = ()) -> list[AnyRecipe]:
+    """The recipes of a pipeline's file, or the one recipe of another file.
+
+    Raises:
+        ConfigError: the file cannot be read, or is wrong.
+    """
+    if Path(path).is_file() and "stages" in (load_config(_AnyFile, path).model_extra or {}):
+        return load_pipeline(path, overrides).recipes()
+    return [load_recipe(path, overrides)]
 
 
 def run_pipeline(

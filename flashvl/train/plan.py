@@ -5,7 +5,7 @@ by the mixture's counts, by `preset` and by `Assumptions`. What it leaves out: e
 start of the workers, and steps that are made again after a failure.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -134,6 +134,17 @@ class Plan:
         values["parameters"]["paper_millions"] = round(self.parameters.paper_millions, 2)
         values["row"]["num_tokens"] = self.row.num_tokens
         return values | {name: getattr(self, name) for name in derived} | {"cost": self.cost}
+
+
+def describe_all(plans: Sequence[Plan]) -> dict[str, Any]:
+    """The plans of several stages for JSON, with their sums."""
+    costs = [plan.cost for plan in plans if plan.cost is not None]
+    return {
+        "stages": [plan.describe() for plan in plans],
+        "hours": sum(plan.hours for plan in plans),
+        "gpu_hours": sum(plan.gpu_hours for plan in plans),
+        "cost": sum(costs) if costs else None,
+    }
 
 
 def build_plan(recipe: AnyRecipe, assumptions: Assumptions) -> Plan:

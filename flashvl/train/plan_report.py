@@ -1,10 +1,13 @@
 """A plan as text for a person."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 
 from flashvl.train.gpus import GIB
-from flashvl.train.plan import GB, Plan
+from flashvl.train.plan import GB, Plan, describe_all
 
+REST = "Evaluations, the start of workers and repeated steps come on top."
+"""What no plan counts."""
 BAR = 30
 """Columns of the longest bar of the memory's parts."""
 
@@ -20,6 +23,36 @@ def describe_plan(plan: Plan) -> str:
         _section("In all", _total(plan)),
     ]
     return "\n\n".join([heading, *sections, _notes(plan)])
+
+
+def compare_plans(plans: Sequence[Plan]) -> str:
+    """A line for each of several stages, and their sums."""
+    first = plans[0]
+    heading = f"{len(plans)} stages on {first.num_gpus} x {first.gpu.name}"
+    has_cost = first.cost is not None
+    lines = [
+        f"{'stage':<10}{'rows':>12}{'steps':>9}{'trained':>10}{'GiB':>7}{'s/step':>8}"
+        f"{'rows/s/GPU':>12}{'hours':>8}{'GPU-hours':>11}{'cost':>10}"
+    ]
+    for plan in plans:
+        lines.append(
+            f"{plan.stage:<10}{plan.num_rows:>12,}{plan.num_steps:>9,}"
+            f"{plan.parameters.num_trained / 1e6:>9,.1f}M{plan.memory.total / GIB:>7.1f}"
+            f"{plan.step_s:>8.3f}"
+            f"{plan.rows_per_s_of_a_gpu:>12.1f}{plan.hours:>8.1f}{plan.gpu_hours:>11,.0f}"
+            f"{plan.cost or 0:>10,.0f}"
+        )
+    sums = describe_all(plans)
+    rows, steps = sum(plan.num_rows for plan in plans), sum(plan.num_steps for plan in plans)
+    lines.append(
+        f"{'all':<10}{rows:>12,}{steps:>9,}{'':>37}{sums['hours']:>8.1f}"
+        f"{sums['gpu_hours']:>11,.0f}{sums['cost'] or 0:>10,.0f}"
+    )
+    if not has_cost:
+        lines = [line[:-10] for line in lines]
+    slowest = sum(plan.hours_without_overlap for plan in plans)
+    notes = f"{slowest:.1f} h if computing and network do not overlap.\n{REST}"
+    return "\n".join([heading, "", *lines, "", notes])
 
 
 def _section(title: str, lines: list[tuple[str, str]]) -> str:
@@ -135,7 +168,7 @@ def _notes(plan: Plan) -> str:
             f"The network bounds the step: {needed:.0f} GB/s would keep up, or a larger"
             " global_batch_size."
         )
-    return "Evaluations, the start of workers and repeated steps come on top."
+    return REST
 
 
 def _count(number: float, one: str, many: str) -> str:

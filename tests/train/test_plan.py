@@ -72,6 +72,25 @@ def test_network_and_feed_are_those_computed_by_hand() -> None:
     assert 6 <= made.loading.cores <= 12
 
 
+def test_the_papers_whole_training_takes_what_was_computed_by_hand() -> None:
+    """707 GPU-hours and 17.7 hours at 40%, less the preferences' 2 and 0.04."""
+    path = str(CONFIGS / "pipelines" / "static.yaml")
+    arguments = ["plan", path, "--gpus", "40", "--gpu", "a100-80g"]
+    values = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
+    assert values["gpu_hours"] == pytest.approx(705, rel=0.02)
+    assert values["hours"] == pytest.approx(17.66, rel=0.02)
+    assert sum(stage["num_rows"] for stage in values["stages"]) == 50_000_000
+    table = CliRunner().invoke(app, [*arguments, "--price", "1.8"]).stdout.splitlines()
+    assert [line.split()[0] for line in table[3:8]] == [
+        "stage1",
+        "stage2",
+        "stage3",
+        "stage4",
+        "all",
+    ]
+    assert all(len(line) < 100 for line in table)
+
+
 def test_table_1s_numbers_of_trained_parameters() -> None:
     """The paper's M is 2^20; it counts neither embeddings nor heads."""
     config = build_config("static")
