@@ -146,7 +146,9 @@ def prepare_parts(model: FlashVLForConditionalGeneration, recipe: AnyRecipe) -> 
         freeze_all_but(model, recipe.trainable)
     check_count(count_trained(model), recipe)
     if recipe.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        # Else it sends gradients into frozen parts, which cost as much as trained ones then.
+        model.disable_input_require_grads()
     return adapters
 
 

@@ -9,6 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from flashvl.model import FlashVLConfig, FlashVLForConditionalGeneration
 from flashvl.model.presets import build_config
 from flashvl.train.flops import forward_flops, row_flops, training_flops
+from flashvl.train.recipe import SupervisedRecipe
+from flashvl.train.supervised import prepare_parts
 
 ALL_PARTS = ("vision_tower", "multi_modal_projector", "language_model")
 TILES = {"static": 1, "dynamic": 3, "iss": 5}
@@ -42,12 +44,16 @@ def count(
     torch.manual_seed(0)
     model = FlashVLForConditionalGeneration._from_config(config, attn_implementation="eager")
     model.train(bool(trainable))
-    model.requires_grad_(False)
-    for part in trainable:
-        model.get_submodule(f"model.{part}").requires_grad_(True)
-    if gradient_checkpointing:
-        model.activation_checkpointing_enable()
-        model.disable_input_require_grads()  # or else gradients would go into frozen parts
+    recipe = {
+        "kind": "supervised",
+        "stage": "count",
+        "init_from": "",
+        "output_dir": "",
+        "data": {"synthetic": {"count": 1}},
+        "trainable": trainable,
+        "gradient_checkpointing": gradient_checkpointing,
+    }
+    prepare_parts(model, SupervisedRecipe.model_validate(recipe))
     visual = num_tiles * config.image_seq_length
     input_ids = torch.cat([torch.full((1, visual), 3), torch.randint(4, 600, (1, TEXT))], dim=1)
     side = config.vision_config.image_size
