@@ -88,13 +88,16 @@ def sample_rows(recipe: AnyRecipe) -> RowSize | None:
     Raises:
         ConfigError: none of these rows can be used.
     """
+    try:
+        folder = resolve_checkpoint(recipe.init_from)
+    except CheckpointError:
+        return None
     from flashvl.train.feed import read_steps
     from flashvl.train.shares import decode_share
 
     try:
-        folder = resolve_checkpoint(recipe.init_from)
         feed = _feed(recipe.model_copy(update={"init_from": str(folder)}))
-    except (CheckpointError, ConfigError):
+    except ConfigError:
         return None
     share = decode_share(next(read_steps(feed, range(1), num_workers=1)))
     count = len(share.rows)

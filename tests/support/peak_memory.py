@@ -15,6 +15,8 @@ from typing import Any
 
 NUM_STEPS = 2
 """Steps that are made; the peak is that of the last."""
+RECIPE = ("trainable", "precision", "zero_stage", "gradient_checkpointing")
+"""Settings that are the recipe's."""
 MICRO_BATCHES = 2
 """Micro-batches of a step; the second one's gradients are added to those of the first."""
 
@@ -95,6 +97,7 @@ def train(settings: dict[str, Any]) -> dict[str, float]:
 
     from flashvl.model import FlashVLConfig, FlashVLForConditionalGeneration
     from flashvl.train.recipe import SupervisedRecipe
+    from flashvl.train.supervised import prepare_parts
     from flashvl.train.zero import start_engine
 
     torch.manual_seed(0)
@@ -103,23 +106,19 @@ def train(settings: dict[str, Any]) -> dict[str, float]:
     with no_init_weights():
         model = FlashVLForConditionalGeneration._from_config(config, dtype=dtype)
     model.tie_weights()
-    for name, weight in model.named_parameters():
-        weight.requires_grad_(any(f"model.{part}." in name for part in settings["trainable"]))
-        with torch.no_grad():
+    with torch.no_grad():
+        for weight in model.parameters():
             weight.fill_(1.0) if weight.dim() < 2 else weight.uniform_(-0.02, 0.02)
-    if settings["gradient_checkpointing"]:
-        model.activation_checkpointing_enable()
-        model.disable_input_require_grads()
     recipe = SupervisedRecipe(
         kind="supervised",
         stage="peak",
         init_from="",
-        output_dir=Path(),
+        output_dir="",
         data={"synthetic": {"count": 1}},
         use_gpu=False,
-        precision=settings["precision"],
-        zero_stage=settings["zero_stage"],
+        **{name: settings[name] for name in RECIPE},
     )
+    prepare_parts(model, recipe)
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     engine = start_engine(model.train(), [{"params": trained, "lr": 1e-5}], recipe)
 

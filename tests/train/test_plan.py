@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +186,14 @@ def test_rows_of_the_procedural_world_are_measured() -> None:
     assert made.row.visual_tokens == 16
     assert 20 < made.row.text_tokens < 200
     assert 0 < made.row.num_labels < made.row.text_tokens
+
+
+def test_a_plan_needs_no_ray() -> None:
+    # A None in sys.modules makes the import fail, as where the library is not installed.
+    code = "import sys; sys.modules['ray'] = None; from flashvl.cli import app; app()"
+    recipe = str(CONFIGS / "static" / "stage2.yaml")
+    done = subprocess.run([sys.executable, "-c", code, "plan", recipe], capture_output=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_command_prints_a_table_or_json() -> None:
