@@ -23,6 +23,8 @@ from flashvl.train.row_sizes import RowSize, count_rows, find_config, sample_row
 GB = 10**9
 HOST_GB_PER_S = 10
 """Rate at which a GPU copies to the host's memory, through PCIe 4 shared by two GPUs."""
+UPDATE_BYTES = 28
+"""Bytes that AdamW reads and writes of a parameter: three fp32 numbers each way, and a gradient."""
 DECODE_MS, RESIZE_MS = 2.7, 5.7
 """Time of a core to decode a JPEG of 1024 x 768, and to resize it to a tile of 512 x 512."""
 BUDGETS = 256
@@ -94,7 +96,9 @@ class Plan:
     tflop_of_a_row: float
     """Forward and backward pass, without the layers that gradient checkpointing computes again."""
     compute_s: float
-    """Time of a step at the assumed MFU."""
+    """Time of a step's passes at the assumed MFU."""
+    update_s: float
+    """Time of AdamW, which waits for the GPU's memory alone."""
     network: Network
     checkpoints: Checkpoints
     loading: Loading
@@ -102,7 +106,7 @@ class Plan:
     @property
     def step_s(self) -> float:
         """Time of a step, if computing and network overlap."""
-        return max(self.compute_s, self.network.seconds)
+        return max(self.compute_s, self.network.seconds) + self.update_s
 
     @property
     def hours(self) -> float:
@@ -188,7 +192,9 @@ def build_plan(recipe: AnyRecipe, assumptions: Assumptions) -> Plan:
         weight_bytes=weight_bytes,
         seconds=(gradient_bytes + weight_bytes) / (assumptions.network * GB),
     )
-    rows_per_s = recipe.global_batch_size / max(compute_s, network.seconds)
+    share = num_gpus if recipe.zero_stage > 0 else 1
+    update_s = UPDATE_BYTES * stage.parameters.num_trained / share / (gpu.bandwidth_gb_per_s * GB)
+    rows_per_s = recipe.global_batch_size / (max(compute_s, network.seconds) + update_s)
     return Plan(
         stage=recipe.stage,
         gpu=gpu,
@@ -211,6 +217,7 @@ def build_plan(recipe: AnyRecipe, assumptions: Assumptions) -> Plan:
         largest_token_budget=stage.largest_token_budget(usable),
         tflop_of_a_row=stage.flops(gradient_checkpointing=False) / 1e12,
         compute_s=compute_s,
+        update_s=update_s,
         network=network,
         checkpoints=_checkpoints(recipe, stage.parameters, num_gpus, num_steps, assumptions),
         loading=Loading(

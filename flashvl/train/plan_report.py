@@ -120,6 +120,7 @@ def _step(plan: Plan) -> list[tuple[str, str]]:
             f" {network.weight_bytes / GB:.1f} GB of weights sent by each GPU,"
             f" {plan.assumptions.network:g} GB/s",
         ),
+        ("update", f"{_seconds(plan.update_s)}"),
         ("together", f"{_seconds(plan.step_s)}  {plan.rows_per_s_of_a_gpu:.1f} rows/s on each GPU"),
         (
             "feed",

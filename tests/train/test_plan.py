@@ -66,12 +66,15 @@ def test_network_and_feed_are_those_computed_by_hand() -> None:
     made = plan("static/stage2.yaml", network=25, **A100S)
     assert made.network.gradient_bytes == pytest.approx(8.2e9, rel=0.03)
     assert made.network.gradient_bytes / 25e9 == pytest.approx(0.33, rel=0.04)
-    assert made.step_s == made.network.seconds > made.compute_s
+    assert made.step_s == pytest.approx(made.network.seconds, rel=0.01)
+    assert made.network.seconds > made.compute_s
     assert "The network bounds the step" in describe_plan(made)
     made = plan("static/stage2.yaml", **A100S)
-    assert made.step_s == made.compute_s == pytest.approx(0.34, rel=0.02)
+    assert made.step_s == pytest.approx(made.compute_s, rel=0.01)
+    assert made.compute_s == pytest.approx(0.34, rel=0.02)
+    assert made.update_s == pytest.approx(28 * 2.0527e9 / 40 / 2039e9, rel=0.01)
     assert made.loading.rows_per_s == pytest.approx(716, rel=0.01)
-    assert 6 <= made.loading.cores <= 12
+    assert 5.9 < made.loading.cores < 12  # "6-12 decode cores"
 
 
 def test_the_papers_whole_training_takes_what_was_computed_by_hand() -> None:
