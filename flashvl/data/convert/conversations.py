@@ -4,6 +4,7 @@ Roles and images must be as training needs them; a row that is not is refused, n
 guess, since a guess would teach the model something that the data do not say.
 """
 
+import contextlib
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -115,10 +116,27 @@ def as_images(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list) else [value]
 
 
+def as_rows(value: Any) -> list[Any]:
+    """A list as it is; an object of lists, which `datasets` makes of a list of objects, as that.
+
+    Raises:
+        TypeError, ValueError: the value is neither.
+    """
+    if not isinstance(value, dict):
+        return list(value)
+    columns = [as_rows(column) for column in value.values()]
+    return [dict(zip(value, values, strict=True)) for values in zip(*columns, strict=True)]
+
+
 def _as_list(turns: Any) -> list[Any]:
-    if not isinstance(turns, list):
-        raise DataError(f"conversation is {_shown(turns)}; it must be a list of turns")
-    return turns
+    """
+    Raises:
+        DataError: the turns are not a list.
+    """
+    if isinstance(turns, list | dict):
+        with contextlib.suppress(TypeError, ValueError):
+            return as_rows(turns)
+    raise DataError(f"conversation is {_shown(turns)}; it must be a list of turns")
 
 
 def _read_turn(turn: Any, marker: str) -> Message:

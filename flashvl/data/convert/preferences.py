@@ -10,7 +10,13 @@ import re
 from statistics import fmean
 from typing import Any
 
-from flashvl.data.convert.conversations import as_images, as_text, check_places, with_places
+from flashvl.data.convert.conversations import (
+    as_images,
+    as_rows,
+    as_text,
+    check_places,
+    with_places,
+)
 from flashvl.data.convert.family import PREFERENCES_TABLE, Converted, Family, Record
 from flashvl.errors import DataError
 
@@ -58,20 +64,12 @@ def _answers(completions: Any) -> list[tuple[float | None, Any]]:
         DataError: the completions are not a list of answers.
     """
     try:
-        answers = _as_rows(completions)
+        answers = as_rows(completions)
         return [(_rate(answer.get("annotations")), answer.get("response")) for answer in answers]
     except (ValueError, TypeError, AttributeError):
         raise DataError(
             "completions must be a list of answers, each with annotations and a response"
         ) from None
-
-
-def _as_rows(value: Any) -> list[Any]:
-    """A list as it is; an object of lists, which `datasets` makes of a list of objects, as that."""
-    if not isinstance(value, dict):
-        return list(value)
-    columns = [_as_rows(column) for column in value.values()]
-    return [dict(zip(value, values, strict=True)) for values in zip(*columns, strict=True)]
 
 
 def _rate(annotations: Any) -> float | None:

@@ -6,6 +6,7 @@ other than `DataError` is the machine's and is raised as it is.
 
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pyarrow as pa
@@ -20,6 +21,9 @@ from flashvl.data.inputs.source import FAILURE
 from flashvl.data.limits import ImageLimits
 from flashvl.data.storage import Location, is_uri
 from flashvl.errors import DataError
+
+READS_AT_ONCE = 8
+"""Rows whose images a task reads from a store at the same time."""
 
 
 def convert_rows(
@@ -44,12 +48,14 @@ def convert_rows(
     reader = ImageReader(with_images, image_limits, folder.store, media_hosts)
     finished: list[dict[str, Any]] = []
     num_bytes = 0
-    for row in converted:
-        finished.append(_with_images(row, reader))
-        num_bytes += sum(map(len, finished[-1].get("images") or ()))
-        if num_bytes >= BYTES_PER_READ:
-            yield pa.Table.from_pylist(finished, schema=schema)
-            finished, num_bytes = [], 0
+    # Where images are objects in a store, a row is mostly waiting for them.
+    with ThreadPoolExecutor(1 if folder.is_local else READS_AT_ONCE) as pool:
+        for row in pool.map(lambda row: _with_images(row, reader), converted):
+            finished.append(row)
+            num_bytes += sum(map(len, row.get("images") or ()))
+            if num_bytes >= BYTES_PER_READ:
+                yield pa.Table.from_pylist(finished, schema=schema)
+                finished, num_bytes = [], 0
     yield pa.Table.from_pylist(finished, schema=schema)
 
 

@@ -1,5 +1,6 @@
 """The rules of a conversation, on turns that no published set has."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -150,3 +151,20 @@ def test_images_of_several_columns_come_in_their_order() -> None:
         Record(fields={"question": "q", "answer": "a"}, attached=[]), mapping=mapping
     )
     assert text["images"] == [] and text["messages"][0]["content"] == "q"
+
+
+MAPPINGS = sorted((Path(__file__).parents[3] / "ray_jobs" / "configs" / "tables").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", MAPPINGS, ids=lambda path: path.stem)
+def test_every_mapping_in_the_repository_can_be_used(path: Path) -> None:
+    family = tables.build_family(str(path))
+    fields = dict.fromkeys(family.needed, "a") | {"image": b"x", "options": ["a", "b"]}
+    row = family.convert(Record(fields=fields | {"choices": ["a", "b"]}, attached=[]))
+    assert row["messages"][1]["content"] in ("a", "A") and row["source"] == path.stem
+
+
+def test_turns_as_an_object_of_lists_are_the_same() -> None:
+    rows = turns("a", "b", "c", "d")
+    columns = {name: [turn[name] for turn in rows] for name in ("from", "value")}
+    assert build_conversation(columns, [], None) == build_conversation(rows, [], None)

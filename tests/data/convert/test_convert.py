@@ -1,5 +1,6 @@
 """Each family's data set, in its real layout: every row is converted or a dead letter, once."""
 
+import errno
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ from flashvl.data.convert.job import Plan, check_conversion, convert
 from flashvl.data.features import decode_tiles, encode_conversation
 from flashvl.data.inspection import whole_conversation
 from flashvl.data.schema import CONVERSATIONS, PREFERENCES, PROMPTS
-from flashvl.data.storage import locate
+from flashvl.data.storage import Location, locate
 from flashvl.errors import ConfigError, FlashVLError
 from flashvl.model.loading import load_processor
 from tests.support import sets
@@ -261,3 +262,26 @@ def test_the_plan_tells_what_is_read(tmp_path: Path) -> None:
     told = plan.describe()
     assert (told["rows"], told["files"], told["done"]) == (len(expected), 2, 0)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_told_in_one_line_and_nothing_is_lost(
+    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flashvl.data.ledger.tables.BYTES_PER_FILE", 1)
+    job, expected = make_job("onevision", tmp_path)
+    write, num_left = Location.write, [4]  # the lists of files, and two files of rows
+
+    def fill(location: Location, data: bytes) -> None:
+        num_left[0] -= 1
+        if num_left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(location, data)
+
+    with monkeypatch.context() as disk:
+        disk.setattr(Location, "write", fill)
+        with pytest.raises(
+            FlashVLError, match=r"No space left on device\); it holds \d rows"
+        ):
+            convert(job)
+    assert 0 < len(outcome_of_part(job)) < len(expected)
+    assert convert(job).input == len(outcome_of(job)) == len(expected)
