@@ -91,8 +91,8 @@ def open_table(text: str, first_row: int) -> tuple[Table, list[int]]:
 
 def _is_part(name: str, is_named: bool) -> bool:
     """Whether a file of a folder is one of the table's, not a converter's record beside it."""
-    folders = name.split("/")[:-1]
-    is_record = any(folder.startswith("_") or folder == "dead_letters" for folder in folders)
+    parts = name.split("/")
+    is_record = any(part.startswith("_") for part in parts) or "dead_letters" in parts[:-1]
     return is_named or (name.lower().endswith(".parquet") and not is_record)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -20,6 +21,9 @@ from flashvl.data.schema import CONVERSATIONS, PREFERENCES, PROMPTS
 from flashvl.data.storage import Location, locate
 from flashvl.errors import ConfigError, FlashVLError
 from flashvl.model.loading import load_processor
+from flashvl.train.feed import build_feed
+from flashvl.train.mixture import TrainingData
+from flashvl.train.tables import open_table
 from tests.support import sets
 from tests.support.jobs import Interrupted
 from tests.support.stores import s3_bucket
@@ -102,6 +106,28 @@ def test_training_can_read_what_is_written(ray_cluster: None, family: str, tmp_p
         assert all(image in sets.JPEG for image in row["images"]), "images keep their bytes"
         tiles = decode_tiles(row["images"], processor)
         encode_conversation(whole_conversation(row), tiles.counts, processor, 10**6)
+
+
+@pytest.mark.parametrize("place", ["", "conversations"])
+def test_a_recipe_may_name_the_output_or_its_table(
+    ray_cluster: None, tmp_path: Path, place: str
+) -> None:
+    job, _ = make_job("webdataset", tmp_path)
+    convert(job)
+    rows = results_of(job)
+    table, sizes = open_table(str(Path(job.output) / place), 0)
+    assert sum(sizes) == table.num_rows == len(rows)
+    read = [row for _, row in table.read(np.arange(len(rows)))]
+    assert read == [{name: row[name] for name in ("images", "messages")} for row in rows]
+    feed = build_feed(
+        TrainingData(parquet=str(Path(job.output) / place)),
+        model="tiny",
+        global_batch_size=2,
+        max_length=4096,
+        token_budget=4096,
+        seed=0,
+    )
+    assert (feed.num_rows, feed.num_steps) == (len(rows), -(-len(rows) // 2))
 
 
 def test_a_table_has_small_row_groups(ray_cluster: None, tmp_path: Path) -> None:
@@ -279,9 +305,7 @@ def test_a_full_disk_is_told_in_one_line_and_nothing_is_lost(
 
     with monkeypatch.context() as disk:
         disk.setattr(Location, "write", fill)
-        with pytest.raises(
-            FlashVLError, match=r"No space left on device\); it holds \d rows"
-        ):
+        with pytest.raises(FlashVLError, match=r"No space left on device\); it holds \d rows"):
             convert(job)
     assert 0 < len(outcome_of_part(job)) < len(expected)
     assert convert(job).input == len(outcome_of(job)) == len(expected)
