@@ -49,9 +49,10 @@ def convert(
 
     Example: flashvl data convert llava llava_v1_5_mix665k.json --images images/ --output llava/
 
-    Example: flashvl data convert tables 'ChartQA/data/train-*' --mapping chartqa.yaml --output qa/
+    Example: flashvl data convert tables 'ChartQA/data/train-*' --mapping
+    ray_jobs/mappings/chartqa.yaml --output chartqa/
     """
-    if options["input"].startswith("hf://"):
+    if any((options[name] or "").startswith("hf://") for name in ("input", "images")):
         allow_downloads()
     with report_errors():
         job = build(ConversionJob, options, command="data convert")

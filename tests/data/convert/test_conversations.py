@@ -153,7 +153,7 @@ def test_images_of_several_columns_come_in_their_order() -> None:
     assert text["images"] == [] and text["messages"][0]["content"] == "q"
 
 
-MAPPINGS = sorted((Path(__file__).parents[3] / "ray_jobs" / "configs" / "tables").glob("*.yaml"))
+MAPPINGS = sorted((Path(__file__).parents[3] / "ray_jobs" / "mappings").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", MAPPINGS, ids=lambda path: path.stem)
