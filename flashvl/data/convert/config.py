@@ -68,5 +68,8 @@ class ConversionJob(StrictModel):
     @model_validator(mode="after")
     def _has_a_mapping(self) -> Self:
         if (self.mapping is None) == (self.family == "tables"):
-            raise ValueError("the family tables needs a mapping, and no other family takes one")
+            raise ValueError(
+                "the family tables needs a mapping, a YAML file as in ray_jobs/mappings, and no"
+                " other family takes one"
+            )
         return self

@@ -26,7 +26,7 @@ from flashvl.data.inputs.jsonl import (
     pieces_to_read,
     read_items,
 )
-from flashvl.data.inputs.listing import REMEDY, ListedFile, Listing, list_files
+from flashvl.data.inputs.listing import ListedFile, Listing, list_files
 from flashvl.data.inputs.parquet import ParquetFiles, check_types, read_footers
 from flashvl.data.inputs.rows import BYTES_PER_READ, ROWS_PER_READ
 from flashvl.data.inputs.samples import RECORD, find_samples
@@ -134,7 +134,10 @@ def _choose(text: str, listing: Listing, kinds: Collection[str]) -> tuple[str, L
     endings = ", ".join(f"*{KINDS[kind][0]}" for kind in kinds)
     if "json" in kinds:
         endings += ", *.json"
-    raise ConfigError(f"input {text!r} holds no {endings}; {REMEDY}")
+    raise ConfigError(
+        f"input {text!r} holds no {endings}; name such files, or a folder, glob or"
+        " {000..099} pattern of them"
+    )
 
 
 def _find_table(listing: Listing, needed: Sequence[str], used: Sequence[str]) -> ParquetFiles:
