@@ -69,7 +69,7 @@ def assert_every_row_once(output: Path) -> None:
     assert bits[:NUM_ROWS].all()
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_killed_worker_and_sigterm_change_nothing_but_the_time(
     stage: Callable[..., StageResult], tmp_path: Path
 ) -> None:

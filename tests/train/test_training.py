@@ -1,6 +1,8 @@
 """Real stages on Ray Train and DeepSpeed, compared with plain PyTorch and with each other."""
 
+import dataclasses
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from flashvl.data.images import decode_image
 from flashvl.data.schema import CONVERSATIONS
 from flashvl.errors import CheckpointError, ConfigError
 from flashvl.model.loading import load_model, load_processor
+from flashvl.progress import ShowProgress, ignore_progress
 from flashvl.train.export import read_log
 from flashvl.train.launch import StageResult, run
 from flashvl.train.recipe import RECIPES
@@ -33,7 +36,11 @@ Stage = Callable[..., StageResult]
 def stage(ray_cluster: None, tiny_random: Path, tmp_path_factory: pytest.TempPathFactory) -> Stage:
     """Run a small stage 1; keyword arguments replace its recipe's keys."""
 
-    def run_stage(kind: str = "supervised", **changes: object) -> StageResult:
+    def run_stage(
+        kind: str = "supervised",
+        on_progress: ShowProgress = ignore_progress,
+        **changes: object,
+    ) -> StageResult:
         recipe = {
             "kind": kind,
             "stage": "test",
@@ -50,8 +57,10 @@ def stage(ray_cluster: None, tiny_random: Path, tmp_path_factory: pytest.TempPat
             "learning_rate": 1e-3,
             "min_learning_rate": 1e-4,
             "warmup_steps": 2,
+            "save_steps": 2,
+            "save_total_limit": 3,
         }
-        return run(RECIPES[kind].model_validate(recipe | changes))
+        return run(RECIPES[kind].model_validate(recipe | changes), on_progress)
 
     return run_stage
 
@@ -116,8 +125,29 @@ def test_two_workers_equal_one_that_accumulates_two(
     assert one_worker.num_steps == STEPS
 
 
-def test_the_same_seed_gives_the_same_losses(stage: Stage, one_worker: StageResult) -> None:
-    assert losses(stage(num_workers=1)) == losses(one_worker)
+def test_a_resumed_stage_makes_the_same_steps(
+    stage: Stage, two_workers: StageResult, tmp_path: Path
+) -> None:
+    """The same workers, the same seed, the same losses to the last bit, and the same weights."""
+    output = tmp_path / "killed"
+    shutil.copytree(two_workers.checkpoint, output)
+    for name in ("config.json", "training_log.json"):
+        (output / name).unlink()
+    for step in (4, 5):
+        shutil.rmtree(output / "checkpoints" / f"step-{step:08d}")
+    (output / "checkpoints" / "step-00000006").mkdir()  # begun, but never completed
+    told: list[int] = []
+    result = stage(on_progress=lambda done, *_: told.append(done), output_dir=output, num_workers=2)
+    assert told
+    assert losses(result) == losses(two_workers)
+    assert (
+        dataclasses.replace(result, checkpoint=two_workers.checkpoint, seconds=two_workers.seconds)
+        == two_workers
+    )
+    resumed, truth = (load_model(each.checkpoint).state_dict() for each in (result, two_workers))
+    assert all(torch.equal(weight, truth[name]) for name, weight in resumed.items())
+    names = sorted(path.name for path in (output / "checkpoints").iterdir())
+    assert names == [f"step-{step:08d}" for step in (2, 4, 5)]
 
 
 def test_learning_rate_is_a_cosine_with_a_floor(two_workers: StageResult) -> None:
