@@ -27,6 +27,7 @@ from flashvl.train.recipe import RECIPES
 from tests.support.images import encode
 
 STEPS, GLOBAL_BATCH = 5, 8
+NUM_HELD_OUT = 6
 PROJECTOR = "model.multi_modal_projector."
 
 Stage = Callable[..., StageResult]
@@ -114,6 +115,25 @@ def plain_pytorch_losses(folder: Path) -> list[float]:
     return result
 
 
+def held_out_loss(folder: Path) -> float:
+    """Mean loss of the held-out rows' answer tokens, one row after the other."""
+    processor, model = load_processor(folder), load_model(folder)
+    total, num_tokens = 0.0, 0
+    for index in range(NUM_HELD_OUT):
+        row = synthetic.conversation(synthetic.sample("train", 8, index), index)
+        input_ids, labels = encode_conversation(row["messages"], [1], processor, 2048)
+        tiles = make_tiles([decode_image(row["images"][0])], processor).pixels
+        with torch.no_grad():
+            logits = model(
+                input_ids=torch.tensor([list(input_ids)]),
+                pixel_values=normalize_tiles(torch.from_numpy(tiles), processor),
+            ).logits[0]
+        wanted = torch.tensor(list(labels))[1:].long()
+        total += float(F.cross_entropy(logits[:-1], wanted, reduction="sum"))
+        num_tokens += int((wanted != -100).sum())
+    return total / num_tokens
+
+
 def test_losses_are_those_of_plain_pytorch(two_workers: StageResult, tiny_random: Path) -> None:
     assert losses(two_workers) == pytest.approx(plain_pytorch_losses(tiny_random), abs=1e-4)
 
@@ -177,6 +197,11 @@ def test_a_checkpoint_is_a_hugging_face_folder_with_logs(two_workers: StageResul
     reloaded = load_model(folder)
     assert torch.equal(model.eval()(**inputs).logits, reloaded(**inputs).logits)
     assert list((folder / "runs").glob("events.out.tfevents.*"))
+    for record in read_log(folder):
+        assert record["samples"] == GLOBAL_BATCH
+        assert record["tokens_per_s"] > record["samples_per_s"] > 0
+        for share in ("data_wait_share", "padding_share", "imbalance"):
+            assert 0 <= record[share] < 1
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +228,7 @@ def test_stage_2_from_a_table_changes_every_part_and_leaves_bad_rows_out(
     result = stage(
         init_from=str(two_workers.checkpoint),
         data={"parquet": str(conversations)},
+        eval_data={"synthetic": {"count": NUM_HELD_OUT, "seed": 8}},
         trainable=["vision_tower", "multi_modal_projector", "language_model"],
         max_length=500,
         zero_stage=2,
@@ -210,6 +236,11 @@ def test_stage_2_from_a_table_changes_every_part_and_leaves_bad_rows_out(
         warmup_steps=0,
     )
     assert result.num_steps == math.ceil(19 / GLOBAL_BATCH)  # three rows leave holes
+    assert (result.num_trained, result.num_dead) == (16, 3)
+    dead = pq.read_table(Path(result.checkpoint) / "dead_letters").to_pylist()
+    assert sorted(row["row"] for row in dead) == [3, 7, 18]
+    assert all(row["step"] and row["reason"] for row in dead)
+    assert result.eval_loss == pytest.approx(held_out_loss(Path(result.checkpoint)), abs=1e-4)
     before = load_model(two_workers.checkpoint).state_dict()
     after = load_model(result.checkpoint).state_dict()
     for part in ("vision_tower", "multi_modal_projector", "language_model"):
