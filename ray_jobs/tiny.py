@@ -7,8 +7,8 @@
 tiny: random weights -> pre-training of the tower and of the LLM -> stages 1 to 4. The tiled models
 begin with the tower and the LLM of the shipped tiny, like the paper's with published ones. Each
 stage starts from the checkpoint of the one before, and its model is asked the held-out questions.
-At the end the weights are written in bf16, with a model card. A run that was interrupted goes
-on where it stopped; remove RUNS to begin anew.
+At the end the weights are written in bf16, with a model card. A run that was interrupted resumes
+where it stopped; remove RUNS to begin anew.
 """
 
 import argparse

@@ -29,7 +29,7 @@ def what_was_lost(error: BaseException) -> str:
     if isinstance(error, ControllerError) and not isinstance(error.controller_failure, RayError):
         raise error
     if isinstance(error, RayError | ControllerError):
-        return f"the process that controls the workers was lost ({one_line(error)})"
+        return f"the process that controls the workers was lost ({_brief(error)})"
     raise error
 
 
@@ -41,12 +41,17 @@ def _what_ranks_lost(failures: dict[int, Exception]) -> str:
         if isinstance(cause, FlashVLError):
             raise cause
         if _is_loss(cause):
-            lost = lost or f"rank {rank} was lost, or a process that it needs: {one_line(cause)}"
+            lost = lost or f"rank {rank} was lost, or a process that it needs: {_brief(cause)}"
         elif first is None:
             first = rank, cause, getattr(failure, "_traceback_str", str(failure))
     if first is not None:
         raise RankError(f"rank {first[0]} failed:\n{first[2]}") from None
     return lost or "the workers were lost"
+
+
+def _brief(error: BaseException) -> str:
+    """The first line of an error of Ray, whose others tell of possible causes."""
+    return one_line(str(error).strip().partition("\n")[0] or type(error).__name__)
 
 
 def _is_loss(error: BaseException) -> bool:

@@ -112,7 +112,7 @@ class Stage:
     """A stage that has been checked."""
 
     recipe: AnyRecipe
-    """Recipe whose `init_from` is an absolute path."""
+    """Recipe whose paths are absolute."""
     output: Location
     feed: Feed
     eval_feed: Feed | None
@@ -180,14 +180,17 @@ def check_stage(recipe: AnyRecipe) -> Stage:
     """
     init_from = resolve_checkpoint(prepare_model(recipe.init_from)).resolve()
     load_processor(init_from)
-    recipe = recipe.model_copy(update={"init_from": str(init_from)})
+    output = locate(recipe.output_dir)
+    # Workers have another working directory.
+    output_dir = output.path if output.is_local else recipe.output_dir
+    recipe = recipe.model_copy(update={"init_from": str(init_from), "output_dir": output_dir})
     parameters = _count_parameters(recipe)
     feed = _build_feed(recipe, recipe.data)
     eval_data = recipe.eval_data if isinstance(recipe, SupervisedRecipe) else None
     settings = recipe.model_dump(mode="json", exclude=set(MAY_DIFFER))
     stage = Stage(
         recipe=recipe,
-        output=locate(recipe.output_dir),
+        output=output,
         feed=feed,
         eval_feed=_build_feed(recipe, eval_data) if eval_data is not None else None,
         fingerprint={"init_from": hash_folder(init_from), **feed.fingerprint(), **settings},

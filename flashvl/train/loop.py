@@ -348,7 +348,7 @@ class Loop:
             self.writer.complete(None)
             return
         if self.boards is not None:
-            self.boards.flush()
+            self.boards.write_to(self.output)
         keep = self.recipe.save_total_limit
         self.writer.complete(lambda: pending.write(self.output, keep))
 

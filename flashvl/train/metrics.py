@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import distributed
 from torch.utils.tensorboard import SummaryWriter
 
 from flashvl.data.features import IGNORE_INDEX
+from flashvl.data.storage import Location
 from flashvl.model import FlashVLConfig
 from flashvl.train.flops import training_flops
 from flashvl.train.gpus import GPUS
@@ -23,6 +25,8 @@ Record = dict[str, Any]
 """Figures of a step by name, as the log has them."""
 
 TERA = 10**12
+BOARDS = "runs"
+"""Folder of TensorBoard's files."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -205,6 +209,7 @@ class Boards:
             first_step: first step that this run makes; what earlier runs wrote of it and later
                 ones is hidden.
         """
+        self._folder = Path(folder)
         self._writer = SummaryWriter(folder, purge_step=first_step)
         self._stage = stage
         self._gauges: dict[str, Gauge] = {}
@@ -223,8 +228,12 @@ class Boards:
     def close(self) -> None:
         self._writer.close()
 
-    def flush(self) -> None:
+    def write_to(self, output: Location) -> None:
+        """Write what was shown to `output`, to which TensorBoard writes itself if it is local."""
         self._writer.flush()
+        if not output.is_local:
+            for path in self._folder.iterdir():
+                (output / BOARDS / path.name).write(path.read_bytes())
 
     def _gauge(self, name: str, *tags: str) -> Gauge:
         if name not in self._gauges:

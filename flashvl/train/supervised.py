@@ -30,7 +30,7 @@ from flashvl.train.feed import Feed
 from flashvl.train.guard import Guard
 from flashvl.train.loop import Loop
 from flashvl.train.lora import add_adapters, merge
-from flashvl.train.metrics import Boards, Meter, peak_flops
+from flashvl.train.metrics import BOARDS, Boards, Meter, peak_flops
 from flashvl.train.monitor import Pulse
 from flashvl.train.objectives import OBJECTIVES
 from flashvl.train.parts import read_steps
@@ -38,9 +38,6 @@ from flashvl.train.recipe import AnyRecipe, SupervisedRecipe
 from flashvl.train.schedule import check_count, count_trained, freeze_all_but, group_by_rate
 from flashvl.train.shards import ShardReader
 from flashvl.train.zero import publish, read_fragments, start_engine
-
-BOARDS = "runs"
-"""Folder of TensorBoard's files."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,11 +11,14 @@ import numpy as np
 import psutil
 import pytest
 
+from flashvl.data.storage import locate
 from flashvl.errors import FlashVLError
 from flashvl.progress import ignore_progress
+from flashvl.train.checkpoint import list_checkpoints, remove_folder
 from flashvl.train.export import read_log
 from flashvl.train.launch import StageResult, run
 from flashvl.train.recipe import RECIPES
+from tests.support.stores import s3_bucket
 
 NUM_ROWS, GLOBAL_BATCH = 480, 8
 NUM_STEPS = NUM_ROWS // GLOBAL_BATCH
@@ -26,7 +29,7 @@ def stage(ray_cluster: None, tiny_random: Path) -> Callable[..., StageResult]:
     """Run a stage of sixty steps; keyword arguments replace its recipe's keys."""
 
     def run_stage(
-        output: Path, on_progress: Callable[..., None] = ignore_progress, **changes: object
+        output: Path | str, on_progress: Callable[..., None] = ignore_progress, **changes: object
     ) -> StageResult:
         recipe = {
             "kind": "supervised",
@@ -93,3 +96,23 @@ def test_a_killed_worker_and_sigterm_change_nothing_but_the_time(
     assert losses == pytest.approx(truth, abs=1e-4)
     state = json.loads((max((output / "checkpoints").iterdir()) / "state.json").read_text())
     assert state["step"] == state["adam_step"] == NUM_STEPS
+
+
+@pytest.mark.slow
+def test_a_stage_on_an_object_store_resumes_there(
+    stage: Callable[..., StageResult], tmp_path: Path
+) -> None:
+    with s3_bucket() as (_, uri):
+        result = stage(uri.format("run"), save_steps=30)
+        output = locate(uri.format("run"))
+        assert (output / "config.json").is_file()
+        assert list((output / "runs").names())
+        assert result.num_trained == NUM_ROWS
+        truth = (output / "training_log.json").read()
+        for name in ("config.json", "training_log.json"):
+            (output / name).remove()
+        remove_folder(list_checkpoints(output)[-1].folder)
+        assert stage(uri.format("run"), save_steps=30, num_workers=1).num_trained == NUM_ROWS
+        logs = [json.loads(log) for log in (truth, (output / "training_log.json").read())]
+    first, second = ([record["loss"] for record in log["steps"]] for log in logs)
+    assert second == pytest.approx(first, abs=1e-4)

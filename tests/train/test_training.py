@@ -10,14 +10,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from PIL import Image
+from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from flashvl.data import synthetic
 from flashvl.data.features import encode_conversation, make_tiles, normalize_tiles, pad
 from flashvl.data.images import decode_image
+from flashvl.data.ledger.lock import held
 from flashvl.data.schema import CONVERSATIONS
+from flashvl.data.storage import locate
 from flashvl.errors import CheckpointError, ConfigError
 from flashvl.model.loading import load_model, load_processor
 from flashvl.progress import ShowProgress, ignore_progress
@@ -82,11 +86,11 @@ def losses(result: StageResult) -> list[float]:
     return [record["loss"] for record in read_log(result.checkpoint)]
 
 
-def plain_pytorch_losses(folder: Path) -> list[float]:
-    """Losses of the same stage 1 without Ray, DeepSpeed, `train.rows` or an objective."""
-    processor, model = load_processor(folder), load_model(folder)
-    adapter = model.model.multi_modal_projector
-    optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-3, weight_decay=0.0)
+def plain_pytorch_losses(folder: Path, model: nn.Module, trained: nn.Module) -> list[float]:
+    """Losses of the same stage without Ray, DeepSpeed, the feed or an objective."""
+    processor = load_processor(folder)
+    weights = [weight for weight in trained.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=1e-3, weight_decay=0.0)
     result = []
     for step in range(STEPS):
         warmup = min(1.0, step / 2)
@@ -109,7 +113,7 @@ def plain_pytorch_losses(folder: Path) -> list[float]:
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         result.append(loss.item())
     return result
@@ -135,7 +139,9 @@ def held_out_loss(folder: Path) -> float:
 
 
 def test_losses_are_those_of_plain_pytorch(two_workers: StageResult, tiny_random: Path) -> None:
-    assert losses(two_workers) == pytest.approx(plain_pytorch_losses(tiny_random), abs=1e-4)
+    model = load_model(tiny_random)
+    truth = plain_pytorch_losses(tiny_random, model, model.model.multi_modal_projector)
+    assert losses(two_workers) == pytest.approx(truth, abs=1e-4)
 
 
 def test_two_workers_equal_one_that_accumulates_two(
@@ -293,6 +299,32 @@ def test_a_worker_that_sees_only_text_keeps_step_with_one_that_sees_images(
             torch.testing.assert_close(weight, truth[name], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_low_rank_adapters_are_those_of_peft_and_merged(
+    stage: Stage, tiny_random: Path, zero_stage: int
+) -> None:
+    result = stage(
+        trainable=["language_model"],
+        lora={"r": 4, "alpha": 8},
+        zero_stage=zero_stage,
+        num_workers=2,
+    )
+    torch.manual_seed(0)
+    model = load_model(tiny_random)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    layers = r".*language_model\.layers\..*_proj"
+    peft = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=layers))
+    assert losses(result) == pytest.approx(plain_pytorch_losses(tiny_random, peft, peft), abs=1e-4)
+    truth = peft.merge_and_unload().state_dict()
+    found = load_model(result.checkpoint).state_dict()
+    assert found.keys() == truth.keys() == before.keys()
+    for name, weight in found.items():
+        torch.testing.assert_close(weight, truth[name], rtol=1e-4, atol=1e-5)
+        is_linear = "language_model.layers" in name and weight.dim() == 2
+        assert torch.equal(weight, before[name]) != is_linear, name
+
+
 def test_the_tower_learns_what_lies_in_the_cells(stage: Stage) -> None:
     result = stage(
         kind="cells",
@@ -328,6 +360,11 @@ def test_a_finished_stage_is_told_again_and_not_run(stage: Stage, two_workers: S
     before = log.stat()
     assert stage(output_dir=two_workers.checkpoint, num_workers=1) == two_workers
     assert log.stat() == before
+
+
+def test_a_second_run_on_the_same_output_is_refused(stage: Stage, tmp_path: Path) -> None:
+    with held(locate(tmp_path)), pytest.raises(ConfigError, match="another job is running"):
+        stage(output_dir=tmp_path)
 
 
 def test_another_recipe_on_the_same_output_is_refused(
