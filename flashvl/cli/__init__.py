@@ -266,6 +266,7 @@ def train(
         from flashvl.train.recipe import load_recipe
 
         loaded = load_recipe(recipe, overrides or ())
+        from flashvl.train.failures import RankError
         from flashvl.train.launch import check_stage, run_stage
 
         stage = check_stage(loaded)
@@ -273,8 +274,12 @@ def train(
         if result is None:
             print(stage, flush=True)
             start_ray(include_dashboard=True)
-            with show_progress(loaded.stage) as on_progress:
-                result = run_stage(stage, on_progress)
+            try:
+                with show_progress(loaded.stage) as on_progress:
+                    result = run_stage(stage, on_progress)
+            except RankError as error:
+                sys.stderr.write(f"error: {error}\n")
+                raise typer.Exit(1) from None
         print(result)
 
 

@@ -1,6 +1,6 @@
 """Tells a lost process or node, after which a stage goes on, from an error, which ends it."""
 
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError, UserCodeException
 from ray.train import TrainingFailedError
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
 from torch.distributed import DistError
@@ -15,6 +15,11 @@ class RankError(Exception):
     """The error of one rank, with its traceback; the other ranks' are left out."""
 
 
+def is_of_ray(error: BaseException) -> bool:
+    """Whether an error of `TorchTrainer.fit` is one that `what_was_lost` explains."""
+    return isinstance(error, TrainingFailedError | RayError)
+
+
 def what_was_lost(error: BaseException) -> str:
     """The process or node whose loss ended an attempt.
 
@@ -23,44 +28,49 @@ def what_was_lost(error: BaseException) -> str:
         RankError: a rank has failed by any other error.
     """
     if isinstance(error, PreemptionError):
-        return f"nodes of ranks {error.preemption_info.preempted_ranks} were taken away"
+        return f"the nodes of ranks {error.preemption_info.preempted_ranks} were taken away"
     if isinstance(error, WorkerGroupError):
         return _what_ranks_lost(error.worker_failures)
-    if isinstance(error, ControllerError) and not isinstance(error.controller_failure, RayError):
+    failure = error.controller_failure if isinstance(error, ControllerError) else error
+    if not _is_loss(failure):
         raise error
-    if isinstance(error, RayError | ControllerError):
-        return f"the process that controls the workers was lost ({_brief(error)})"
-    raise error
+    return f"what controls the workers was lost: {_brief(failure)}"
 
 
 def _what_ranks_lost(failures: dict[int, Exception]) -> str:
     lost = ""
-    first: tuple[int, BaseException, str] | None = None
+    first: RankError | None = None
     for rank, failure in sorted(failures.items()):
-        cause = getattr(failure, "_base_exc", failure)  # Ray's wrapper of the function's error
+        cause = _root(getattr(failure, "_base_exc", failure))  # Ray wraps the function's error
         if isinstance(cause, FlashVLError):
-            raise cause
+            raise cause from None
         if _is_loss(cause):
             lost = lost or f"rank {rank} was lost, or a process that it needs: {_brief(cause)}"
         elif first is None:
-            first = rank, cause, getattr(failure, "_traceback_str", str(failure))
+            told = getattr(failure, "_traceback_str", str(failure))
+            first = RankError(f"rank {rank} failed:\n{told.strip()}")
     if first is not None:
-        raise RankError(f"rank {first[0]} failed:\n{first[2]}") from None
+        raise first from None
     return lost or "the workers were lost"
+
+
+def _root(error: BaseException) -> BaseException:
+    """The error beneath those by which Ray's tasks hand it on."""
+    while True:
+        inner = error.cause if isinstance(error, RayTaskError) else error.__cause__
+        if inner is None or not isinstance(error, RayTaskError | UserCodeException):
+            return error
+        error = inner
+
+
+def _is_loss(error: BaseException) -> bool:
+    if isinstance(error, RayTaskError | UserCodeException):  # code of ours has failed
+        return False
+    is_of_ray = type(error).__module__.startswith("ray.")
+    is_broken = any(text in str(error) for text in BROKEN_CONNECTION)
+    return is_of_ray or is_broken or isinstance(error, DistError | ConnectionError)
 
 
 def _brief(error: BaseException) -> str:
     """The first line of an error of Ray, whose others tell of possible causes."""
     return one_line(str(error).strip().partition("\n")[0] or type(error).__name__)
-
-
-def _is_loss(error: BaseException) -> bool:
-    if isinstance(error, RayError | DistError | ConnectionError):
-        return True
-    is_from_ray = type(error).__module__.startswith("ray.")
-    return is_from_ray or any(text in str(error) for text in BROKEN_CONNECTION)
-
-
-def is_fault_of_ray(error: BaseException) -> bool:
-    """Whether an error of `TorchTrainer.fit` is one that `what_was_lost` explains."""
-    return isinstance(error, TrainingFailedError | RayError)

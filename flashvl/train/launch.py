@@ -36,7 +36,7 @@ from flashvl.progress import ShowProgress, ignore_progress
 from flashvl.train.checkpoint import Checkpoint, list_checkpoints, remove_incomplete
 from flashvl.train.consumed import Consumed
 from flashvl.train.export import CONFIG, read_totals
-from flashvl.train.failures import is_fault_of_ray, what_was_lost
+from flashvl.train.failures import is_of_ray, what_was_lost
 from flashvl.train.feed import Feed, build_feed
 from flashvl.train.mixture import TrainingData
 from flashvl.train.monitor import Watch, start_monitor
@@ -317,7 +317,7 @@ def _run_attempt(
                     f"no worker has got on for hang_timeout_s ({recipe.hang_timeout_s}):"
                     f" {watch.hang}; run the same command again to go on from the last checkpoint"
                 ) from None
-            if not is_fault_of_ray(error):
+            if not is_of_ray(error):
                 raise
             lost = what_was_lost(error)
             if stopped.is_set():
