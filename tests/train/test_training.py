@@ -344,6 +344,7 @@ def test_the_tower_learns_what_lies_in_the_cells(stage: Stage) -> None:
         ({"output_dir": "/etc/hosts"}, ConfigError, "output_dir=/etc/hosts is a file"),
         ({"output_dir": "/etc"}, ConfigError, "and no training that was begun"),
         ({"num_workers": 9}, ConfigError, "num_workers (9) needs 10 CPUs"),
+        ({"num_trainable_params": 7}, ConfigError, "to train, and num_trainable_params is 7"),
     ],
 )
 def test_what_cannot_work_is_refused_before_the_start(
