@@ -16,7 +16,7 @@ import pytest
 
 from tests.support.cluster import AGENTS
 
-NUM_STEPS, GLOBAL_BATCH = 500, 8
+NUM_STEPS, GLOBAL_BATCH = 400, 8
 NUM_ROWS = NUM_STEPS * GLOBAL_BATCH - 3
 """The last step is smaller."""
 KILLS = {3: 12, 2: 3, 4: 5}
