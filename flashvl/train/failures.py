@@ -1,5 +1,7 @@
 """Tells a lost process or node, after which a stage goes on, from an error, which ends it."""
 
+import traceback
+
 from ray.exceptions import RayError, RayTaskError, UserCodeException
 from ray.train import TrainingFailedError
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
@@ -41,17 +43,29 @@ def _what_ranks_lost(failures: dict[int, Exception]) -> str:
     lost = ""
     first: RankError | None = None
     for rank, failure in sorted(failures.items()):
-        cause = _root(getattr(failure, "_base_exc", failure))  # Ray wraps the function's error
+        cause = _root(failure)
         if isinstance(cause, FlashVLError):
             raise cause from None
         if _is_loss(cause):
             lost = lost or f"rank {rank} was lost, or a process that it needs: {_brief(cause)}"
         elif first is None:
-            told = getattr(failure, "_traceback_str", str(failure))
-            first = RankError(f"rank {rank} failed:\n{told.strip()}")
+            first = RankError(f"rank {rank} failed:\n{_traceback_of(failure)}")
     if first is not None:
         raise first from None
     return lost or "the workers were lost"
+
+
+def keep_traceback(error: BaseException) -> None:
+    """Note an error's traceback in it; Ray Train hands on the error alone.
+
+    It is the handler of the error that calls this.
+    """
+    error.add_note(traceback.format_exc())
+
+
+def _traceback_of(error: BaseException) -> str:
+    notes: list[str] = getattr(error, "__notes__", [])
+    return notes[-1].strip() if notes else repr(error)
 
 
 def _root(error: BaseException) -> BaseException:

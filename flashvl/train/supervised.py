@@ -26,6 +26,7 @@ from flashvl.train.checkpoint import (
 )
 from flashvl.train.consumed import Consumed
 from flashvl.train.export import gathered, write_log, write_model
+from flashvl.train.failures import keep_traceback
 from flashvl.train.feed import Feed
 from flashvl.train.guard import Guard
 from flashvl.train.loop import Loop
@@ -75,6 +76,9 @@ def train_worker(config: dict[str, Any]) -> None:
             f" token_budget ({assignment.recipe.token_budget}), raise zero_stage"
             f" ({assignment.recipe.zero_stage}), or set gradient_checkpointing=true"
         ) from error
+    except Exception as error:
+        keep_traceback(error)
+        raise
 
 
 def _train(assignment: Assignment, rank: int, pulse: Pulse) -> None:
