@@ -99,6 +99,9 @@ class Run:
         children = psutil.Process(self.process.pid).children(recursive=True)
         self.process.kill()
         self.process.wait()
+        for process in children:
+            if process.is_running() and process.name().startswith(AGENTS):
+                process.kill()  # Ray leaves its own agents behind
         _, alive = psutil.wait_procs(children, timeout=60)
         assert not alive, alive
         self.killed.append("driver")
