@@ -22,8 +22,8 @@ from flashvl.data.storage import Location, locate
 from flashvl.errors import ConfigError, DataError
 
 COLUMNS = ("images", "messages")
-MAX_GROUP_BYTES = 2**30
-"""Bytes of a row group at most: it is read whole, up to the last row that is wanted."""
+MAX_GROUP_ROWS = 2**14
+"""Rows of a row group at most: each window of rows reads it from its beginning."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,6 +78,11 @@ def open_table(text: str, first_row: int) -> tuple[Table, list[int]]:
     if not sum(sizes):
         raise ConfigError(
             f"table {text} has no row; give a folder of Parquet files with conversations"
+        )
+    if max(sizes) > MAX_GROUP_ROWS:
+        raise ConfigError(
+            f"table {text} has a row group of {max(sizes)} rows, more than {MAX_GROUP_ROWS}; write"
+            " it with row_group_size=64, so that its rows can be shuffled"
         )
     table = Table(
         name=str(locate(text)),

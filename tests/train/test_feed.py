@@ -196,6 +196,20 @@ def test_a_file_that_changes_stops_the_run(build: Build, tmp_path: Path) -> None
         steps_of(feed, 1)
 
 
+def test_a_converters_record_beside_a_table_is_not_its_part(build: Build, tmp_path: Path) -> None:
+    write_all(tmp_path / "conversations", 20)
+    for name in ("dead_letters", "_old"):
+        write(tmp_path / name / "part-0.parquet", [conversation(1)])
+    assert build({"parquet": str(tmp_path)}).num_rows == 20
+
+
+def test_row_groups_too_large_to_shuffle_are_refused(build: Build, tmp_path: Path) -> None:
+    row = conversation(0, images=0)
+    table = write(tmp_path / "rows.parquet", [row] * 16385, rows_per_group=20000)
+    with pytest.raises(ConfigError, match="row group of 16385 rows, more than 16384; write it"):
+        build({"parquet": str(table)})
+
+
 # Mixtures
 
 
