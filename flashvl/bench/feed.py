@@ -83,15 +83,26 @@ def print_growth(model: str, num_rows: int) -> None:
     dataset = feed.dataset(0, 1)
     dataset.context.execution_options.preserve_order = True
     blocks = dataset.iter_batches(batch_size=1, batch_format="pyarrow")
+    worker_mb = 0.0
     for _, _ in zip(range(NUM_STEPS), blocks, strict=False):
-        pass
-    own = psutil.Process()
-    tasks = [each for each in own.children(recursive=True) if each.name().startswith("ray::")]
+        worker_mb = max(worker_mb, _largest_task_mb())
     growth = Growth(
         num_rows=num_rows,
         order_mb=(order.starts.nbytes + order.ends.nbytes) / 1e6,
         bitmap_mb=bitmap.nbytes / 1e6,
-        driver_mb=own.memory_full_info().uss / 1e6,
-        worker_mb=max(each.memory_full_info().uss for each in tasks) / 1e6,
+        driver_mb=psutil.Process().memory_full_info().uss / 1e6,
+        worker_mb=worker_mb,
     )
     sys.stdout.write(json.dumps(asdict(growth)) + "\n")
+
+
+def _largest_task_mb() -> float:
+    """Memory of the largest of Ray's processes now; those that are idle may end at any time."""
+    largest = 0.0
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if process.name().startswith("ray::"):
+                largest = max(largest, process.memory_full_info().uss / 1e6)
+        except psutil.Error:
+            continue  # it ended meanwhile
+    return largest
