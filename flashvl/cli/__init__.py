@@ -267,7 +267,8 @@ def train(
 
         loaded = load_recipe(recipe, overrides or ())
         from flashvl.train.failures import RankError
-        from flashvl.train.launch import check_stage, run_stage
+        from flashvl.train.launch import run_stage
+        from flashvl.train.stage import check_stage
 
         stage = check_stage(loaded)
         result = stage.finished()

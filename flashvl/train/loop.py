@@ -126,6 +126,11 @@ class Loop:
             if self._must_stop and not is_last:
                 self._finish_saving()
                 return False
+        if self.step < self.feed.num_steps:
+            raise FlashVLError(
+                f"the feed ended after step {self.step} of {self.feed.num_steps}; run the same"
+                " command again, and report this fault of the feed"
+            )
         self._finish_saving()
         return True
 

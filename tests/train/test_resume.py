@@ -16,8 +16,9 @@ from flashvl.errors import FlashVLError
 from flashvl.progress import ignore_progress
 from flashvl.train.checkpoint import list_checkpoints, remove_folder
 from flashvl.train.export import read_log
-from flashvl.train.launch import StageResult, run
+from flashvl.train.launch import run
 from flashvl.train.recipe import RECIPES
+from flashvl.train.stage import StageResult
 from tests.support.stores import s3_bucket
 
 NUM_ROWS, GLOBAL_BATCH = 480, 8

@@ -26,8 +26,9 @@ from flashvl.errors import CheckpointError, ConfigError
 from flashvl.model.loading import load_model, load_processor
 from flashvl.progress import ShowProgress, ignore_progress
 from flashvl.train.export import read_log
-from flashvl.train.launch import StageResult, run
+from flashvl.train.launch import run
 from flashvl.train.recipe import RECIPES
+from flashvl.train.stage import StageResult
 from tests.support.images import encode
 
 STEPS, GLOBAL_BATCH = 5, 8
