@@ -1,4 +1,4 @@
-"""Attempts to run a stage on Ray Train, each from the newest checkpoint, while processes are lost."""
+"""Attempts to run a stage on Ray Train, from the newest checkpoint, while processes are lost."""
 
 import logging
 import signal
