@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flashvl.data.convert import llava, preferences, reasoning, tables
@@ -14,6 +14,10 @@ from flashvl.data.convert.tables import TableMapping
 from flashvl.data.schema import IMAGE_MARKER
 from flashvl.errors import DataError
 from tests.support.sets import rated, turns
+
+QUICK = settings(
+    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow]
+)  # as a busy machine draws slowly
 
 NAMES = st.sampled_from([*ROLES, "bot", None])
 TEXTS = st.lists(st.sampled_from([IMAGE_MARKER, "a", " ", "\n", "\ud800", "\u00e9"]), max_size=4)
@@ -27,6 +31,7 @@ TURNS = st.lists(
 )
 
 
+@QUICK
 @given(conversation=st.none() | st.just("x") | TURNS, num_images=st.integers(0, 2))
 def test_what_is_taken_can_be_trained_on(conversation: Any, num_images: int) -> None:
     try:
@@ -45,6 +50,7 @@ def test_what_is_taken_can_be_trained_on(conversation: Any, num_images: int) -> 
         content.encode()  # as a file needs it
 
 
+@QUICK
 @given(st.lists(st.sampled_from(["a", "b c", "d\n"]), min_size=2, max_size=6))
 def test_sensible_turns_are_taken_as_they_are(texts: list[str]) -> None:
     texts = texts[: len(texts) // 2 * 2]
@@ -53,6 +59,7 @@ def test_sensible_turns_are_taken_as_they_are(texts: list[str]) -> None:
     assert row["source"] == "set"
 
 
+@QUICK
 @given(
     fields=st.dictionaries(
         st.sampled_from(["conversations", "image", "source"]),
@@ -69,6 +76,7 @@ def test_fields_of_any_type_are_refused_and_nothing_else(fields: dict[str, Any])
         reasoning.convert(Record(fields=fields, attached=[]))
 
 
+@QUICK
 @given(
     completions=st.recursive(
         st.none() | st.integers() | st.sampled_from(["", "3"]),

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flashvl.data.inputs import json_array, jsonl
@@ -27,7 +27,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=60)
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 @given(
     rows=st.lists(JSON, max_size=8),
     is_ascii=st.booleans(),
@@ -52,6 +52,7 @@ def test_an_array_is_read_from_any_element(
             assert list(read_elements(stream, 2**20, found[last][0])) == found[first + 1 : last + 1]
 
 
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 @given(rows=st.lists(JSON, min_size=1, max_size=5), place=st.integers(0, 10**6))
 def test_an_array_that_is_cut_off_loses_its_rest_only(rows: list[Any], place: int) -> None:
     text = json.dumps(rows).encode()
