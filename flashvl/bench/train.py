@@ -38,9 +38,11 @@ from flashvl.train.objectives import Answers, Tensors
 from flashvl.train.packing import pack
 from flashvl.train.shares import MicroBatch, Share
 
-GLOBAL_BATCH = 64
+GLOBAL_BATCH = 128
 """Rows in a step of one worker."""
-TOKEN_BUDGET = 1024
+TOKEN_BUDGET = 2048
+MAX_LENGTH = 1024
+
 MANY_WORKERS = 8
 """Workers for which the packing is told as well; each has a step's rows of one worker."""
 ROWS_PER_GROUP = 64
@@ -123,7 +125,7 @@ def measure_training(
             TrainingData(parquet=str(table)),
             model=model,
             global_batch_size=GLOBAL_BATCH,
-            max_length=TOKEN_BUDGET,
+            max_length=MAX_LENGTH,
             token_budget=TOKEN_BUDGET,
             seed=0,
         )
@@ -173,20 +175,26 @@ class _Trainer:
         self.processor = load_processor(model)
         self.objective = Answers(self.model, self.processor)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5)
+        self.plain: FlashVLForConditionalGeneration = load_model(model).train()
+        """The model with the library's usual attention, for padded batches."""
+        self.plain_optimizer = torch.optim.AdamW(self.plain.parameters(), lr=1e-5)
 
     def train(self, shares: Iterable[Share]) -> float:
         """Train on packed micro-batches; returns samples a second from the first share on."""
-        return self._run(shares, lambda share: share.micro_batches, self._packed_loss)
+        return self._run(
+            shares, lambda share: share.micro_batches, self._packed_loss, self.optimizer
+        )
 
     def train_padded(self, shares: Iterable[Share]) -> float:
         """Train on the same rows in padded batches; returns samples a second."""
-        return self._run(shares, _pad_batches, self._padded_loss)
+        return self._run(shares, _pad_batches, self._padded_loss, self.plain_optimizer)
 
     def _run(
         self,
         shares: Iterable[Share],
         cut: Callable[[Share], Sequence[MicroBatch]],
         loss_of: Callable[[MicroBatch, torch.Tensor], torch.Tensor],
+        optimizer: torch.optim.Optimizer,
     ) -> float:
         num_rows, start_s = 0, 0.0
         for share in shares:
@@ -195,8 +203,8 @@ class _Trainer:
             num_items = torch.tensor(float(sum(map(self.objective.num_items, batches))))
             for batch in batches:
                 loss_of(batch, num_items).backward()
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+            optimizer.step()
+            optimizer.zero_grad()
             num_rows += len(share.rows)
         return num_rows / (time.perf_counter() - start_s)
 
@@ -209,7 +217,7 @@ class _Trainer:
         if len(batch.tiles):
             tiles = torch.from_numpy(batch.tiles.copy())
             pixels = {"pixel_values": normalize_tiles(tiles, self.processor)}
-        hidden = self.model.model(
+        hidden = self.plain.model(
             input_ids=tensors["input_ids"],
             attention_mask=tensors["attention_mask"],
             use_cache=False,
@@ -217,7 +225,7 @@ class _Trainer:
         ).last_hidden_state
         targets = tensors["labels"][:, 1:]
         is_learnt = targets != IGNORE_INDEX
-        logits = self.model.lm_head(hidden[:, :-1][is_learnt])
+        logits = self.plain.lm_head(hidden[:, :-1][is_learnt])
         return F.cross_entropy(logits.float(), targets[is_learnt], reduction="sum") / num_items
 
 

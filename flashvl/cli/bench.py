@@ -323,7 +323,7 @@ def serve(
 def train(
     model: ModelOption = "tiny",
     steps: Annotated[
-        int, typer.Option(metavar="INTEGER", min=8, help="Steps of 64 samples in each round.")
+        int, typer.Option(metavar="INTEGER", min=8, help="Steps of 128 samples in each round.")
     ] = 8,
     rounds: RoundsOption = 3,
     json_file: JsonOption = None,

@@ -16,6 +16,7 @@ from flashvl.data.features import IGNORE_INDEX, normalize_tiles
 from flashvl.data.synthetic import CELL_CLASSES
 from flashvl.model import FlashVLForConditionalGeneration, FlashVLProcessor
 from flashvl.model.modeling_flashvl import pixel_shuffle
+from flashvl.train.attention import BY_DOCUMENT
 from flashvl.train.shares import Int32s, MicroBatch
 
 Tensors = dict[str, torch.Tensor]
@@ -51,11 +52,12 @@ class Objective(Protocol):
 class Answers:
     """Next-token loss on the assistant's turns.
 
-    The documents of a micro-batch are one row for the model. Their positions begin at 0 each, by
-    which transformers tells them apart: no token attends to another document.
+    The documents of a micro-batch are one row for the model. Their positions begin at 0 each, and
+    no token attends to another document.
     """
 
     def __init__(self, model: FlashVLForConditionalGeneration, processor: FlashVLProcessor):
+        model.set_attn_implementation({"text_config": BY_DOCUMENT})
         self.module = model
         self.processor = processor
 
@@ -70,6 +72,7 @@ class Answers:
         batch = {
             "input_ids": torch.from_numpy(input_ids.astype(np.int64))[None],
             "position_ids": torch.from_numpy(positions)[None],
+            "lengths": torch.from_numpy(lengths.astype(np.int64)),
             "kept": torch.from_numpy(kept),
             "targets": torch.from_numpy(targets[kept].astype(np.int64)),
             "documents": torch.from_numpy(documents[kept]),
@@ -91,6 +94,7 @@ class Answers:
         logits = engine(
             input_ids=batch["input_ids"],
             position_ids=batch["position_ids"],
+            document_lengths=batch["lengths"].tolist(),
             logits_to_keep=batch["kept"],
             use_cache=False,
             **pixels,

@@ -10,8 +10,9 @@ import torch
 from PIL import Image, ImageDraw
 
 from flashvl.data.features import encode_conversation, make_tiles, normalize_tiles
-from flashvl.model import FlashVLForConditionalGeneration, FlashVLProcessor
+from flashvl.model import FlashVLConfig, FlashVLForConditionalGeneration, FlashVLProcessor
 from flashvl.model.loading import load_model, load_processor
+from flashvl.train.attention import BY_DOCUMENT
 from flashvl.train.flops import row_flops
 from flashvl.train.objectives import Answers
 from flashvl.train.packing import pack
@@ -154,29 +155,37 @@ def objective(request: pytest.FixtureRequest, random_folder: Folder) -> Answers:
     return Answers(load_model(folder).train(), load_processor(folder))
 
 
+@pytest.fixture(scope="module")
+def alone(objective: Answers) -> FlashVLForConditionalGeneration:
+    """The same model with the library's usual attention."""
+    model = FlashVLForConditionalGeneration(FlashVLConfig(**objective.module.config.to_dict()))
+    model.load_state_dict(objective.module.state_dict())
+    return model.train()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_packed_rows_give_the_loss_and_gradients_of_rows_alone(
-    objective: Answers, kind: str
+    objective: Answers, alone: FlashVLForConditionalGeneration, kind: str
 ) -> None:
     documents = [KINDS[kind](objective.processor, row) for row in range(4)]
     (batch,) = micro_batches(documents)
     assert len(batch.lengths) == 4
-    assert_same(packed(objective, [batch]), plain(objective.module, objective.processor, documents))
+    assert_same(packed(objective, [batch]), plain(alone, objective.processor, documents))
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 4, 8, 11])
 def test_loss_and_gradients_do_not_depend_on_how_rows_are_split(
-    objective: Answers, num_workers: int
+    objective: Answers, alone: FlashVLForConditionalGeneration, num_workers: int
 ) -> None:
     """Worlds of 1 to 8 workers, and one with more workers than rows, some of which compute none."""
     documents = mixed(objective.processor)
     cost = partial(row_flops, objective.module.config)
     batches = list(micro_batches(documents, num_workers, BUDGET, cost))
     assert num_workers < 8 or len(batches) == num_workers
-    assert_same(packed(objective, batches), plain(objective.module, objective.processor, documents))
+    assert_same(packed(objective, batches), plain(alone, objective.processor, documents))
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager", "flex_attention"])
+@pytest.mark.parametrize("attention", [BY_DOCUMENT, "sdpa", "eager", "flex_attention"])
 @torch.compiler.set_stance("force_eager")  # PyTorch's C++ for flex attention does not compile
 def test_no_token_sees_another_document(random_folder: Folder, attention: str) -> None:
     folder = random_folder("tiny-iss")
@@ -194,6 +203,7 @@ def test_no_token_sees_another_document(random_folder: Folder, attention: str) -
                 input_ids=tensors["input_ids"],
                 position_ids=tensors["position_ids"],
                 pixel_values=normalize_tiles(tensors["tiles"], objective.processor),
+                document_lengths=tensors["lengths"].tolist(),
                 use_cache=False,
             ).logits[0]
         return list(found.split(batch.lengths.tolist()))
