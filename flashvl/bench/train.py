@@ -294,4 +294,6 @@ def _judge(trainer: _Trainer, shares: Sequence[Share], num_workers: int) -> Pack
         capacity += loads.size * TOKEN_BUDGET
         work += loads.sum()
         possible += loads.max(axis=0).sum() * num_workers
-    return Packing(num_workers=num_workers, filled=tokens / capacity, balance=work / possible)
+    return Packing(
+        num_workers=num_workers, filled=tokens / capacity, balance=float(work / possible)
+    )
