@@ -102,6 +102,7 @@ def _run_attempt(
             if not is_of_ray(error):
                 raise
             lost = what_was_lost(error)
+            watch.free_resources()
             if stopped.is_set():
                 raise FlashVLError(f"stopped by SIGTERM; {_how_to_go_on(stage)}") from None
             return lost
