@@ -21,7 +21,7 @@ NUM_ROWS = NUM_STEPS * GLOBAL_BATCH - 3
 """The last step is smaller."""
 KILLS = {3: 12, 2: 3, 4: 5}
 """Kills at each number of workers, in this order; each of the two changes is a kill, too."""
-UNDER_WAY_S = 180.0
+UNDER_WAY_S = 600.0
 
 DRIVER = """
 import sys
