@@ -57,11 +57,12 @@ def report_errors() -> Iterator[None]:
     except FlashVLError as error:
         _end(str(error))
     except ModuleNotFoundError as error:
-        extra = extra_that_brings(error.name or "")
+        library = (error.name or "").partition(".")[0]
+        extra = extra_that_brings(library)
         if extra is None:
             raise
         _end(
-            f"this command needs the library {error.name!r}, which is not installed;"
+            f"this command needs the library {library!r}, which is not installed;"
             f" pip install 'flashvl[{extra}]'"
         )
 

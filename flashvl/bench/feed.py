@@ -16,9 +16,9 @@ import numpy as np
 import psutil
 
 from flashvl.progress import ShowProgress, ignore_progress
-from flashvl.train.feed import Feed
-from flashvl.train.mixture import SyntheticData
-from flashvl.train.order import shuffle_tables
+from flashvl.train.feed.feed import Feed
+from flashvl.train.feed.mixture import SyntheticData
+from flashvl.train.feed.order import shuffle_tables
 
 ROWS_PER_GROUP = 64
 GLOBAL_BATCH = 240

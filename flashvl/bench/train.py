@@ -31,12 +31,12 @@ from flashvl.data.schema import CONVERSATIONS
 from flashvl.model import FlashVLForConditionalGeneration
 from flashvl.model.loading import load_model, load_processor
 from flashvl.progress import ShowProgress, ignore_progress
-from flashvl.train.feed import Feed, build_feed, read_shares
+from flashvl.train.feed.feed import Feed, build_feed, read_shares
+from flashvl.train.feed.mixture import TrainingData
+from flashvl.train.feed.packing import pack
+from flashvl.train.feed.shares import MicroBatch, Share
 from flashvl.train.flops import row_flops
-from flashvl.train.mixture import TrainingData
 from flashvl.train.objectives import Answers, Tensors
-from flashvl.train.packing import pack
-from flashvl.train.shares import MicroBatch, Share
 
 GLOBAL_BATCH = 128
 """Rows in a step of one worker."""

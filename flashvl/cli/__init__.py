@@ -266,9 +266,9 @@ def train(
         from flashvl.train.recipe import load_recipe
 
         loaded = load_recipe(recipe, overrides or ())
-        from flashvl.train.failures import RankError
-        from flashvl.train.launch import run_stage
-        from flashvl.train.stage import check_stage
+        from flashvl.train.run.failures import RankError
+        from flashvl.train.run.launch import run_stage
+        from flashvl.train.run.stage import check_stage
 
         stage = check_stage(loaded)
         result = stage.finished()

@@ -8,7 +8,7 @@ import typer
 
 from flashvl.cli.options import build, options_from
 from flashvl.entrypoint import report_errors
-from flashvl.train.assumptions import Assumptions
+from flashvl.train.plan.assumptions import Assumptions
 
 
 @options_from(Assumptions, metavars={"gpu": "NAME"})
@@ -38,8 +38,8 @@ def plan(
     """
     with report_errors():
         from flashvl.train.pipeline import load_stages
-        from flashvl.train.plan import build_plan, describe_all
-        from flashvl.train.plan_report import compare_plans, describe_plan
+        from flashvl.train.plan.plan import build_plan, describe_all
+        from flashvl.train.plan.report import compare_plans, describe_plan
 
         assumptions = build(Assumptions, options, command="plan")
         plans = [build_plan(stage, assumptions) for stage in load_stages(recipe, overrides or ())]

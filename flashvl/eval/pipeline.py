@@ -9,9 +9,9 @@ from contextlib import AbstractContextManager
 from flashvl.engine import Engine
 from flashvl.eval.scenes import evaluate_scenes
 from flashvl.progress import ShowProgress
-from flashvl.train.launch import run
 from flashvl.train.pipeline import Pipeline, Record, run_pipeline
 from flashvl.train.recipe import AnyRecipe
+from flashvl.train.run.launch import run
 
 
 def run_and_score(

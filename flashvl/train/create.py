@@ -14,7 +14,7 @@ from flashvl.model.loading import load_model, load_processor
 from flashvl.model.parts.assembly import build_processor
 from flashvl.model.parts.weights import refuse_existing
 from flashvl.model.presets import build_config
-from flashvl.train.export import save_pretrained
+from flashvl.train.run.export import save_pretrained
 
 ADAPTER = "multi_modal_projector"
 

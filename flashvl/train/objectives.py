@@ -17,7 +17,7 @@ from flashvl.data.synthetic import CELL_CLASSES
 from flashvl.model import FlashVLForConditionalGeneration, FlashVLProcessor
 from flashvl.model.modeling_flashvl import pixel_shuffle
 from flashvl.train.attention import BY_DOCUMENT
-from flashvl.train.shares import Int32s, MicroBatch
+from flashvl.train.feed.shares import Int32s, MicroBatch
 
 Tensors = dict[str, torch.Tensor]
 """Tensors of a micro-batch, by name."""

@@ -4,7 +4,7 @@ Run again, it goes on at the stage that was not finished, which resumes at its l
 After each stage its scores are added to the pipeline's table, as in the paper's Table 5:
 
     output_dir/
-        STAGE/         folder of each stage, as `flashvl.train.launch` writes it
+        STAGE/         folder of each stage, as `flashvl.train.run.launch` writes it
         scores.json    a record of each finished stage
         scores.md      the same as a table
 

@@ -18,7 +18,7 @@ from pydantic import (
 )
 
 from flashvl.config import StrictModel, load_config, validate
-from flashvl.train.mixture import TrainingData
+from flashvl.train.feed.mixture import TrainingData
 
 ModelPart = Literal["vision_tower", "multi_modal_projector", "language_model"]
 """Part of the model, by the name of its module."""

@@ -16,9 +16,9 @@ from flashvl.bench.train import (
     _Trainer,
     ragged_rows,
 )
-from flashvl.train.documents import ConversationEncoder
-from flashvl.train.packing import pack
-from flashvl.train.shares import Share, decode_share, encode_share
+from flashvl.train.feed.documents import ConversationEncoder
+from flashvl.train.feed.packing import pack
+from flashvl.train.feed.shares import Share, decode_share, encode_share
 
 
 def test_rows_are_of_all_kinds() -> None:

@@ -97,8 +97,8 @@ def train(settings: dict[str, Any]) -> dict[str, float]:
 
     from flashvl.model import FlashVLConfig, FlashVLForConditionalGeneration
     from flashvl.train.recipe import SupervisedRecipe
-    from flashvl.train.supervised import prepare_parts
-    from flashvl.train.zero import start_engine
+    from flashvl.train.run.supervised import prepare_parts
+    from flashvl.train.run.zero import start_engine
 
     torch.manual_seed(0)
     config = FlashVLConfig(**settings["config"])

@@ -8,7 +8,7 @@ import yaml
 
 from flashvl.data import synthetic
 from flashvl.data.schema import CONVERSATIONS
-from flashvl.train.mixture import load_tables
+from flashvl.train.feed.mixture import load_tables
 from flashvl.train.recipe import load_recipe
 
 CONFIGS = Path(__file__).resolve().parents[2] / "ray_jobs" / "configs"

@@ -13,10 +13,10 @@ from flashvl.data.features import encode_conversation, make_tiles, normalize_til
 from flashvl.model import FlashVLConfig, FlashVLForConditionalGeneration, FlashVLProcessor
 from flashvl.model.loading import load_model, load_processor
 from flashvl.train.attention import BY_DOCUMENT
+from flashvl.train.feed.packing import pack
+from flashvl.train.feed.shares import Document, MicroBatch, decode_share, encode_share
 from flashvl.train.flops import row_flops
 from flashvl.train.objectives import Answers
-from flashvl.train.packing import pack
-from flashvl.train.shares import Document, MicroBatch, decode_share, encode_share
 
 BUDGET = 700
 SIDE = 96

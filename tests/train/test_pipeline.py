@@ -12,9 +12,9 @@ import pytest
 
 from flashvl.errors import ConfigError, FlashVLError
 from flashvl.progress import ignore_progress
-from flashvl.train.export import read_log
 from flashvl.train.pipeline import Pipeline, Record, load_pipeline, render_scores, run_pipeline
 from flashvl.train.recipe import AnyRecipe
+from flashvl.train.run.export import read_log
 from tests.support.recipes import CONFIGS, RECIPES
 
 RECIPE = CONFIGS / "static" / "stage1.yaml"

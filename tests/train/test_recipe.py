@@ -7,7 +7,7 @@ import pytest
 
 from flashvl.errors import ConfigError
 from flashvl.model.presets import build_config
-from flashvl.train.mixture import load_tables
+from flashvl.train.feed.mixture import load_tables
 from flashvl.train.parameters import count_parameters
 from flashvl.train.recipe import AnyRecipe, SupervisedRecipe, load_recipe
 from tests.support.recipes import CONFIGS, RECIPES, name_of

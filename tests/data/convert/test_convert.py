@@ -21,9 +21,9 @@ from flashvl.data.schema import CONVERSATIONS, PREFERENCES, PROMPTS
 from flashvl.data.storage import Location, locate
 from flashvl.errors import ConfigError, FlashVLError
 from flashvl.model.loading import load_processor
-from flashvl.train.feed import build_feed
-from flashvl.train.mixture import TrainingData
-from flashvl.train.tables import open_table
+from flashvl.train.feed.feed import build_feed
+from flashvl.train.feed.mixture import TrainingData
+from flashvl.train.feed.tables import open_table
 from tests.support import sets
 from tests.support.jobs import Interrupted
 from tests.support.stores import s3_bucket

@@ -1,0 +1,245 @@
+"""The figures of a step: measured on each rank, put together, and shown by rank 0."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from ray.util.metrics import Gauge
+from torch import distributed
+from torch.utils.tensorboard import SummaryWriter
+
+from flashvl.data.features import IGNORE_INDEX
+from flashvl.data.storage import Location
+from flashvl.model import FlashVLConfig
+from flashvl.train.feed.shares import MicroBatch, Share
+from flashvl.train.flops import training_flops
+from flashvl.train.plan.gpus import GPUS
+from flashvl.train.recipe import AnyRecipe, SupervisedRecipe
+
+Record = dict[str, Any]
+"""Figures of a step by name, as the log has them."""
+
+TERA = 10**12
+BOARDS = "runs"
+"""Folder of TensorBoard's files."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Figures:
+    """What a rank has measured in a step; sums over ranks are meant unless a field says more."""
+
+    loss: float = 0.0
+    """Summed losses of all items."""
+    items: float = 0.0
+    """Tokens, or cells, that take a loss."""
+    rows: float = 0.0
+    tokens: float = 0.0
+    tiles: float = 0.0
+    dead: float = 0.0
+    """Rows that cannot be used."""
+    capacity: float = 0.0
+    """Tokens that the micro-batches could have held."""
+    flops: float = 0.0
+    """Operations of the forward and backward passes."""
+    wait_s: float = 0.0
+    """Seconds for which the rank waited for its share; the longest wait counts."""
+    written: float = 0.0
+    """Whether the rank has written its shard of the pending checkpoint."""
+    must_stop: float = 0.0
+    """Whether rank 0 was told to stop."""
+    asks_preemption: float = 0.0
+    """Whether rank 0 wants all ranks to ask Ray if a node will be taken away."""
+
+
+NAMES = tuple(Figures.__dataclass_fields__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Totals:
+    """The figures of all ranks together."""
+
+    sums: Figures
+    longest_wait_s: float
+    imbalance: float
+    """Share of their computing time for which ranks wait for the one with most operations."""
+    source_losses: npt.NDArray[np.float64]
+    """(sources,): summed losses of each."""
+    source_items: npt.NDArray[np.float64]
+    """(sources,): items of each."""
+
+    @property
+    def loss(self) -> float:
+        """Mean loss of the step's items; 0 where the step has none."""
+        return self.sums.loss / self.sums.items if self.sums.items else 0.0
+
+
+def gather(
+    figures: Figures,
+    source_losses: npt.NDArray[np.float64],
+    source_items: npt.NDArray[np.float64],
+    device: torch.device,
+) -> Totals:
+    """The figures of all ranks, the same on each of them, by one collective."""
+    own = [getattr(figures, name) for name in NAMES]
+    row = torch.tensor([*own, *source_losses, *source_items], dtype=torch.float64, device=device)
+    flat = torch.empty(distributed.get_world_size() * len(row), dtype=row.dtype, device=device)
+    distributed.all_gather_into_tensor(flat, row)
+    table = flat.view(-1, len(row)).cpu().numpy()
+    sums = table.sum(axis=0)
+    flops = table[:, NAMES.index("flops")]
+    num_sources = len(source_losses)
+    sources = sums[len(NAMES) :]
+    return Totals(
+        sums=Figures(**dict(zip(NAMES, sums.tolist(), strict=False))),
+        longest_wait_s=float(table[:, NAMES.index("wait_s")].max()),
+        imbalance=float(1 - flops.mean() / flops.max()) if flops.max() > 0 else 0.0,
+        source_losses=sources[:num_sources],
+        source_items=sources[num_sources:],
+    )
+
+
+def count_items(share: Share) -> npt.NDArray[np.float64]:
+    """(documents,): items of each document of a share that take a loss."""
+    counts = [_items_of(micro_batch) for micro_batch in share.micro_batches]
+    return np.concatenate([np.empty(0), *counts])
+
+
+def _items_of(micro_batch: MicroBatch) -> npt.NDArray[np.float64]:
+    if not len(micro_batch.lengths):
+        return np.empty(0)
+    taken = (micro_batch.labels != IGNORE_INDEX).astype(np.float64)
+    labels_a_token = len(micro_batch.labels) // len(micro_batch.input_ids)
+    starts = (np.cumsum(micro_batch.lengths) - micro_batch.lengths) * labels_a_token
+    return np.add.reduceat(taken, starts)
+
+
+def count_flops(
+    share: Share, items: npt.NDArray[np.float64], config: FlashVLConfig, recipe: AnyRecipe
+) -> float:
+    """Useful operations of a share, by the true lengths of its documents."""
+    has_lora = isinstance(recipe, SupervisedRecipe) and recipe.lora is not None
+    lengths = np.concatenate([each.lengths for each in share.micro_batches])
+    tiles = np.concatenate([each.num_tiles for each in share.micro_batches])
+    return sum(
+        training_flops(
+            config, recipe.trainable, length, num_tiles, num_labels=int(count), has_lora=has_lora
+        )
+        for length, num_tiles, count in zip(lengths.tolist(), tiles.tolist(), items, strict=True)
+    )
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Peak of the device's dense bf16 products, in operations a second; None: not known."""
+    if device.type != "cuda":
+        return None
+    words = torch.cuda.get_device_name(device).lower().replace("-", " ").split()
+    for name, gpu in GPUS.items():
+        if name.partition("-")[0] in words:
+            return gpu.bf16_tflops * TERA
+    return None
+
+
+@dataclass(kw_only=True, slots=True)
+class Meter:
+    """Makes the records of the steps, on rank 0 the only ones that are kept."""
+
+    sources: Sequence[str]
+    peak_flops: float | None
+    seconds: float
+    """Time in the training loop, with that of the runs before a resume."""
+    _last_s: float = field(default_factory=time.perf_counter)
+
+    def pause(self) -> None:
+        """Count the time since the last step, but not to the next one."""
+        now_s = time.perf_counter()
+        self.seconds += now_s - self._last_s
+        self._last_s = now_s
+
+    def record(self, step: int, totals: Totals, rates: Sequence[float], grad_norm: float) -> Record:
+        """The record of a step that ends now.
+
+        Args:
+            step: number of the step, from 1.
+            rates: learning rates with which it was made.
+        """
+        now_s = time.perf_counter()
+        step_s, self._last_s = now_s - self._last_s, now_s
+        self.seconds += step_s
+        sums, num_ranks = totals.sums, distributed.get_world_size()
+        record: Record = {
+            "step": step,
+            "loss": totals.loss,
+            "learning_rate": max(rates),
+            "grad_norm": grad_norm,
+            "samples": int(sums.rows),
+            "tokens": int(sums.tokens),
+            "seconds": self.seconds,
+            "samples_per_s": sums.rows / step_s,
+            "tokens_per_s": sums.tokens / step_s,
+            "data_wait_share": min(1.0, totals.longest_wait_s / step_s),
+            "padding_share": 1 - sums.tokens / sums.capacity,
+            "imbalance": totals.imbalance,
+        }
+        if self.peak_flops is not None:
+            record["mfu"] = sums.flops / step_s / num_ranks / self.peak_flops
+        if len(set(rates)) > 1:
+            record["learning_rates"] = list(rates)
+        if len(self.sources) > 1:
+            record["loss_by_source"] = {
+                name: loss / items
+                for name, loss, items in zip(
+                    self.sources, totals.source_losses, totals.source_items, strict=True
+                )
+                if items
+            }
+        return record
+
+
+class Boards:
+    """Shows the records in TensorBoard and, by Ray, to Prometheus."""
+
+    def __init__(self, folder: str, stage: str, first_step: int):
+        """
+        Args:
+            first_step: first step that this run makes; what earlier runs wrote of it and later
+                ones is hidden.
+        """
+        self._folder = Path(folder)
+        self._writer = SummaryWriter(folder, purge_step=first_step)
+        self._stage = stage
+        self._gauges: dict[str, Gauge] = {}
+
+    def show(self, record: Record) -> None:
+        step = record["step"]
+        for name, value in record.items():
+            if isinstance(value, dict):
+                for source, part in value.items():
+                    self._writer.add_scalar(f"{name}/{source}", part, step)
+                    self._gauge(name, "source").set(part, {"stage": self._stage, "source": source})
+            elif isinstance(value, int | float):
+                self._writer.add_scalar(f"train/{name}", value, step)
+                self._gauge(name).set(value, {"stage": self._stage})
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def write_to(self, output: Location) -> None:
+        """Write what was shown to `output`, to which TensorBoard writes itself if it is local."""
+        self._writer.flush()
+        if not output.is_local:
+            for path in self._folder.iterdir():
+                (output / BOARDS / path.name).write(path.read_bytes())
+
+    def _gauge(self, name: str, *tags: str) -> Gauge:
+        if name not in self._gauges:
+            self._gauges[name] = Gauge(
+                f"flashvl_train_{name}",
+                description=f"{name.replace('_', ' ')} of the last step".capitalize(),
+                tag_keys=("stage", *tags),
+            )
+        return self._gauges[name]
