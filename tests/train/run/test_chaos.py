@@ -1,5 +1,6 @@
 """A stage whose processes are killed at random, twenty times, at three, two and four workers."""
 
+import contextlib
 import json
 import os
 import random
@@ -99,10 +100,13 @@ class Run:
         children = psutil.Process(self.process.pid).children(recursive=True)
         self.process.kill()
         self.process.wait()
-        for process in children:
-            if process.is_running() and process.name().startswith(AGENTS):
-                process.kill()  # Ray leaves its own agents behind
-        _, alive = psutil.wait_procs(children, timeout=60)
+        alive, deadline_s = children, time.monotonic() + 60
+        while alive and time.monotonic() < deadline_s:
+            for process in alive:  # Ray leaves its own agents behind
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if process.name().startswith(AGENTS):
+                        process.kill()
+            _, alive = psutil.wait_procs(alive, timeout=1)
         assert not alive, alive
         self.killed.append("driver")
 
