@@ -10,6 +10,8 @@ from typing import Any
 from flashvl.data.storage import Location, check_reachable, locate, walk
 from flashvl.errors import ConfigError
 
+REMEDY = "name a Parquet, tar, JSONL or image file, or a folder, glob or {000..099} pattern of them"
+
 
 @dataclass(frozen=True, slots=True)
 class ListedFile:
@@ -48,10 +50,14 @@ class Listing:
         return self.only(files)
 
 
-def list_files(text: str) -> Listing:
+def list_files(text: str, what: str = "input", remedy: str = REMEDY) -> Listing:
     """The files that `text` names: a file, or all of a folder, a glob or a brace pattern.
 
     Names that begin with a dot are left out, as is usual, unless they are spelt out.
+
+    Args:
+        what: what the files are to the user, for the error where there are none.
+        remedy: what to name instead.
 
     Raises:
         ConfigError: `text` names no file.
@@ -67,13 +73,10 @@ def list_files(text: str) -> Listing:
     else:
         paths = [path for pattern in _expand(location.path) for path in _match(location, pattern)]
     if not paths:
-        raise ConfigError(f"input {text!r} does not exist, nor does it match a file; {REMEDY}")
+        raise ConfigError(f"{what} {text!r} does not exist, nor does it match a file; {remedy}")
     files = [_listed(path, store.info(path)) for path in dict.fromkeys(paths)]
     root = Location(store, _beginning(location.path))
     return Listing(root=root, files=sorted(files, key=lambda file: file.path), is_named=True)
-
-
-REMEDY = "name a Parquet, tar, JSONL or image file, or a folder, glob or {000..099} pattern of them"
 
 
 def _listed(path: str, info: dict[str, Any]) -> ListedFile:

@@ -64,7 +64,7 @@ def open_table(text: str, first_row: int) -> tuple[Table, list[int]]:
     Raises:
         ConfigError: there is no such table, or it is not one of conversations.
     """
-    listing = list_files(text)
+    listing = list_files(text, "table", "name a Parquet file, or a folder or glob of them")
     files = [file for file in listing.files if _is_part(listing.name(file), listing.is_named)]
     footers = read_footers(listing.only(files))
     for footer in footers:
