@@ -143,6 +143,7 @@ def read_steps(output: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_twenty_kills_lose_no_row_and_use_none_twice(
     starts_ray: None, recipe: Path, tmp_path: Path
 ) -> None:
