@@ -132,6 +132,7 @@ def undisturbed(
     return run
 
 
+@pytest.mark.slow
 def test_a_cluster_that_loses_processes_loses_no_row(
     tiny_random: Path,
     tmp_path: Path,

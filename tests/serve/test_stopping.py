@@ -288,7 +288,8 @@ def test_what_is_under_way_ends_and_nothing_new_begins(number: int) -> None:
 
 
 @pytest.mark.usefixtures("starts_ray")
-@pytest.mark.parametrize("is_impatient", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("is_impatient", [False, True])
 def test_what_does_not_end_in_time_is_told_so(is_impatient: bool) -> None:
     """The service also ends at once when somebody asks a second time."""
     mark = uuid.uuid4().hex
