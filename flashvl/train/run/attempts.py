@@ -20,6 +20,7 @@ from flashvl.train.run.consumed import Consumed
 from flashvl.train.run.failures import is_of_ray, what_was_lost
 from flashvl.train.run.monitor import Watch, start_monitor
 from flashvl.train.run.parts import remove_later
+from flashvl.train.run.reservations import give_back, list_reservations
 from flashvl.train.run.stage import Stage
 from flashvl.train.run.supervised import Assignment, train_worker
 
@@ -76,6 +77,7 @@ def _run_attempt(
         What was lost; None: the stage is finished.
     """
     recipe, num_steps = stage.recipe, stage.feed.num_steps
+    others = list_reservations()
     monitor = start_monitor()
     watch = Watch(
         monitor,
@@ -102,7 +104,7 @@ def _run_attempt(
             if not is_of_ray(error):
                 raise
             lost = what_was_lost(error)
-            watch.free_resources()
+            give_back(others)
             if stopped.is_set():
                 raise FlashVLError(f"stopped by SIGTERM; {_how_to_go_on(stage)}") from None
             return lost

@@ -12,11 +12,6 @@ from typing import Any, Literal
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
-from ray.util.placement_group import (
-    PlacementGroup,
-    get_current_placement_group,
-    remove_placement_group,
-)
 
 INTERVAL_S = 1.0
 """Seconds between two questions of the driver."""
@@ -57,8 +52,6 @@ class Report:
     beats: list[Beat]
     record: dict[str, Any] | None
     """Record of the last step; None: no step is finished."""
-    placement_group: PlacementGroup | None
-    """What Ray has reserved for the workers; None: they have not started."""
 
     @property
     def silent_s(self) -> float:
@@ -75,12 +68,10 @@ class _Monitor:
         self._beats: dict[int, tuple[int, Phase, float]] = {}
         self._workers: dict[int, ActorHandle] = {}
         self._record: dict[str, Any] | None = None
-        self._placement_group: PlacementGroup | None = None
         self._is_stop_asked = False
 
-    def join(self, rank: int, worker: ActorHandle, group: PlacementGroup | None) -> None:
+    def join(self, rank: int, worker: ActorHandle) -> None:
         self._workers[rank] = worker
-        self._placement_group = group
 
     def beat(self, rank: int, step: int, phase: Phase, record: dict[str, Any] | None) -> None:
         self._beats[rank] = (step, phase, time.monotonic())
@@ -92,7 +83,7 @@ class _Monitor:
             Beat(rank, step, phase, now_s - since_s)
             for rank, (step, phase, since_s) in sorted(self._beats.items())
         ]
-        return Report(beats, self._record, self._placement_group)
+        return Report(beats, self._record)
 
     def workers(self) -> list[ActorHandle]:
         return list(self._workers.values())
@@ -115,9 +106,8 @@ class Pulse:
     def __init__(self, monitor: ActorHandle, rank: int):
         self._monitor, self._rank = monitor, rank
         self._answer: ray.ObjectRef | None = None
-        monitor.join.options(num_returns=0).remote(
-            rank, ray.get_runtime_context().current_actor, get_current_placement_group()
-        )
+        worker = ray.get_runtime_context().current_actor
+        monitor.join.options(num_returns=0).remote(rank, worker)
 
     def beat(self, step: int, phase: Phase, record: dict[str, Any] | None = None) -> None:
         """Tell where this worker is.
@@ -161,7 +151,6 @@ class Watch:
         self.hang: str | None = None
         """What the workers did when they were stopped as hung; None: they were not."""
         self._monitor, self._hang_timeout_s, self._show = monitor, hang_timeout_s, show
-        self._placement_group: PlacementGroup | None = None
         self._ended = threading.Event()
         self._must_stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -176,14 +165,6 @@ class Watch:
         self._ended.set()
         self._thread.join()
 
-    def free_resources(self) -> None:
-        """Give back what Ray has reserved for workers that were lost.
-
-        Ray Train does it itself, but where its controller was lost it needs Ray's dashboard to.
-        """
-        if self._placement_group is not None:
-            remove_placement_group(self._placement_group)
-
     def _run(self) -> None:
         shown: dict[str, Any] | None = None
         while not self._ended.wait(INTERVAL_S):
@@ -191,7 +172,6 @@ class Watch:
                 if self._must_stop.is_set():
                     ray.get(self._monitor.ask_to_stop.remote())
                 report: Report = ray.get(self._monitor.read.remote())
-                self._placement_group = report.placement_group
                 if report.record is not None and report.record != shown:
                     shown = report.record
                     self._show(shown)
