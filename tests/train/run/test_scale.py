@@ -18,19 +18,21 @@ import json, sys
 import ray
 from ray.train import ScalingConfig
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
-from flashvl.train.run import launch
 from flashvl.train.recipe import load_recipe
+from flashvl.train.run import attempts, launch
+from flashvl.train.run.stage import check_stage
+from flashvl.train.run.supervised import Assignment
 
 ray.init(logging_level="error")
 places = {}
 for num_workers in (40, 16):
     recipe = load_recipe(sys.argv[1], [*sys.argv[2:], f"num_workers={num_workers}"])
-    stage = launch.check_stage(recipe)
-    assignment = launch.Assignment(
+    stage = check_stage(recipe)
+    assignment = Assignment(
         recipe=stage.recipe, feed=stage.feed, eval_feed=None, first_step=0, run_id="", monitor=None
     )
     resources = launch._resources_of_a_worker(stage.recipe)
-    scaling = launch._build_trainer(assignment, resources, "/tmp").scaling_config
+    scaling = attempts._build_trainer(assignment, resources, "/tmp").scaling_config
     bundles = [scaling._resources_per_worker_not_none] * scaling.num_workers
     group = placement_group(bundles, strategy=scaling.placement_strategy)
     assert group.wait(60)
