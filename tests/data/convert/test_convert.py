@@ -219,23 +219,23 @@ def test_too_many_dead_letters_stop_the_job(ray_cluster: None, tmp_path: Path) -
 
 def test_a_store_is_read_and_written(ray_cluster: None, tmp_path: Path) -> None:
     expected = sets.write_llava(tmp_path / "in")
-    with s3_bucket() as (_, uri):
+    with s3_bucket() as (_, uri):  # whose objects other tests' servers share
         for file in (tmp_path / "in").rglob("*"):
             if file.is_file():
-                key = f"bucket/set/{file.relative_to(tmp_path / 'in')}"
-                store = locate(uri.format("set")).store
+                key = f"bucket/llava/{file.relative_to(tmp_path / 'in')}"
+                store = locate(uri.format("llava")).store
                 store.pipe_file(key, file.read_bytes())
         job = ConversionJob(
             family="llava",
-            input=uri.format("set/mix.json"),
-            images=uri.format("set/images"),
-            output=uri.format("out"),
+            input=uri.format("llava/mix.json"),
+            images=uri.format("llava/images"),
+            output=uri.format("converted"),
             max_error_rate=0.9,
         )
         summary = convert(job)
         assert summary.input == len(expected)
         assert summary.dead == sum(isinstance(wanted, str) for wanted in expected.values())
-        folder = locate(uri.format("out"))
+        folder = locate(uri.format("converted"))
         rows = [
             row
             for name in (folder / "conversations").names()
