@@ -13,7 +13,6 @@ import pyarrow as pa
 import ray
 import ray.data
 from ray.actor import ActorHandle
-from ray.exceptions import RayTaskError
 
 from flashvl.batch.captioner import Captioner
 from flashvl.batch.config import CaptionJob
@@ -21,7 +20,8 @@ from flashvl.batch.decoding import tile_images
 from flashvl.batch.gpus import engine_environment, gpus_per_engine, warn_of_missing_gpus
 from flashvl.config import pool_of
 from flashvl.data.inputs.source import Done, Source
-from flashvl.errors import ConfigError, FlashVLError
+from flashvl.data.ledger.streaming import stream_tables
+from flashvl.errors import ConfigError
 from flashvl.model.loading import SHIPPED, resolve_checkpoint
 
 ROWS_PER_TASK = 128
@@ -119,13 +119,4 @@ def captioned(
     # engine's load ever is: the pool would never grow.
     scaling = rows.context.autoscaling_config
     scaling.actor_pool_util_upscaling_threshold = 1 + CALLS_AHEAD / CALLS_PER_ENGINE / 2
-    rows.context.enable_progress_bars = False
-    rows.context.print_on_execution_start = False
-    rows.context.raise_original_map_exception = True
-    try:
-        yield from rows.iter_batches(batch_size=None, batch_format="pyarrow")
-    except RayTaskError as error:
-        if isinstance(error.cause, FlashVLError):
-            # Ray appends advice of its own to the message.
-            raise type(error.cause)(str(error.cause).splitlines()[0]) from None
-        raise
+    yield from stream_tables(rows)

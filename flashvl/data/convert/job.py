@@ -13,7 +13,6 @@ from collections.abc import Generator
 from dataclasses import dataclass
 
 import pyarrow as pa
-from ray.exceptions import RayTaskError
 
 from flashvl import __version__
 from flashvl.data.convert.config import ConversionJob
@@ -27,9 +26,10 @@ from flashvl.data.ledger.manifest import Fingerprint, has_begun, hash_listed, re
 from flashvl.data.ledger.outputs import check_output
 from flashvl.data.ledger.rates import RateWindow
 from flashvl.data.ledger.stopping import Drain, begin_nothing
+from flashvl.data.ledger.streaming import stream_tables
 from flashvl.data.ledger.work import Audit, Work
 from flashvl.data.storage import Location, locate
-from flashvl.errors import ConfigError, FlashVLError
+from flashvl.errors import ConfigError
 from flashvl.progress import ShowProgress, ignore_progress
 
 MEGABYTE = 10**6
@@ -189,16 +189,7 @@ def _converted(plan: Plan, is_done: Done) -> Generator[pa.Table, None, None]:
         batch_size=None,
         batch_format="pyarrow",
     )
-    rows.context.enable_progress_bars = False
-    rows.context.print_on_execution_start = False
-    rows.context.raise_original_map_exception = True
-    try:
-        yield from rows.iter_batches(batch_size=None, batch_format="pyarrow")
-    except RayTaskError as error:
-        if isinstance(error.cause, FlashVLError):
-            # Ray appends advice of its own to the message.
-            raise type(error.cause)(str(error.cause).splitlines()[0]) from None
-        raise
+    yield from stream_tables(rows)
 
 
 class Meter:

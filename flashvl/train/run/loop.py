@@ -11,6 +11,7 @@ import ray.train
 import torch
 from torch import distributed
 
+from flashvl.data.ledger.work import MIN_ROWS_OF_RATE
 from flashvl.data.storage import Location
 from flashvl.errors import FlashVLError
 from flashvl.model import FlashVLConfig
@@ -50,9 +51,6 @@ from flashvl.train.run.zero import (
     update_weights,
 )
 
-MIN_ROWS_OF_RATE = 1000
-"""Rows of which the share of dead letters is taken at least, so that ten bad rows in a small table
-do not stop the run."""
 PREEMPTION_INTERVAL_S = 10.0
 """Seconds between two questions to Ray whether a node will be taken away; all ranks ask at once,
 and wait for each other."""
