@@ -31,12 +31,13 @@ from flashvl.data.schema import CONVERSATIONS
 from flashvl.model import FlashVLForConditionalGeneration
 from flashvl.model.loading import load_model, load_processor
 from flashvl.progress import ShowProgress, ignore_progress
+from flashvl.train.answers import Answers
 from flashvl.train.feed.feed import Feed, build_feed, read_shares
 from flashvl.train.feed.mixture import TrainingData
 from flashvl.train.feed.packing import pack
 from flashvl.train.feed.shares import MicroBatch, Share
 from flashvl.train.flops import row_flops
-from flashvl.train.objectives import Answers, Tensors
+from flashvl.train.packed import Tensors
 
 GLOBAL_BATCH = 128
 """Rows in a step of one worker."""
@@ -200,7 +201,8 @@ class _Trainer:
         for share in shares:
             start_s = start_s or time.perf_counter()
             batches = cut(share)
-            num_items = torch.tensor(float(sum(map(self.objective.num_items, batches))))
+            counts = [self.objective.count_items(batch).sum() for batch in batches]
+            num_items = torch.tensor(float(sum(counts)))
             for batch in batches:
                 loss_of(batch, num_items).backward()
             optimizer.step()
@@ -246,13 +248,18 @@ def _rows(share: Share) -> Iterator[tuple[int, MicroBatch]]:
     numbers = iter(share.rows.tolist())
     for batch in share.micro_batches:
         token = tile = 0
-        for length, num_tiles in zip(batch.lengths, batch.num_tiles, strict=True):
+        for length, source, num_tiles in zip(
+            batch.lengths, batch.sources, batch.num_tiles, strict=True
+        ):
             yield (
                 next(numbers),
                 MicroBatch(
                     input_ids=batch.input_ids[token : token + length],
                     labels=batch.labels[token : token + length],
                     lengths=np.array([length]),
+                    num_branches=np.zeros(1, np.int32),
+                    branches=batch.branches,
+                    sources=np.array([source]),
                     num_tiles=np.array([num_tiles]),
                     tiles=batch.tiles[tile : tile + num_tiles],
                 ),
@@ -265,6 +272,9 @@ def _join(batches: Sequence[MicroBatch]) -> MicroBatch:
         input_ids=np.concatenate([each.input_ids for each in batches]),
         labels=np.concatenate([each.labels for each in batches]),
         lengths=np.concatenate([each.lengths for each in batches]),
+        num_branches=np.concatenate([each.num_branches for each in batches]),
+        branches=np.concatenate([each.branches for each in batches]),
+        sources=np.concatenate([each.sources for each in batches]),
         num_tiles=np.concatenate([each.num_tiles for each in batches]),
         tiles=np.concatenate([each.tiles for each in batches]),
     )

@@ -97,7 +97,7 @@ def train(settings: dict[str, Any]) -> dict[str, float]:
 
     from flashvl.model import FlashVLConfig, FlashVLForConditionalGeneration
     from flashvl.train.recipe import SupervisedRecipe
-    from flashvl.train.run.supervised import prepare_parts
+    from flashvl.train.run.worker import prepare_parts
     from flashvl.train.run.zero import start_engine
 
     torch.manual_seed(0)

@@ -10,7 +10,7 @@ from flashvl.model import FlashVLConfig, FlashVLForConditionalGeneration
 from flashvl.model.presets import build_config
 from flashvl.train.flops import forward_flops, row_flops, training_flops
 from flashvl.train.recipe import SupervisedRecipe
-from flashvl.train.run.supervised import prepare_parts
+from flashvl.train.run.worker import prepare_parts
 
 ALL_PARTS = ("vision_tower", "multi_modal_projector", "language_model")
 TILES = {"static": 1, "dynamic": 3, "iss": 5}

@@ -12,11 +12,11 @@ from PIL import Image, ImageDraw
 from flashvl.data.features import encode_conversation, make_tiles, normalize_tiles
 from flashvl.model import FlashVLConfig, FlashVLForConditionalGeneration, FlashVLProcessor
 from flashvl.model.loading import load_model, load_processor
+from flashvl.train.answers import Answers
 from flashvl.train.attention import BY_DOCUMENT
 from flashvl.train.feed.packing import pack
 from flashvl.train.feed.shares import Document, MicroBatch, decode_share, encode_share
 from flashvl.train.flops import row_flops
-from flashvl.train.objectives import Answers
 
 BUDGET = 700
 SIDE = 96
@@ -121,7 +121,7 @@ def packed(
     objective: Answers, batches: Sequence[MicroBatch]
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients by the objective."""
-    num_items = torch.tensor(float(sum(map(objective.num_items, batches))))
+    num_items = torch.tensor(float(sum(objective.count_items(each).sum() for each in batches)))
     total = 0.0
     for each in batches:
         loss, by_document = objective.loss(objective.module, objective.collate(each), num_items)
@@ -203,7 +203,7 @@ def test_no_token_sees_another_document(random_folder: Folder, attention: str) -
                 input_ids=tensors["input_ids"],
                 position_ids=tensors["position_ids"],
                 pixel_values=normalize_tiles(tensors["tiles"], objective.processor),
-                document_lengths=tensors["lengths"].tolist(),
+                document_parts=[[length] for length in batch.lengths.tolist()],
                 use_cache=False,
             ).logits[0]
         return list(found.split(batch.lengths.tolist()))

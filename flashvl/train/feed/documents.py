@@ -1,19 +1,29 @@
 """Rows of a table or of the procedural world -> documents, which the model can compute."""
 
+import json
+import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from flashvl.data import synthetic
-from flashvl.data.features import decode_tiles, encode_conversation
+from flashvl.data.features import (
+    IGNORE_INDEX,
+    Tiles,
+    decode_tiles,
+    encode_conversation,
+    encode_prompt,
+)
 from flashvl.errors import DataError, one_line
 from flashvl.model import FlashVLProcessor
 from flashvl.train.feed.mixture import SyntheticData
 from flashvl.train.feed.shares import Document
+from flashvl.train.feed.tables import Kind
 
 Raw = dict[str, Any] | DataError
-"""A row's images and messages, or why it cannot be read."""
+"""A row's images and texts, or why it cannot be read."""
 Step = Literal["read", "decode", "encode"]
 
 
@@ -59,15 +69,10 @@ class ConversationEncoder:
     max_length: int
 
     def encode(self, row: int, source: int, raw: Raw) -> Document:
-        if isinstance(raw, DataError):
-            raise UnusableError("read", raw)
-        try:
-            tiles = decode_tiles(raw["images"] or [], self.processor)
-        except DataError as error:
-            raise UnusableError("decode", error) from error
+        values, tiles = _open(raw, self.processor)
         try:
             input_ids, labels = encode_conversation(
-                _check_messages(raw["messages"]), tiles.counts, self.processor, self.max_length
+                _check_messages(values["messages"]), tiles.counts, self.processor, self.max_length
             )
         except DataError as error:
             raise UnusableError("encode", error) from error
@@ -77,6 +82,80 @@ class ConversationEncoder:
             input_ids=np.array(input_ids, np.int32),
             labels=np.array(labels, np.int32),
             tiles=tiles.pixels,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PairEncoder:
+    """Preferences: the prompt, and the chosen and the rejected answer as its two branches.
+
+    The labels are the tokens that the assistant says in the branches.
+    """
+
+    processor: FlashVLProcessor
+    max_length: int
+
+    def encode(self, row: int, source: int, raw: Raw) -> Document:
+        values, tiles = _open(raw, self.processor)
+        try:
+            prompt = _check_messages(values["prompt"])
+            asked = encode_prompt(prompt, tiles.counts, self.processor)
+            answers = [
+                encode_conversation(
+                    [*prompt, *_check_messages(values[name])],
+                    tiles.counts,
+                    self.processor,
+                    self.max_length,
+                )
+                for name in ("chosen", "rejected")
+            ]
+            length = _common_length([asked, *(tokens for tokens, _ in answers)])
+            input_ids, labels = asked[:length], [IGNORE_INDEX] * length
+            for tokens, labels_of_answer in answers:
+                input_ids += tokens[length:]
+                labels += labels_of_answer[length:]
+            _check_pair(answers[0][0], answers[1][0], len(input_ids), self.max_length)
+        except DataError as error:
+            raise UnusableError("encode", error) from error
+        return Document(
+            row=row,
+            source=source,
+            input_ids=np.array(input_ids, np.int32),
+            labels=np.array(labels, np.int32),
+            tiles=tiles.pixels,
+            branches=tuple(len(tokens) - length for tokens, _ in answers),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptEncoder:
+    """Prompts, whose completions are sampled in training: no token has a label."""
+
+    processor: FlashVLProcessor
+    max_length: int
+
+    def encode(self, row: int, source: int, raw: Raw) -> Document:
+        values, tiles = _open(raw, self.processor)
+        try:
+            prompt = _check_messages(values["prompt"])
+            input_ids = encode_prompt(prompt, tiles.counts, self.processor)
+            if len(input_ids) > self.max_length:
+                raise DataError(
+                    f"prompt has {len(input_ids)} tokens, more than max_length={self.max_length};"
+                    " raise max_length or shorten the prompt"
+                )
+            if values["answer"] is None:
+                raise DataError("prompt has no answer; give each prompt one, as text")
+        except DataError as error:
+            raise UnusableError("encode", error) from error
+        extra = {"id": row, "prompt": prompt, "answer": values["answer"]}
+        return Document(
+            row=row,
+            source=source,
+            input_ids=np.array(input_ids, np.int32),
+            labels=np.full(len(input_ids), IGNORE_INDEX, np.int32),
+            tiles=tiles.pixels,
+            extra=json.dumps(extra),
         )
 
 
@@ -98,11 +177,71 @@ class CellsEncoder:
         )
 
 
-def draw(data: SyntheticData, row: int) -> Raw:
-    """A row of the procedural world, as from a table, with the labels of its `cells`."""
+def draw(data: SyntheticData, row: int, kind: Kind) -> Raw:
+    """A row of the procedural world, as from a table; for kind `cells` with the labels of its
+    `cells`."""
     sample = synthetic.sample("train", data.seed, row, data.tasks)
     conversation = synthetic.conversation(sample, row, data.words_share)
-    return conversation | {"cells": synthetic.cell_labels(sample.scene)}
+    if kind == "cells":
+        return conversation | {"cells": synthetic.cell_labels(sample.scene)}
+    if kind == "supervised":
+        return conversation
+    question, answer = conversation["messages"][:2]
+    asked = {"row": row, "images": conversation["images"], "prompt": [question]}
+    if kind == "grpo":
+        return asked | {"answer": answer["content"]}
+    wrong = {"role": "assistant", "content": _change(answer["content"], random.Random(row))}
+    return asked | {"chosen": [answer], "rejected": [wrong]}
+
+
+def _change(answer: str, rng: random.Random) -> str:
+    """An answer that differs from the right one in one thing."""
+    classes = [list(synthetic.COLORS), list(synthetic.SHAPES), list(synthetic.SIZES)]
+    classes.append([str(digit) for digit in range(10)])
+    found = [(word, each) for each in classes for word in each if word in answer]
+    if not found:
+        return answer[::-1]
+    word, words = rng.choice(found)
+    return answer.replace(word, rng.choice([other for other in words if other != word]), 1)
+
+
+def _open(raw: Raw, processor: FlashVLProcessor) -> tuple[dict[str, Any], Tiles]:
+    """A row's values, and the tiles of its images.
+
+    Raises:
+        UnusableError: the row cannot be read, or an image of it not be decoded.
+    """
+    if isinstance(raw, DataError):
+        raise UnusableError("read", raw)
+    try:
+        return raw, decode_tiles(raw["images"] or [], processor)
+    except DataError as error:
+        raise UnusableError("decode", error) from error
+
+
+def _common_length(texts: Sequence[Sequence[int]]) -> int:
+    """Tokens with which all texts begin.
+
+    A prompt's last token may differ from the one in the whole text, where the answer's beginning is
+    merged with it: then it belongs to the branches.
+    """
+    tokens = enumerate(zip(*texts, strict=False))
+    shortest = min(map(len, texts))
+    return next((place for place, each in tokens if len(set(each)) > 1), shortest)
+
+
+def _check_pair(chosen: list[int], rejected: list[int], length: int, max_length: int) -> None:
+    """
+    Raises:
+        DataError: the answers are alike, or prompt and answers are too long.
+    """
+    if chosen == rejected:
+        raise DataError("chosen and rejected are the same; there is nothing to prefer")
+    if length > max_length:
+        raise DataError(
+            f"prompt and both answers have {length} tokens, more than max_length={max_length};"
+            " raise max_length or shorten them"
+        )
 
 
 def _check_messages(messages: Any) -> list[dict[str, str]]:

@@ -11,7 +11,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,24 +26,24 @@ from flashvl.train.feed.documents import (
     CellsEncoder,
     ConversationEncoder,
     Encoder,
+    PairEncoder,
+    PromptEncoder,
     Raw,
     UnusableError,
     draw,
 )
+from flashvl.train.feed.groups import share_groups
 from flashvl.train.feed.mixture import SyntheticData, TrainingData, count_taken, load_tables
 from flashvl.train.feed.order import Int64s, Order, keep_order, shuffle_tables
 from flashvl.train.feed.packing import pack
 from flashvl.train.feed.shares import Document, Share, decode_share, encode_share
-from flashvl.train.feed.tables import Table, open_table
+from flashvl.train.feed.tables import Kind, Table, open_table
 from flashvl.train.flops import row_flops
 
 WINDOWS_A_BLOCK = 256
 """Numbers of windows that a block of Ray holds before each goes to a task."""
 SYNTHETIC = "synthetic"
 """Name of the procedural world as a source of rows."""
-
-Kind = Literal["supervised", "cells"]
-"""What a row's labels are: the tokens of its answers, or what lies in the cells of its scene."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +57,8 @@ class Feed:
     """Folder or shipped name of the model whose processor encodes the rows."""
     max_length: int
     token_budget: int
+    num_generations: int = 1
+    """Completions of each prompt, which are divided among the workers (kind `grpo`)."""
 
     @property
     def num_rows(self) -> int:
@@ -133,6 +135,7 @@ def build_feed(
     token_budget: int,
     seed: int,
     kind: Kind = "supervised",
+    num_generations: int = 1,
 ) -> Feed:
     """The feed of a stage, whose tables are opened and counted.
 
@@ -149,7 +152,7 @@ def build_feed(
         groups = []
         for each in named:
             first_row = tables[-1].first_row + tables[-1].num_rows if tables else 0
-            table, sizes = open_table(each.path, first_row)
+            table, sizes = open_table(each.path, first_row, kind)
             tables.append(table)
             groups.append(np.array(sizes, np.int64))
         counts = count_taken(named, [table.num_rows for table in tables])
@@ -162,6 +165,7 @@ def build_feed(
         model=model,
         max_length=max_length,
         token_budget=token_budget,
+        num_generations=num_generations,
     )
 
 
@@ -196,7 +200,6 @@ def read_steps(feed: Feed, steps: range, num_workers: int) -> Iterator[pa.Table]
     """The shares of some steps for each worker, as tables of one row."""
     processor = _processor(feed.model)
     encoder = _build_encoder(feed, processor)
-    config = _config(feed.model)
     raw_of = _read_rows(feed, feed.rows_of_steps(steps.start, steps.stop))
     for step in steps:
         documents: list[Document] = []
@@ -207,27 +210,35 @@ def read_steps(feed: Feed, steps: range, num_workers: int) -> Iterator[pa.Table]
                 documents.append(encoder.encode(row, source, raw))
             except UnusableError as error:
                 dead.append(error.dead_letter(row, feed.id_of(row, source)))
-        packed = pack(
-            [len(document.input_ids) for document in documents],
-            [row_flops(config, len(each.input_ids), len(each.tiles)) for each in documents],
-            num_workers,
-            feed.token_budget,
-        )
-        for rank, bins in enumerate(packed):
+        for rank, micro_batches in enumerate(_divide(documents, feed, num_workers)):
             yield encode_share(
                 step,
                 rank,
-                [[documents[place] for place in places] for places in bins],
+                micro_batches,
                 dead[rank::num_workers],
                 processor.image_processor.size["height"],
             )
+
+
+def _divide(documents: list[Document], feed: Feed, num_workers: int) -> list[list[list[Document]]]:
+    """The documents of each worker, by its micro-batches."""
+    if feed.kind == "grpo":
+        return [[own] for own in share_groups(documents, feed.num_generations, num_workers)]
+    config = _config(feed.model)
+    packed = pack(
+        [len(document.input_ids) for document in documents],
+        [row_flops(config, len(each.input_ids), len(each.tiles)) for each in documents],
+        num_workers,
+        feed.token_budget,
+    )
+    return [[[documents[place] for place in places] for places in bins] for bins in packed]
 
 
 def _read_rows(feed: Feed, rows: Int64s) -> Callable[[int], tuple[int, Raw]]:
     """A function that gives each row once: the number of its table, and what is in it."""
     if isinstance(feed.source, SyntheticData):
         data = feed.source
-        return lambda row: (0, draw(data, row))
+        return lambda row: (0, draw(data, row, feed.kind))
     found: dict[int, tuple[int, Raw]] = {}
     rows = np.sort(rows)
     for number, table in enumerate(feed.source):
@@ -239,7 +250,12 @@ def _read_rows(feed: Feed, rows: Int64s) -> Callable[[int], tuple[int, Raw]]:
 def _build_encoder(feed: Feed, processor: FlashVLProcessor) -> Encoder:
     if feed.kind == "cells":
         return CellsEncoder(processor=processor)
-    return ConversationEncoder(processor=processor, max_length=feed.max_length)
+    encoders: dict[str, Callable[..., Encoder]] = {
+        "supervised": ConversationEncoder,
+        "dpo": PairEncoder,
+        "grpo": PromptEncoder,
+    }
+    return encoders[feed.kind](processor=processor, max_length=feed.max_length)
 
 
 @functools.lru_cache(maxsize=1)

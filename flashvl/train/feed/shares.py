@@ -33,6 +33,13 @@ class Document:
     labels,), those of a token side by side."""
     tiles: Tiles
     """(tiles, 3, height, width), not normalised."""
+    branches: tuple[int, ...] = ()
+    """Tokens of each branch at the document's end. A branch sees the tokens before the first branch
+    and its own, not those of other branches."""
+    extra: str = ""
+    """What the objective needs besides, as JSON."""
+    is_owned: bool = True
+    """Whether the row counts as this worker's: a row that several workers compute counts once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +51,13 @@ class MicroBatch:
     labels: Int32s
     """(tokens of all documents x labels of a token,)."""
     lengths: Int32s
-    """(documents,): tokens of each."""
+    """(documents,): tokens of each, with those of its branches."""
+    num_branches: Int32s
+    """(documents,): branches of each."""
+    branches: Int32s
+    """(branches of all documents,): tokens of each branch."""
+    sources: Int32s
+    """(documents,): number of the table that each comes from."""
     num_tiles: Int32s
     """(documents,): tiles of each."""
     tiles: Tiles
@@ -60,19 +73,29 @@ class Share:
     rank: int
     rows: npt.NDArray[np.int64]
     """(documents,): their rows in the stage, in the order of the micro-batches."""
-    sources: Int32s
-    """(documents,): number of the table that each comes from."""
+    is_owned: npt.NDArray[np.bool_]
+    """(documents,): whether the row counts as this worker's."""
+    extras: list[str]
+    """(documents,): what the objective needs besides, as JSON; an empty text stands for nothing."""
     micro_batches: list[MicroBatch]
     """The same number of micro-batches for every worker, at least one."""
     dead: list[dict[str, Any]]
     """Rows of the step that cannot be used, by the columns of `schema.DEAD_LETTERS`; each is in
     the share of one worker."""
 
+    @property
+    def own_rows(self) -> npt.NDArray[np.int64]:
+        """The rows that count as this worker's."""
+        return self.rows[self.is_owned]
+
 
 FLAT = {
     "rows": pa.int64(),
+    "is_owned": pa.bool_(),
     "sources": pa.int32(),
     "lengths": pa.int32(),
+    "num_branches": pa.int32(),
+    "branches": pa.int32(),
     "num_tiles": pa.int32(),
     "num_documents": pa.int32(),
     "input_ids": pa.int32(),
@@ -84,6 +107,7 @@ SHARES = pa.schema(
         ("step", pa.int64()),
         ("rank", pa.int64()),
         *((name, pa.list_(value_type)) for name, value_type in FLAT.items()),
+        ("extras", pa.list_(pa.string())),
         ("tiles", pa.large_binary()),
         ("tile_side", pa.int32()),
         ("dead", pa.list_(pa.struct(list(DEAD_LETTERS)))),
@@ -103,8 +127,11 @@ def encode_share(
     documents = list(itertools.chain.from_iterable(micro_batches))
     arrays = {
         "rows": [document.row for document in documents],
+        "is_owned": [document.is_owned for document in documents],
         "sources": [document.source for document in documents],
         "lengths": [len(document.input_ids) for document in documents],
+        "num_branches": [len(document.branches) for document in documents],
+        "branches": [length for document in documents for length in document.branches],
         "num_tiles": [len(document.tiles) for document in documents],
         "num_documents": [len(micro_batch) for micro_batch in micro_batches],
         "input_ids": _join([document.input_ids for document in documents]),
@@ -114,6 +141,9 @@ def encode_share(
         "step": pa.array([step]),
         "rank": pa.array([rank]),
         **{name: _one_list(pa.array(arrays[name], FLAT[name])) for name in FLAT},
+        "extras": pa.array(
+            [[document.extra for document in documents]], SHARES.field("extras").type
+        ),
         "tiles": _one_binary([document.tiles for document in documents]),
         "tile_side": pa.array([tile_side], pa.int32()),
         "dead": pa.array([dead], SHARES.field("dead").type),
@@ -130,7 +160,8 @@ def decode_share(table: pa.Table) -> Share:
         step=table["step"][0].as_py(),
         rank=table["rank"][0].as_py(),
         rows=arrays["rows"],
-        sources=arrays["sources"],
+        is_owned=arrays["is_owned"],
+        extras=table["extras"][0].as_py(),
         micro_batches=list(_cut(arrays, pixels)),
         dead=table["dead"][0].as_py(),
     )
@@ -139,19 +170,26 @@ def decode_share(table: pa.Table) -> Share:
 def _cut(arrays: dict[str, npt.NDArray[Any]], pixels: Tiles) -> Iterator[MicroBatch]:
     """The micro-batches of a share's arrays."""
     num_labels = len(arrays["labels"]) // max(1, len(arrays["input_ids"]))
-    document = token = tile = 0
+    document = branch = token = tile = 0
     for count in arrays["num_documents"].tolist():
-        lengths = arrays["lengths"][document : document + count]
-        num_tiles = arrays["num_tiles"][document : document + count]
+        lengths, num_branches, sources, num_tiles = (
+            arrays[name][document : document + count]
+            for name in ("lengths", "num_branches", "sources", "num_tiles")
+        )
+        last_branch = branch + int(num_branches.sum())
         last_token, last_tile = token + int(lengths.sum()), tile + int(num_tiles.sum())
         yield MicroBatch(
             input_ids=arrays["input_ids"][token:last_token],
             labels=arrays["labels"][token * num_labels : last_token * num_labels],
             lengths=lengths,
+            num_branches=num_branches,
+            branches=arrays["branches"][branch:last_branch],
+            sources=sources,
             num_tiles=num_tiles,
             tiles=pixels[tile:last_tile],
         )
-        document, token, tile = document + count, last_token, last_tile
+        document, branch = document + count, last_branch
+        token, tile = last_token, last_tile
 
 
 def _join(arrays: Sequence[Int32s]) -> Int32s:

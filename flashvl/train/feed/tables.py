@@ -1,4 +1,4 @@
-"""Reads conversations from Parquet tables by the numbers of their rows, in any store.
+"""Reads a stage's rows from Parquet tables by their numbers, in any store.
 
 The rows of several tables are numbered through. A damaged row group costs its rows; a store that
 does not answer stops the run.
@@ -6,7 +6,7 @@ does not answer stops the run.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,11 +17,19 @@ from flashvl.data.inputs.listing import ListedFile, list_files
 from flashvl.data.inputs.parquet import read_footers
 from flashvl.data.inputs.row_groups import DamagedError, open_parquet, read_batches
 from flashvl.data.plain import is_list, plain_type, repair_text
-from flashvl.data.schema import CONVERSATIONS, is_binary, is_text
+from flashvl.data.schema import CONVERSATIONS, PREFERENCES, PROMPTS, is_binary, is_text
 from flashvl.data.storage import Location, locate
 from flashvl.errors import ConfigError, DataError
 
-COLUMNS = ("images", "messages")
+Kind = Literal["supervised", "cells", "dpo", "grpo"]
+"""What is learnt from a row: its answers' tokens, what lies in the cells of its scene, which of two
+answers is better, or to give an answer that is rewarded."""
+TABLES = {
+    "supervised": ("conversations", CONVERSATIONS),
+    "dpo": ("preferences", PREFERENCES),
+    "grpo": ("prompts", PROMPTS),
+}
+"""What the rows of a table for a kind are called, and their schema; scenes with cells are drawn."""
 MAX_GROUP_ROWS = 2**14
 """Rows of a row group at most: each window of rows reads it from its beginning."""
 
@@ -37,6 +45,8 @@ class Table:
     rows_of_files: list[int]
     first_row: int
     """Number of its first row among the rows of all tables."""
+    columns: tuple[str, ...]
+    """Columns to read."""
 
     @property
     def num_rows(self) -> int:
@@ -54,31 +64,32 @@ class Table:
             origin = int(ends[number]) - self.rows_of_files[number]
             location = Location(self.folder.store, self.files[number].path)
             places = rows[files == number] - origin
-            for place, found in _read_file(location, places, self.rows_of_files[number]):
+            for place, found in _read_file(
+                location, places, self.rows_of_files[number], self.columns
+            ):
                 yield origin + place, found
 
 
-def open_table(text: str, first_row: int) -> tuple[Table, list[int]]:
+def open_table(text: str, first_row: int, kind: Kind = "supervised") -> tuple[Table, list[int]]:
     """The table that `text` names, and the number of rows in each of its row groups.
 
     Raises:
-        ConfigError: there is no such table, or it is not one of conversations.
+        ConfigError: there is no such table, or its rows are not of this kind.
     """
     listing = list_files(text, "table", "name a Parquet file, or a folder or glob of them")
     files = [file for file in listing.files if _is_part(listing.name(file), listing.is_named)]
     footers = read_footers(listing.only(files))
+    rows, wanted = TABLES[kind]
     for footer in footers:
-        if not _holds_conversations(footer.schema):
+        if not _holds(footer.schema, wanted):
             columns = ", ".join(f"{field.name} ({field.type})" for field in footer.schema)
             raise ConfigError(
-                f"table {footer.path} has columns {columns or 'none'}, not those of conversations"
-                f" ({', '.join(CONVERSATIONS.names)}); make it by flashvl data convert"
+                f"table {footer.path} has columns {columns or 'none'}, not those of {rows}"
+                f" ({', '.join(wanted.names)}); make it by flashvl data convert"
             )
     sizes = [size for footer in footers for size in footer.row_groups]
     if not sum(sizes):
-        raise ConfigError(
-            f"table {text} has no row; give a folder of Parquet files with conversations"
-        )
+        raise ConfigError(f"table {text} has no row; give a folder of Parquet files with {rows}")
     if max(sizes) > MAX_GROUP_ROWS:
         raise ConfigError(
             f"table {text} has a row group of {max(sizes)} rows, more than {MAX_GROUP_ROWS}; write"
@@ -90,6 +101,7 @@ def open_table(text: str, first_row: int) -> tuple[Table, list[int]]:
         files=files,
         rows_of_files=[sum(footer.row_groups) for footer in footers],
         first_row=first_row,
+        columns=tuple(name for name in wanted.names if name != "row"),
     )
     return table, sizes
 
@@ -101,13 +113,23 @@ def _is_part(name: str, is_named: bool) -> bool:
     return is_named or (name.lower().endswith(".parquet") and not is_record)
 
 
-def _holds_conversations(schema: pa.Schema) -> bool:
-    if any(name not in schema.names for name in COLUMNS):
+def _holds(schema: pa.Schema, wanted: pa.Schema) -> bool:
+    """Whether a table has the columns of `wanted`, in any of Arrow's layouts; `row` may lack."""
+    return all(
+        field.name in schema.names and _is_like(schema.field(field.name).type, field.type)
+        for field in wanted
+        if field.name != "row"
+    )
+
+
+def _is_like(found: pa.DataType, wanted: pa.DataType) -> bool:
+    if is_text(wanted):
+        return is_text(found)
+    if not is_list(found):
         return False
-    images, messages = (schema.field(name).type for name in COLUMNS)
-    if not (is_list(images) and is_binary(images.value_type) and is_list(messages)):
-        return False
-    message = plain_type(messages.value_type)
+    if is_binary(wanted.value_type):
+        return is_binary(found.value_type)
+    message = plain_type(found.value_type)
     return pa.types.is_struct(message) and all(
         message.get_field_index(name) >= 0 and is_text(message.field(name).type)
         for name in ("role", "content")
@@ -115,7 +137,7 @@ def _holds_conversations(schema: pa.Schema) -> bool:
 
 
 def _read_file(
-    location: Location, places: npt.NDArray[np.int64], num_rows: int
+    location: Location, places: npt.NDArray[np.int64], num_rows: int, columns: Sequence[str]
 ) -> Iterator[tuple[int, dict[str, Any] | DataError]]:
     """Rows of a file, by their places in it."""
     with open_parquet(location, lambda footer: footer.num_rows == num_rows) as file:
@@ -125,17 +147,21 @@ def _read_file(
         for group in np.unique(groups).tolist():
             start = int(ends[group]) - sizes[group]
             wanted = places[groups == group] - start
-            for place, found in _read_group(file, location, group, wanted):
+            for place, found in _read_group(file, location, group, wanted, columns):
                 yield start + place, found
 
 
 def _read_group(
-    file: pq.ParquetFile, location: Location, group: int, wanted: npt.NDArray[np.int64]
+    file: pq.ParquetFile,
+    location: Location,
+    group: int,
+    wanted: npt.NDArray[np.int64],
+    columns: Sequence[str],
 ) -> Iterator[tuple[int, dict[str, Any] | DataError]]:
     """Rows of a row group, by their places in it; from the first damage on, none can be read."""
     start = num_found = 0
     try:
-        for batch in read_batches(file, location, group, COLUMNS):
+        for batch in read_batches(file, location, group, columns):
             here = wanted[(wanted >= start) & (wanted < start + batch.num_rows)]
             for place, row in zip(here.tolist(), _to_python(batch, here - start), strict=True):
                 yield place, row

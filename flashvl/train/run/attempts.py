@@ -22,7 +22,7 @@ from flashvl.train.run.monitor import Watch, start_monitor
 from flashvl.train.run.parts import remove_later
 from flashvl.train.run.reservations import give_back, list_reservations
 from flashvl.train.run.stage import Stage
-from flashvl.train.run.supervised import Assignment, train_worker
+from flashvl.train.run.worker import Assignment, train_worker
 
 logger = logging.getLogger(__name__)
 

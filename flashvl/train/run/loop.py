@@ -17,7 +17,8 @@ from flashvl.errors import FlashVLError
 from flashvl.model import FlashVLConfig
 from flashvl.train.feed.feed import Feed, read_shares
 from flashvl.train.feed.shares import MicroBatch, Share
-from flashvl.train.objectives import Objective, Tensors
+from flashvl.train.objectives import Objective
+from flashvl.train.packed import Tensors
 from flashvl.train.recipe import AnyRecipe
 from flashvl.train.run.checkpoint import (
     CONSUMED,
@@ -36,8 +37,8 @@ from flashvl.train.run.metrics import (
     Record,
     Totals,
     count_flops,
-    count_items,
     gather,
+    means_of,
 )
 from flashvl.train.run.monitor import Pulse
 from flashvl.train.run.parts import write_dead, write_steps
@@ -164,12 +165,10 @@ class Loop:
 
     def _compute(self, share: Share, wait_s: float) -> Totals:
         """Compute the step's loss and its gradients."""
-        micro_batches = share.micro_batches
+        micro_batches = self.objective.prepare(self.engine, share)
         num_ranks, device = distributed.get_world_size(), self.engine.device
-        num_items = torch.tensor(
-            float(sum(map(self.objective.num_items, micro_batches))), device=device
-        )
-        own_items = float(num_items)
+        document_items = np.concatenate(list(map(self.objective.count_items, micro_batches)))
+        num_items = torch.tensor(float(document_items.sum()), device=device)
         distributed.all_reduce(num_items)
         num_items.clamp_(min=1.0)
         losses = []
@@ -180,27 +179,28 @@ class Loop:
             self.engine.backward(loss * num_ranks)  # DeepSpeed takes the mean over the ranks
             losses.append(by_document)
         document_losses = torch.cat(losses).double().cpu().numpy()
-        document_items = count_items(share)
         num_sources = len(self.feed.sources)
         figures = Figures(
             loss=float(document_losses.sum()),
-            items=own_items,
-            rows=len(share.rows),
+            items=float(document_items.sum()),
+            rows=len(share.own_rows),
             tokens=sum(len(each.input_ids) for each in micro_batches),
             tiles=sum(len(each.tiles) for each in micro_batches),
             dead=len(share.dead),
             capacity=len(micro_batches) * self.recipe.token_budget,
-            flops=count_flops(share, document_items, self.config, self.recipe),
+            flops=count_flops(micro_batches, self.config, self.recipe),
             wait_s=wait_s,
             written=self.writer.written_step() > 0,
             must_stop=self.rank == 0 and self.pulse.must_stop(),
             asks_preemption=self.rank == 0 and self._is_preemption_due(),
         )
-        by_source = [
-            np.bincount(share.sources, weights=values, minlength=num_sources).astype(np.float64)
+        sources = np.concatenate([each.sources for each in micro_batches])
+        source_losses, source_items = (
+            np.bincount(sources, weights=values, minlength=num_sources).astype(np.float64)
             for values in (document_losses, document_items)
-        ]
-        return gather(figures, by_source[0], by_source[1], device)
+        )
+        own_figures = self.objective.take_figures()
+        return gather(figures, source_losses, source_items, own_figures, device)
 
     def _on_device(self, micro_batch: MicroBatch) -> Tensors:
         batch = self.objective.collate(micro_batch)
@@ -232,7 +232,7 @@ class Loop:
     ) -> None:
         """Keep the step's rows, its dead letters and its record until the next checkpoint."""
         dead_rows = np.array([row["row"] for row in share.dead], np.int64)
-        self._rows += [share.rows, dead_rows]
+        self._rows += [share.own_rows, dead_rows]
         self._dead += share.dead
         rates = [peak * share_of_peak for peak in self.peaks]
         record = self.meter.record(self.step, totals, rates, norm)
@@ -259,7 +259,7 @@ class Loop:
         return time.monotonic() - self._asked_preemption_s > PREEMPTION_INTERVAL_S
 
     def _evaluate(self) -> None:
-        """Measure the loss on the held-out rows, on all ranks together."""
+        """Measure loss and figures on the held-out rows, on all ranks together."""
         if self.eval_feed is None:
             return
         device = self.engine.device
@@ -269,18 +269,23 @@ class Loop:
         with torch.no_grad():
             for share in read_shares(ray.train.get_dataset_shard("eval"), self.rank, 0):
                 self.pulse.beat(self.step, "evaluation")
-                for micro_batch in share.micro_batches:
+                for micro_batch in self.objective.prepare(self.engine, share):
                     batch = self._on_device(micro_batch)
                     _, losses = self.objective.loss(self.engine, batch, one)
                     total[0] += losses.sum()
-                    total[1] += self.objective.num_items(micro_batch)
+                    total[1] += float(self.objective.count_items(micro_batch).sum())
         self.engine.train()
-        distributed.all_reduce(total)
-        self.eval_loss = float(total[0] / total[1].clamp(min=1))
+        own_figures = self.objective.take_figures()
+        pairs = [value for pair in own_figures.values() for value in pair]
+        sums = torch.cat([total, torch.tensor(pairs, dtype=total.dtype, device=device)])
+        distributed.all_reduce(sums)
+        self.eval_loss = float(sums[0] / sums[1].clamp(min=1))
+        means = means_of(own_figures, sums[2:].cpu().numpy())
+        found = {"eval_loss": self.eval_loss, **{f"eval_{name}": means[name] for name in means}}
         if self._records:
-            self._records[-1]["eval_loss"] = self.eval_loss
+            self._records[-1].update(found)
         if self.boards is not None:
-            self.boards.show({"step": self.step, "eval_loss": self.eval_loss})
+            self.boards.show({"step": self.step, **found})
         self.meter.pause()
 
     def _has_too_many_dead(self) -> bool:

@@ -1,7 +1,7 @@
 """The figures of a step: measured on each rank, put together, and shown by rank 0."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ from torch.utils.tensorboard import SummaryWriter
 from flashvl.data.features import IGNORE_INDEX
 from flashvl.data.storage import Location
 from flashvl.model import FlashVLConfig
-from flashvl.train.feed.shares import MicroBatch, Share
+from flashvl.train.branches import number_documents
+from flashvl.train.feed.shares import MicroBatch
 from flashvl.train.flops import training_flops
+from flashvl.train.objectives import Sums
 from flashvl.train.plan.gpus import GPUS
 from flashvl.train.recipe import AnyRecipe, SupervisedRecipe
 
@@ -36,7 +38,7 @@ class Figures:
     loss: float = 0.0
     """Summed losses of all items."""
     items: float = 0.0
-    """Tokens, or cells, that take a loss."""
+    """Tokens, cells, pairs or completions that take a loss."""
     rows: float = 0.0
     tokens: float = 0.0
     tiles: float = 0.0
@@ -71,6 +73,8 @@ class Totals:
     """(sources,): summed losses of each."""
     source_items: npt.NDArray[np.float64]
     """(sources,): items of each."""
+    means: dict[str, float]
+    """Means of the objective's own figures by name, but those of which nothing was summed."""
 
     @property
     def loss(self) -> float:
@@ -82,55 +86,61 @@ def gather(
     figures: Figures,
     source_losses: npt.NDArray[np.float64],
     source_items: npt.NDArray[np.float64],
+    own_figures: Sums,
     device: torch.device,
 ) -> Totals:
     """The figures of all ranks, the same on each of them, by one collective."""
     own = [getattr(figures, name) for name in NAMES]
-    row = torch.tensor([*own, *source_losses, *source_items], dtype=torch.float64, device=device)
+    pairs = [value for pair in own_figures.values() for value in pair]
+    row = torch.tensor(
+        [*own, *source_losses, *source_items, *pairs], dtype=torch.float64, device=device
+    )
     flat = torch.empty(distributed.get_world_size() * len(row), dtype=row.dtype, device=device)
     distributed.all_gather_into_tensor(flat, row)
     table = flat.view(-1, len(row)).cpu().numpy()
     sums = table.sum(axis=0)
     flops = table[:, NAMES.index("flops")]
     num_sources = len(source_losses)
-    sources = sums[len(NAMES) :]
+    source_losses, source_items, pair_sums = np.split(
+        sums[len(NAMES) :], [num_sources, 2 * num_sources]
+    )
     return Totals(
         sums=Figures(**dict(zip(NAMES, sums.tolist(), strict=False))),
         longest_wait_s=float(table[:, NAMES.index("wait_s")].max()),
         imbalance=float(1 - flops.mean() / flops.max()) if flops.max() > 0 else 0.0,
-        source_losses=sources[:num_sources],
-        source_items=sources[num_sources:],
+        source_losses=source_losses,
+        source_items=source_items,
+        means=means_of(own_figures, pair_sums),
     )
 
 
-def count_items(share: Share) -> npt.NDArray[np.float64]:
-    """(documents,): items of each document of a share that take a loss."""
-    counts = [_items_of(micro_batch) for micro_batch in share.micro_batches]
-    return np.concatenate([np.empty(0), *counts])
-
-
-def _items_of(micro_batch: MicroBatch) -> npt.NDArray[np.float64]:
-    if not len(micro_batch.lengths):
-        return np.empty(0)
-    taken = (micro_batch.labels != IGNORE_INDEX).astype(np.float64)
-    labels_a_token = len(micro_batch.labels) // len(micro_batch.input_ids)
-    starts = (np.cumsum(micro_batch.lengths) - micro_batch.lengths) * labels_a_token
-    return np.add.reduceat(taken, starts)
+def means_of(names: Iterable[str], sums: npt.NDArray[np.float64]) -> dict[str, float]:
+    """The means of an objective's figures, of whose sums and counts `sums` has a pair for each."""
+    pairs = zip(names, sums.reshape(-1, 2).tolist(), strict=True)
+    return {name: total / count for name, (total, count) in pairs if count}
 
 
 def count_flops(
-    share: Share, items: npt.NDArray[np.float64], config: FlashVLConfig, recipe: AnyRecipe
+    micro_batches: Sequence[MicroBatch], config: FlashVLConfig, recipe: AnyRecipe
 ) -> float:
-    """Useful operations of a share, by the true lengths of its documents."""
+    """Useful operations of some micro-batches, by the true lengths of their documents."""
     has_lora = isinstance(recipe, SupervisedRecipe) and recipe.lora is not None
-    lengths = np.concatenate([each.lengths for each in share.micro_batches])
-    tiles = np.concatenate([each.num_tiles for each in share.micro_batches])
-    return sum(
-        training_flops(
-            config, recipe.trainable, length, num_tiles, num_labels=int(count), has_lora=has_lora
+    total = 0.0
+    for each in micro_batches:
+        if not len(each.lengths):
+            continue
+        labels = each.labels.reshape(len(each.input_ids), -1)
+        is_labelled = (labels != IGNORE_INDEX).any(axis=1)
+        num_labels = np.bincount(number_documents(each), weights=is_labelled)
+        total += sum(
+            training_flops(
+                config, recipe.trainable, length, num_tiles, num_labels=count, has_lora=has_lora
+            )
+            for length, num_tiles, count in zip(
+                each.lengths.tolist(), each.num_tiles.tolist(), num_labels.tolist(), strict=True
+            )
         )
-        for length, num_tiles, count in zip(lengths.tolist(), tiles.tolist(), items, strict=True)
-    )
+    return total
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -176,6 +186,7 @@ class Meter:
             "loss": totals.loss,
             "learning_rate": max(rates),
             "grad_norm": grad_norm,
+            **totals.means,
             "samples": int(sums.rows),
             "tokens": int(sums.tokens),
             "seconds": self.seconds,

@@ -1,5 +1,6 @@
 """The feed: the same rows in each step at any number of workers, and a hole for each bad row."""
 
+import json
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -13,8 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from flashvl.data.schema import CONVERSATIONS
+from flashvl.data.schema import CONVERSATIONS, PREFERENCES, PROMPTS
 from flashvl.errors import ConfigError, FlashVLError
+from flashvl.model.loading import load_processor
 from flashvl.train.feed.feed import Feed, build_feed, read_shares, read_steps
 from flashvl.train.feed.mixture import TrainingData
 from flashvl.train.feed.shares import Share, decode_share
@@ -88,7 +90,7 @@ def gather(shares: list[Share], num_workers: int) -> dict[int, tuple[list[int], 
         rows += share.rows.tolist()
         dead += [each["row"] for each in share.dead]
         sizes = [len(micro_batch.lengths) for micro_batch in share.micro_batches]
-        assert sum(sizes) == len(share.rows) == len(share.sources)
+        assert sum(sizes) == len(share.own_rows)
     assert len(shares) == len(found) * num_workers
     return {step: (sorted(rows), sorted(dead)) for step, (rows, dead) in found.items()}
 
@@ -108,8 +110,6 @@ def test_a_step_has_the_rows_of_the_order_at_any_number_of_workers(
 
 
 def test_a_share_holds_what_the_rows_hold(build: Build, tmp_path: Path) -> None:
-    from flashvl.model.loading import load_processor
-
     feed = build({"parquet": str(write_all(tmp_path / "table", 30))})
     tokenizer = load_processor(feed.model).tokenizer
     for table in read_steps(feed, range(feed.num_steps), 2):
@@ -210,6 +210,99 @@ def test_row_groups_too_large_to_shuffle_are_refused(build: Build, tmp_path: Pat
         build({"parquet": str(table)})
 
 
+# Pairs and prompts
+
+
+def user(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def say(text: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": text}]
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> Path:
+    table = pa.Table.from_pylist(
+        [{"row": n, "images": [PICTURE]} | row for n, row in enumerate(rows)], schema
+    )
+    pq.write_table(table, path)
+    return path
+
+
+def test_a_pair_is_a_document_with_two_branches(build: Build, tmp_path: Path) -> None:
+    """The answers may begin with a line's end, which is one token with that before it."""
+    prompt = user("<image>\nLook") + say("a circle") + user("Which?")
+    rows = [
+        {"prompt": prompt, "chosen": say("a red circle"), "rejected": say("the blue square")},
+        {"prompt": prompt, "chosen": say("\n\nred"), "rejected": say("a square")},
+        {"prompt": prompt, "chosen": say("red"), "rejected": say("red")},
+        {"prompt": prompt, "chosen": say("the " * 140), "rejected": say("the " * 150)},
+        {"prompt": prompt, "chosen": None, "rejected": say("red")},
+    ]
+    path = write_rows(tmp_path / "pairs.parquet", rows, PREFERENCES)
+    feed = build({"parquet": str(path)}, kind="dpo", global_batch_size=5)
+    share = decode_share(next(read_steps(feed, range(1), 1)))
+    reasons = {each["row"]: each["reason"] for each in share.dead}
+    assert "chosen and rejected are the same" in reasons[2]
+    assert "prompt and both answers have" in reasons[3] and "max_length=300" in reasons[3]
+    assert "message 0 has no role" in reasons[4]
+    tokenizer = load_processor(feed.model).tokenizer
+    (batch,) = share.micro_batches
+    answers, end = {}, 0
+    for number, row in enumerate(share.rows.tolist()):
+        lengths = batch.branches[2 * number : 2 * number + 2].tolist()
+        start, end = end, end + int(batch.lengths[number])
+        assert (batch.labels[start : end - sum(lengths)] == -100).all()
+        labels = np.split(batch.labels[end - sum(lengths) : end], [lengths[0]])
+        answers[row] = [tokenizer.decode(each[each != -100]) for each in labels]
+    assert answers[0] == ["a red circle<|im_end|>", "the blue square<|im_end|>"]
+    assert [each.lstrip("\n") for each in answers[1]] == ["red<|im_end|>", "a square<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "counts"), [(1, [24]), (2, [12, 12]), (5, [4, 5, 5, 5, 5])]
+)
+def test_prompts_are_given_to_who_makes_their_completions(
+    build: Build, tmp_path: Path, num_workers: int, counts: list[int]
+) -> None:
+    rows = [{"prompt": user(f"<image>\n{n} + 1"), "answer": str(n + 1)} for n in range(4)]
+    path = write_rows(tmp_path / "prompts.parquet", rows, PROMPTS)
+    feed = build({"parquet": str(path)}, kind="grpo", global_batch_size=4, num_generations=6)
+    shares = [decode_share(table) for table in read_steps(feed, range(1), num_workers)]
+    made: set[tuple[int, int]] = set()
+    found = []
+    for share in shares:
+        extras = [json.loads(extra) for extra in share.extras]
+        assert [each["id"] for each in extras] == share.rows.tolist()
+        for each in extras:
+            assert each["answer"] == str(each["id"] + 1)
+            assert each["prompt"] == user(f"<image>\n{each['id']} + 1")
+            first = each["first_completion"]
+            made |= {(each["id"], first + n) for n in range(each["num_completions"])}
+        found.append(sum(each["num_completions"] for each in extras))
+        (batch,) = share.micro_batches
+        assert len(batch.lengths) == len(extras) and (batch.labels == -100).all()
+    assert found == counts
+    assert len(made) == 24
+    assert sorted(row for share in shares for row in share.own_rows.tolist()) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("kind", ["dpo", "grpo"])
+def test_a_table_of_conversations_is_neither_of_pairs_nor_of_prompts(
+    build: Build, tmp_path: Path, kind: str
+) -> None:
+    name = {"dpo": "preferences", "grpo": "prompts"}[kind]
+    with pytest.raises(ConfigError, match=f"not those of {name}"):
+        build({"parquet": str(write_all(tmp_path / "table", 4))}, kind=kind)
+
+
+@pytest.mark.parametrize("kind", ["dpo", "grpo"])
+def test_the_procedural_world_has_pairs_and_prompts(build: Build, kind: str) -> None:
+    feed = build({"synthetic": {"count": 40}}, kind=kind, global_batch_size=40)
+    share = decode_share(next(read_steps(feed, range(1), 1)))
+    assert not share.dead and len(share.rows) == 40
+
+
 # Mixtures
 
 
@@ -231,7 +324,8 @@ def test_a_mixture_takes_counts_and_weights(build: Build, tmp_path: Path) -> Non
     assert feed.sources == tuple(map(str, paths))
     counts = np.zeros(4, int)
     for table in read_steps(feed, range(feed.num_steps), 1):
-        counts += np.bincount(decode_share(table).sources, minlength=4)
+        for batch in decode_share(table).micro_batches:
+            counts += np.bincount(batch.sources, minlength=4)
     assert counts.tolist() == [7, 30, 15, 10]
     assert feed.num_rows == 62
 

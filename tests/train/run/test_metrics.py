@@ -8,38 +8,8 @@ import pytest
 import torch
 from torch import distributed
 
-from flashvl.train.feed.shares import MicroBatch, Share
-from flashvl.train.run.metrics import Figures, Meter, count_items, gather, peak_flops
+from flashvl.train.run.metrics import Figures, Meter, gather, peak_flops
 from tests.support.ranks import run_ranks
-
-
-def micro_batch(labels: list[int], lengths: list[int], labels_a_token: int = 1) -> MicroBatch:
-    return MicroBatch(
-        input_ids=np.zeros(len(labels) // labels_a_token, np.int32),
-        labels=np.array(labels, np.int32),
-        lengths=np.array(lengths, np.int32),
-        num_tiles=np.zeros(len(lengths), np.int32),
-        tiles=np.zeros((0, 3, 8, 8), np.uint8),
-    )
-
-
-def share(*micro_batches: MicroBatch) -> Share:
-    return Share(
-        step=0,
-        rank=0,
-        rows=np.zeros(0, np.int64),
-        sources=np.zeros(0, np.int32),
-        micro_batches=list(micro_batches),
-        dead=[],
-    )
-
-
-def test_items_are_the_labels_of_each_document() -> None:
-    first = micro_batch([-100, 5, 6, -100, -100, 7], [3, 1, 2])
-    cells = micro_batch([1, 2, 3, -100, -100, -100], [1, 1], labels_a_token=3)
-    empty = micro_batch([], [])
-    assert count_items(share(first, empty)).tolist() == [2, 0, 1]
-    assert count_items(share(cells)).tolist() == [3, 0]
 
 
 def check_gathered() -> None:
@@ -55,8 +25,10 @@ def check_gathered() -> None:
         dead=float(rank),
     )
     losses, items = (np.array(values, float) for values in ([6 + rank, 0.0], [2.0, 0.0]))
-    totals = gather(own, losses, items, torch.device("cpu"))
+    figures = {"reward": (1.0, 1.0 + rank), "never": (0.0, 0.0)}
+    totals = gather(own, losses, items, figures, torch.device("cpu"))
     assert totals.loss == pytest.approx(13 / 4)
+    assert totals.means == {"reward": pytest.approx(2 / 3)}
     assert (totals.sums.rows, totals.sums.dead) == (6, 1)
     assert totals.longest_wait_s == 0.5
     assert totals.imbalance == pytest.approx(1 - 1.5 / 2)

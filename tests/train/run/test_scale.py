@@ -21,7 +21,7 @@ from ray.util.placement_group import placement_group, placement_group_table, rem
 from flashvl.train.recipe import load_recipe
 from flashvl.train.run import attempts, launch
 from flashvl.train.run.stage import check_stage
-from flashvl.train.run.supervised import Assignment
+from flashvl.train.run.worker import Assignment
 
 ray.init(logging_level="error")
 places = {}

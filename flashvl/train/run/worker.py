@@ -15,11 +15,13 @@ from torch import distributed
 
 from flashvl.data.storage import Location, locate
 from flashvl.errors import FlashVLError
-from flashvl.model import FlashVLForConditionalGeneration
+from flashvl.model import FlashVLForConditionalGeneration, FlashVLProcessor
 from flashvl.model.loading import load_model, load_processor
+from flashvl.train.answers import Answers
+from flashvl.train.cells import Cells
 from flashvl.train.feed.feed import Feed
-from flashvl.train.objectives import OBJECTIVES
-from flashvl.train.recipe import AnyRecipe, SupervisedRecipe
+from flashvl.train.objectives import Objective
+from flashvl.train.recipe import AnyRecipe, CellsRecipe, SupervisedRecipe
 from flashvl.train.run.checkpoint import (
     Checkpoint,
     CheckpointState,
@@ -89,7 +91,7 @@ def _train(assignment: Assignment, rank: int, pulse: Pulse) -> None:
     model = load_model(recipe.init_from).train()
     processor = load_processor(recipe.init_from)
     adapters = prepare_parts(model, recipe)
-    objective = OBJECTIVES[recipe.kind](model, processor)
+    objective = _build_objective(recipe, model, processor)
     groups = group_by_rate(objective.module, model, recipe)
     peaks = [group["lr"] for group in groups]
     engine = start_engine(objective.module, groups, recipe)
@@ -129,6 +131,15 @@ def _train(assignment: Assignment, rank: int, pulse: Pulse) -> None:
         _export(model, adapters, loop)
     if loop.boards is not None:
         loop.boards.close()
+
+
+def _build_objective(
+    recipe: AnyRecipe, model: FlashVLForConditionalGeneration, processor: FlashVLProcessor
+) -> Objective:
+    """What the recipe's kind trains; made before DeepSpeed splits the weights."""
+    if isinstance(recipe, CellsRecipe):
+        return Cells(model, processor)
+    return Answers(model, processor)
 
 
 def prepare_parts(model: FlashVLForConditionalGeneration, recipe: AnyRecipe) -> LoraModel | None:
