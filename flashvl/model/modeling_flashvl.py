@@ -119,6 +119,30 @@ class FlashVLModel(FlashVLPreTrainedModel):
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
 
+    def encode_tiles(
+        self, pixel_values: torch.Tensor, **kwargs
+    ) -> tuple[BaseModelOutputWithPooling, torch.Tensor]:
+        """Encode tiles, (tiles, 3, height, width), up to the adapter.
+
+        Returns:
+            The tower's outputs; and the adapter's input, (tiles, image_seq_length, channels).
+        """
+        kwargs.pop("return_dict", None)
+        config = self.config
+        layer = config.vision_feature_layer
+        outputs = self.vision_tower(
+            pixel_values=pixel_values.to(self.dtype),
+            return_dict=True,
+            **(kwargs if layer is None else kwargs | {"output_hidden_states": True}),
+        )
+        patches_NPC = outputs.last_hidden_state if layer is None else outputs.hidden_states[layer]
+        rule = config.tiling_rule
+        side = rule.tile_size // rule.patch_size
+        kept = slice(rule.dropped_patches, side - rule.dropped_patches)
+        grid_NSSC = patches_NPC.unflatten(1, (side, side))[:, kept, kept]
+        order = config.pixel_shuffle_order
+        return outputs, pixel_shuffle(grid_NSSC, config.downsample_ratio, order)
+
     def get_image_features(
         self,
         pixel_values: torch.Tensor,
@@ -136,20 +160,7 @@ class FlashVLModel(FlashVLPreTrainedModel):
             `image_grid_thw` a tuple of a (tokens, D) for each image; `last_hidden_state`: (tiles,
             patches, C), the tower's output.
         """
-        kwargs.pop("return_dict", None)
-        config = self.config
-        layer = config.vision_feature_layer
-        outputs = self.vision_tower(
-            pixel_values=pixel_values.to(self.dtype),
-            return_dict=True,
-            **(kwargs if layer is None else kwargs | {"output_hidden_states": True}),
-        )
-        patches_NPC = outputs.last_hidden_state if layer is None else outputs.hidden_states[layer]
-        rule = config.tiling_rule
-        side = rule.tile_size // rule.patch_size
-        kept = slice(rule.dropped_patches, side - rule.dropped_patches)
-        grid_NSSC = patches_NPC.unflatten(1, (side, side))[:, kept, kept]
-        tokens = pixel_shuffle(grid_NSSC, config.downsample_ratio, config.pixel_shuffle_order)
+        outputs, tokens = self.encode_tiles(pixel_values, **kwargs)
         features = self.multi_modal_projector(tokens)
         if image_grid_thw is not None:
             num_tiles = image_grid_thw.prod(-1).tolist()

@@ -93,9 +93,9 @@ class Recipe(StrictModel):
     """Share of rows that may be dead letters; above it the run stops."""
     max_skipped_steps: PositiveInt = 10
     """Steps in a row that may be skipped because of their loss; one more stops the run."""
-    spike_factor: float = Field(default=10.0, gt=1, allow_inf_nan=False)
+    spike_factor: float | None = Field(default=10.0, gt=1, allow_inf_nan=False)
     """A step is skipped, its weights unchanged, if its loss is NaN, infinite, or this many times
-    the median of the recent steps."""
+    the median of the recent steps. None: however high a finite loss is."""
     max_failures: int = Field(default=3, ge=0)
     """Times that the workers are started again, from the last checkpoint, after one of them or its
     node was lost."""
@@ -154,6 +154,14 @@ class CellsRecipe(Recipe):
     data: TrainingData
     """Synthetic scenes to train on, each once."""
 
+    @property
+    def eval_data(self) -> None:
+        """No rows are held out: stages that use the tower judge it."""
+
+    @property
+    def lora(self) -> None:
+        """A random tower has no weights to put adapters on."""
+
     @model_validator(mode="after")
     def _check_data(self) -> Self:
         if self.data.synthetic is None:
@@ -161,9 +169,38 @@ class CellsRecipe(Recipe):
         return self
 
 
-AnyRecipe = SupervisedRecipe | CellsRecipe
+class DpoRecipe(Recipe):
+    """Direct preference optimization: which of two answers is better (paper, stage 5)."""
+
+    kind: Literal["dpo"]
+    data: TrainingData
+    """Preferences to train on, each once: tables with the schema `flashvl.data.schema.PREFERENCES`,
+    or pairs of the procedural world. A pair is a row, with both answers within `max_length`."""
+    eval_data: TrainingData | None = None
+    """Held-out preferences, whose loss and accuracy are measured."""
+    beta: float = Field(default=0.1, gt=0, allow_inf_nan=False)
+    """How strongly the policy is held to the reference, the model that it began as: its inverse is
+    how far a preference may move it. The paper found 0.1 best in a grid search."""
+    trainable: tuple[ModelPart, ...] = ("multi_modal_projector", "language_model")
+    lora: LoraSettings | None = LoraSettings()
+    """Low-rank adapters, merged at the end; the reference is the model without them. None trains
+    the parts' own weights, and keeps a copy of them as the reference."""
+    learning_rate: float = Field(default=1e-5, gt=0, allow_inf_nan=False)
+    """Peak learning rate. The paper gives none; this is ten times TRL's default for whole weights,
+    as is usual for adapters."""
+    warmup_steps: int = Field(default=36, ge=0)
+    """Steps of linear warm-up. The paper gives none; this is a tenth of its 363 steps."""
+    spike_factor: float | None = Field(default=None, gt=1, allow_inf_nan=False)
+    """As in the other kinds; None, as the loss of pairs may come close to zero."""
+
+
+AnyRecipe = SupervisedRecipe | CellsRecipe | DpoRecipe
 """A recipe of any kind."""
-RECIPES: dict[str, type[AnyRecipe]] = {"supervised": SupervisedRecipe, "cells": CellsRecipe}
+RECIPES: dict[str, type[AnyRecipe]] = {
+    "supervised": SupervisedRecipe,
+    "cells": CellsRecipe,
+    "dpo": DpoRecipe,
+}
 """Recipe classes by their `kind`."""
 
 

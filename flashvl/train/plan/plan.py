@@ -18,7 +18,7 @@ from flashvl.train.plan.assumptions import Assumptions
 from flashvl.train.plan.gpus import GIB, Gpu, find_gpu
 from flashvl.train.plan.memory import Memory, plan_memory, sending_bytes
 from flashvl.train.plan.row_sizes import RowSize, count_rows, find_config, sample_rows
-from flashvl.train.recipe import AnyRecipe, CellsRecipe, SupervisedRecipe
+from flashvl.train.recipe import AnyRecipe, CellsRecipe
 
 GB = 10**9
 HOST_GB_PER_S = 10
@@ -234,9 +234,9 @@ class _Stage:
 
     def __init__(self, recipe: AnyRecipe, config: FlashVLConfig, num_gpus: int, row: RowSize):
         self.recipe, self.config, self.num_gpus, self.row = recipe, config, num_gpus, row
-        lora = recipe.lora if isinstance(recipe, SupervisedRecipe) else None
-        self.has_lora = lora is not None
-        self.parameters = count_parameters(config, recipe.trainable, lora.r if lora else None)
+        self.has_lora = recipe.lora is not None
+        rank = recipe.lora.r if recipe.lora is not None else None
+        self.parameters = count_parameters(config, recipe.trainable, rank)
         if isinstance(recipe, CellsRecipe):  # the tower alone, with a small layer of its own
             self.parameters = self.parameters.only("vision_tower")
         wanted = recipe.num_trainable_params

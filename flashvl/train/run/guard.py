@@ -21,7 +21,7 @@ class Guard:
 
     def __init__(
         self,
-        spike_factor: float,
+        spike_factor: float | None,
         max_skipped_steps: int,
         recent: Iterable[float] = (),
         num_skipped: int = 0,
@@ -29,6 +29,8 @@ class Guard:
     ):
         """
         Args:
+            spike_factor: times the median of the recent losses above which a loss is a spike; None:
+                no finite loss is one.
             recent: losses of the last steps that a resumed run has made.
             num_skipped: steps that it has skipped.
             num_in_a_row: how many of them were its last ones.
@@ -43,7 +45,7 @@ class Guard:
         """Why a step with this loss must be skipped; None: it must not."""
         if not math.isfinite(loss):
             return f"its loss is {loss}"
-        if len(self.recent) >= MIN_RECENT:
+        if self._spike_factor is not None and len(self.recent) >= MIN_RECENT:
             median = statistics.median(self.recent)
             if loss > self._spike_factor * median:
                 return (

@@ -1,9 +1,11 @@
 """Low-rank adapters by PEFT (LoRA, Hu et al. 2021): put into the model, merged at the end."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 
 from peft import LoraConfig
 from peft.tuners.lora import LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from flashvl.train.recipe import LoraSettings
@@ -30,6 +32,22 @@ def add_adapters(model: nn.Module, settings: LoraSettings, trainable: Collection
         target_modules=names,
     )
     return LoraModel(model, {NAME: config}, NAME)
+
+
+@contextmanager
+def turned_off(adapters: LoraModel) -> Iterator[None]:
+    """While the block runs, the model computes as without its adapters.
+
+    PEFT's own switch sets `requires_grad` of the adapters as well, which DeepSpeed relies on.
+    """
+    layers = [layer for layer in adapters.modules() if isinstance(layer, BaseTunerLayer)]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def merge(adapters: LoraModel) -> None:

@@ -21,7 +21,7 @@ from flashvl.train.feed.shares import MicroBatch
 from flashvl.train.flops import training_flops
 from flashvl.train.objectives import Sums
 from flashvl.train.plan.gpus import GPUS
-from flashvl.train.recipe import AnyRecipe, SupervisedRecipe
+from flashvl.train.recipe import AnyRecipe
 
 Record = dict[str, Any]
 """Figures of a step by name, as the log has them."""
@@ -124,7 +124,6 @@ def count_flops(
     micro_batches: Sequence[MicroBatch], config: FlashVLConfig, recipe: AnyRecipe
 ) -> float:
     """Useful operations of some micro-batches, by the true lengths of their documents."""
-    has_lora = isinstance(recipe, SupervisedRecipe) and recipe.lora is not None
     total = 0.0
     for each in micro_batches:
         if not len(each.lengths):
@@ -134,7 +133,12 @@ def count_flops(
         num_labels = np.bincount(number_documents(each), weights=is_labelled)
         total += sum(
             training_flops(
-                config, recipe.trainable, length, num_tiles, num_labels=count, has_lora=has_lora
+                config,
+                recipe.trainable,
+                length,
+                num_tiles,
+                num_labels=count,
+                has_lora=recipe.lora is not None,
             )
             for length, num_tiles, count in zip(
                 each.lengths.tolist(), each.num_tiles.tolist(), num_labels.tolist(), strict=True

@@ -13,7 +13,7 @@ from flashvl.model.parts.prepare import prepare_model
 from flashvl.train.feed.feed import Feed, build_feed
 from flashvl.train.feed.mixture import TrainingData
 from flashvl.train.parameters import Parameters, count_parameters
-from flashvl.train.recipe import AnyRecipe, SupervisedRecipe
+from flashvl.train.recipe import AnyRecipe
 from flashvl.train.run.export import CONFIG, read_totals
 from flashvl.train.run.schedule import check_count
 
@@ -122,13 +122,12 @@ def check_stage(recipe: AnyRecipe) -> Stage:
     recipe = recipe.model_copy(update={"init_from": str(init_from), "output_dir": output_dir})
     parameters = _count_parameters(recipe)
     feed = _build_feed(recipe, recipe.data)
-    eval_data = recipe.eval_data if isinstance(recipe, SupervisedRecipe) else None
     settings = recipe.model_dump(mode="json", exclude=set(MAY_DIFFER))
     stage = Stage(
         recipe=recipe,
         output=output,
         feed=feed,
-        eval_feed=_build_feed(recipe, eval_data) if eval_data is not None else None,
+        eval_feed=_build_feed(recipe, recipe.eval_data) if recipe.eval_data else None,
         fingerprint={"init_from": hash_folder(init_from), **feed.fingerprint(), **settings},
         parameters=parameters,
     )
@@ -141,9 +140,8 @@ def _count_parameters(recipe: AnyRecipe) -> Parameters:
     Raises:
         ConfigError: another number of parameters would be trained than the recipe says.
     """
-    lora = recipe.lora if isinstance(recipe, SupervisedRecipe) else None
     config = FlashVLConfig.from_pretrained(recipe.init_from)
-    counts = count_parameters(config, recipe.trainable, lora.r if lora is not None else None)
+    counts = count_parameters(config, recipe.trainable, recipe.lora.r if recipe.lora else None)
     check_count(counts.num_trained, recipe)
     return counts
 

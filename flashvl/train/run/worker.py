@@ -21,7 +21,8 @@ from flashvl.train.answers import Answers
 from flashvl.train.cells import Cells
 from flashvl.train.feed.feed import Feed
 from flashvl.train.objectives import Objective
-from flashvl.train.recipe import AnyRecipe, CellsRecipe, SupervisedRecipe
+from flashvl.train.pairs import Pairs
+from flashvl.train.recipe import AnyRecipe, CellsRecipe, DpoRecipe
 from flashvl.train.run.checkpoint import (
     Checkpoint,
     CheckpointState,
@@ -91,7 +92,7 @@ def _train(assignment: Assignment, rank: int, pulse: Pulse) -> None:
     model = load_model(recipe.init_from).train()
     processor = load_processor(recipe.init_from)
     adapters = prepare_parts(model, recipe)
-    objective = _build_objective(recipe, model, processor)
+    objective = _build_objective(recipe, model, processor, adapters)
     groups = group_by_rate(objective.module, model, recipe)
     peaks = [group["lr"] for group in groups]
     engine = start_engine(objective.module, groups, recipe)
@@ -134,11 +135,16 @@ def _train(assignment: Assignment, rank: int, pulse: Pulse) -> None:
 
 
 def _build_objective(
-    recipe: AnyRecipe, model: FlashVLForConditionalGeneration, processor: FlashVLProcessor
+    recipe: AnyRecipe,
+    model: FlashVLForConditionalGeneration,
+    processor: FlashVLProcessor,
+    adapters: LoraModel | None,
 ) -> Objective:
     """What the recipe's kind trains; made before DeepSpeed splits the weights."""
     if isinstance(recipe, CellsRecipe):
         return Cells(model, processor)
+    if isinstance(recipe, DpoRecipe):
+        return Pairs(model, processor, adapters, recipe.beta)
     return Answers(model, processor)
 
 
@@ -152,7 +158,7 @@ def prepare_parts(model: FlashVLForConditionalGeneration, recipe: AnyRecipe) -> 
         ConfigError: another number of parameters would be trained than the recipe says.
     """
     adapters = None
-    if isinstance(recipe, SupervisedRecipe) and recipe.lora is not None:
+    if recipe.lora is not None:
         adapters = add_adapters(model, recipe.lora, recipe.trainable)
     else:
         freeze_all_but(model, recipe.trainable)
