@@ -1,6 +1,8 @@
 """Keys and values of the conversations that are being answered: a row for each.
 
-It knows rows and lengths; which request has which row is the scheduler's to know.
+A prompt that several conversations share is held once, behind the rows, and their rows hold only
+what follows it. The cache knows rows and lengths; which request has which row is the scheduler's to
+know.
 """
 
 from collections.abc import Sequence
@@ -12,11 +14,31 @@ ROW_STEP = 64
 """Tokens by which row lengths grow: each is a multiple of this."""
 
 
+class HeldPrompt:
+    """Keys and values of one prompt, held for all rows that go on from it.
+
+    `keys` and `values` have the shape of a cache of one row that is as long as the prompt.
+    """
+
+    keys: torch.Tensor
+    """(layers, 1, key-value heads, num_tokens, head_dim); so are `values`."""
+    values: torch.Tensor
+
+    def __init__(self, num_tokens: int):
+        self.num_tokens = num_tokens
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the keys and the values."""
+        return self.keys.nbytes + self.values.nbytes
+
+
 class KVCache:
     """Memory for `num_tokens` tokens, allocated once and cut into rows of equal length.
 
     The scheduler chooses the length of the rows, and so their number, by `resize_rows`. The rows in
-    use are the first ones, so that a batch is a slice, never a copy.
+    use are the first ones, so that a batch is a slice, never a copy. Shared prompts take the end of
+    the memory, and leave the rest to the rows.
     """
 
     keys: torch.Tensor
@@ -45,6 +67,8 @@ class KVCache:
         self._memory = torch.zeros(
             2, config.num_hidden_layers, layer_size, dtype=dtype, device=device
         )
+        self._prompts: list[HeldPrompt] = []
+        """Shared prompts, from the end of the memory on towards its beginning."""
         self._cut(self.num_tokens)
 
     @property
@@ -55,18 +79,34 @@ class KVCache:
     def row_length(self) -> int:
         return self.keys.shape[3]
 
-    def rows_of(self, length: int) -> int:
-        """Rows of at least `length` tokens that there is room for."""
-        return min(self.max_rows, self.num_tokens // _round_up(length))
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of all shared prompts."""
+        return sum(prompt.num_tokens for prompt in self._prompts)
 
-    def resize_rows(self, length: int, used: Sequence[int]) -> None:
-        """Cut the memory into `rows_of(length)` rows of `length` tokens, or a little more.
+    def rows_of(self, length: int, prompt_tokens: int = 0) -> int:
+        """Rows of at least `length` tokens that there is room for.
+
+        Args:
+            prompt_tokens: tokens of one more shared prompt for which room is to be left.
+        """
+        room = self.num_tokens - self.num_prompt_tokens - prompt_tokens
+        return min(self.max_rows, max(room, 0) // _round_up(length))
+
+    def can_hold(self, prompt_tokens: int, length: int, num_rows: int) -> bool:
+        """Whether an empty cache had room for a shared prompt and rows of `length` tokens."""
+        room = self.num_tokens - prompt_tokens
+        return num_rows <= min(self.max_rows, room // _round_up(length))
+
+    def resize_rows(self, length: int, used: Sequence[int], prompt_tokens: int = 0) -> None:
+        """Cut the memory into as many rows of `length` tokens, or a little more, as have room.
 
         Args:
             used: tokens to keep at the beginning of each of the first rows.
+            prompt_tokens: tokens of one more shared prompt for which room is left.
         """
         before, old_length = (self.keys, self.values), self.row_length
-        self._cut(_round_up(length))
+        self._cut(_round_up(length), prompt_tokens)
         # Rows are moved in an order that overwrites none which is still to be moved.
         rows = range(len(used)) if self.row_length < old_length else reversed(range(len(used)))
         for row in rows:
@@ -78,8 +118,35 @@ class KVCache:
         for store in (self.keys, self.values):
             store[:, target, :, :length] = store[:, source, :, :length]
 
-    def _cut(self, row_length: int) -> None:
-        num_rows, (heads, dim) = self.rows_of(row_length), self._row_shape
+    def hold_prompt(self, num_tokens: int) -> HeldPrompt:
+        """Memory for a prompt, for which the rows make room; those in use must not need it."""
+        prompt = HeldPrompt(num_tokens)
+        self._prompts.append(prompt)
+        self._place(prompt, self.num_tokens - self.num_prompt_tokens)
+        if self.num_rows > self.rows_of(self.row_length):
+            self._cut(self.row_length)
+        return prompt
+
+    def drop_prompt(self, prompt: HeldPrompt) -> None:
+        """Free a prompt's memory; the prompts before it move to its place."""
+        place = self._prompts.index(prompt)
+        end = self.num_tokens - sum(each.num_tokens for each in self._prompts[:place])
+        del self._prompts[place]
+        for each in self._prompts[place:]:
+            end -= each.num_tokens
+            kept = each.keys.clone(), each.values.clone()  # old and new place may overlap
+            self._place(each, end)
+            each.keys[:], each.values[:] = kept
+
+    def _place(self, prompt: HeldPrompt, start: int) -> None:
+        """Let a prompt be at the place of the token `start` of a memory of one row."""
+        heads, dim = self._row_shape
+        first, last = start * heads * dim, (start + prompt.num_tokens) * heads * dim
+        used = self._memory[..., first:last]
+        prompt.keys, prompt.values = used.unflatten(-1, (1, heads, prompt.num_tokens, dim))
+
+    def _cut(self, row_length: int, prompt_tokens: int = 0) -> None:
+        num_rows, (heads, dim) = self.rows_of(row_length, prompt_tokens), self._row_shape
         used = self._memory[..., : num_rows * heads * row_length * dim]
         self.keys, self.values = used.unflatten(-1, (num_rows, heads, row_length, dim))
 

@@ -6,7 +6,6 @@ that decodes.
 """
 
 import itertools
-import math
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
@@ -21,9 +20,10 @@ from flashvl.data.features import Tiles, encode_prompt, make_tiles
 from flashvl.engine.cache import KVCache, bytes_per_token
 from flashvl.engine.grammars import Grammar, Grammars
 from flashvl.engine.images import ImageFeatures
-from flashvl.engine.request import Completion, Delta, FinishReason, Request
+from flashvl.engine.prompts import Prompt, Prompts, SharedPrompt
+from flashvl.engine.request import Completion, Delta, FinishReason, Request, TokenLogprobs
 from flashvl.engine.runner import Runner
-from flashvl.engine.sampling import Sampler, token_logprobs
+from flashvl.engine.sampling import Sampler, choose_tokens, token_logprobs
 from flashvl.engine.scheduler import Scheduler
 from flashvl.engine.sequence import AnswerText, Sequence
 from flashvl.engine.tokens import TokenTable
@@ -35,6 +35,9 @@ MAX_LENGTH = 4096
 """Tokens of a conversation: an ISS image of 2,880, a long question and a long answer."""
 CACHE_SHARE = 0.25
 """Share of the free memory that the cache takes."""
+MIN_GROUP_ON_GPU = 8
+"""Requests with the same prompt that share it on a GPU, where a batch with a shared prompt decodes
+without CUDA graphs; on a CPU two do."""
 IMAGE_CACHE_BYTES = 256 * 2**20
 """Bytes of visual tokens that are kept: those of 300 images of the static preset."""
 
@@ -85,15 +88,19 @@ class Engine:
             device=self.device,
         )
         self.runner = Runner(self.model, processor, cache)
-        self.scheduler = Scheduler(cache, max_prefill_tokens)
+        min_group = MIN_GROUP_ON_GPU if self.runner.graphs is not None else 2
+        self.scheduler = Scheduler(cache, max_prefill_tokens, min_group)
         self.image_features = ImageFeatures(self.runner.encode_tiles, IMAGE_CACHE_BYTES)
         self.num_steps = 0
         """Steps so far; if the count stands still while requests wait, the engine hangs."""
         self.num_decode_steps = self.num_decoded_tokens = 0
         """Counts so far; their quotient is the mean number of requests that a step served."""
+        self.num_prefilled_tokens = 0
+        """Prompt tokens so far that the model has read; shared prompts count once."""
         self._has_prefilled = False
         """Whether the last step was a prefill; the next one then decodes."""
         self._ids = itertools.count()
+        self._prompts = Prompts()
         self._sequences: dict[int, Sequence] = {}
         self._outbox: dict[int, list[Delta]] = {}
         self._errors: dict[int, DataError] = {}
@@ -174,8 +181,7 @@ class Engine:
         sequence = Sequence(
             id=number,
             request=request,
-            prompt=prompt,
-            tiles=tiles,
+            prompt=self._prompts.make(prompt, tiles),
             sampler=Sampler(request, prompt, self.end_token_ids),
             text=AnswerText(self.tokens, request.stop),
             is_streamed=is_streamed,
@@ -285,43 +291,83 @@ class Engine:
             self._decode(self.scheduler.decoding)
 
     def _prefill_next(self) -> bool:
-        """Prefill a piece of a group, admitting one first if needed; False if none waits."""
+        """Prefill a piece of some prompts, admitting them first if needed; False if none waits."""
         if admitted := self.scheduler.admit():
             self._embed(admitted)
-        if self.scheduler.prefilling:
-            self._prefill(self.scheduler.prefilling)
-            return True
-        return False
+        group = self.scheduler.prefilling
+        if not group:
+            return False
+        shared = group[0].shared
+        logits = self._prefill(group) if shared is None else self._prefill_shared(shared)
+        if logits is not None:
+            self.scheduler.start_decoding()
+            self._append(group, logits.expand(len(group), -1))
+        return True
 
     def _embed(self, group: list[Sequence]) -> None:
         """Make the embeddings of the prompts of `group`, encoding all their images together."""
         admitted_s = time.perf_counter()
-        images = [image for sequence in group for image in _images(sequence.tiles)]
-        features = iter(self.image_features(images) if images else [])
         for sequence in group:
             sequence.admitted_s = admitted_s
-            own = list(itertools.islice(features, len(sequence.tiles.counts)))
-            visual_tokens = torch.cat(own) if own else None
-            sequence.embeddings = self.runner.embed(sequence.prompt, visual_tokens)
+        shared = group[0].shared
+        if shared is None:
+            embedded = self._embed_prompts([sequence.prompt for sequence in group])
+            for sequence, embeddings in zip(group, embedded, strict=True):
+                sequence.embeddings = embeddings
+        elif not shared.num_cached:
+            (shared.embeddings,) = self._embed_prompts([group[0].prompt])
 
-    def _prefill(self, group: list[Sequence]) -> None:
-        """Prefill the next piece of the prompts of `group`, which all have the same length."""
+    def _embed_prompts(self, prompts: list[Prompt]) -> list[torch.Tensor]:
+        images = [image for prompt in prompts for image in _images(prompt.tiles)]
+        features = iter(self.image_features(images) if images else [])
+        embedded = []
+        for prompt in prompts:
+            own = list(itertools.islice(features, len(prompt.tiles.counts)))
+            visual_tokens = torch.cat(own) if own else None
+            embedded.append(self.runner.embed(prompt.token_ids, visual_tokens))
+        return embedded
+
+    def _prefill(self, group: list[Sequence]) -> torch.Tensor | None:
+        """Prefill the next piece of the prompts of `group`, which all have the same length.
+
+        Returns:
+            (rows, vocabulary): logits of the first tokens of the answers; None before the end.
+        """
         start = group[0].num_cached
         end = start + max(self.scheduler.max_prefill_tokens // len(group), 1)
         pieces = torch.stack([sequence.embeddings[start:end] for sequence in group])
         logits = self.runner.prefill(pieces, len(self.scheduler.decoding), start)
+        self.num_prefilled_tokens += pieces.shape[0] * pieces.shape[1]
         for sequence in group:
             sequence.num_cached += pieces.shape[1]
-        if group[0].is_prefilled:
-            for sequence in group:
-                sequence.embeddings = torch.empty(0)  # a slice would keep all of it
-            self.scheduler.start_decoding()
-            self._append(group, logits)
+        if group[0].num_cached < len(group[0].prompt):
+            return None
+        for sequence in group:
+            sequence.embeddings = torch.empty(0)  # a slice would keep all of it
+        return logits
+
+    def _prefill_shared(self, shared: SharedPrompt) -> torch.Tensor | None:
+        """Prefill the next piece of a prompt that is shared, if there is one.
+
+        Returns:
+            (vocabulary,): logits of the first token of each answer; None before the end.
+        """
+        if not shared.is_prefilled:
+            start = shared.num_cached
+            piece = shared.embeddings[start : start + self.scheduler.max_prefill_tokens]
+            logits = self.runner.prefill(piece[None], 0, start, shared.held)
+            self.num_prefilled_tokens += len(piece)
+            shared.num_cached += len(piece)
+            if not shared.is_prefilled:
+                return None
+            shared.logits, shared.embeddings = logits[0], torch.empty(0)
+        return shared.logits
 
     def _decode(self, sequences: list[Sequence]) -> None:
         logits = self.runner.decode(
             [sequence.token_ids[-1] for sequence in sequences],
             [sequence.num_cached for sequence in sequences],
+            [sequence.shared.held if sequence.shared else None for sequence in sequences],
         )
         self.num_decode_steps += 1
         self.num_decoded_tokens += len(sequences)
@@ -331,14 +377,15 @@ class Engine:
 
     def _append(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
         """Choose the next token of each sequence, and remove the finished ones."""
-        choices = self._admit(sequences, logits)
-        best, likeliest = choices.max(-1)
-        tokens = zip(best.tolist(), likeliest.tolist(), strict=True)
-        for sequence, row, choice, (value, token) in zip(
-            sequences, logits, choices, tokens, strict=True
-        ):
+        tokens = choose_tokens(
+            [sequence.sampler for sequence in sequences],
+            self._admit(sequences, logits),
+            [len(sequence.token_ids) for sequence in sequences],
+        )
+        logprobs = _logprobs(sequences, logits, tokens)
+        for sequence, token, told in zip(sequences, tokens, logprobs, strict=True):
             try:
-                self._choose_token(sequence, row, choice, None if value == -math.inf else token)
+                self._take_token(sequence, token, told)
             except DataError as error:
                 self._errors[sequence.id] = error
                 self._remove(sequence)
@@ -363,55 +410,50 @@ class Engine:
         )
         return choices
 
-    def _choose_token(
-        self, sequence: Sequence, logits: torch.Tensor, choice: torch.Tensor, token: int | None
+    def _take_token(
+        self, sequence: Sequence, token: int | None, logprobs: TokenLogprobs | None
     ) -> None:
-        """Choose the next token of one sequence, and hand out what it adds to the answer.
+        """Add a token to an answer, and hand out what it adds to the text.
 
         Args:
-            logits: (vocabulary,).
-            choice: `logits` with -inf for tokens that the grammar does not admit.
-            token: the likeliest token; None if none is admitted.
+            token: None if no token is admitted.
+            logprobs: those of the token, if the request asked for them.
 
         Raises:
             DataError: the grammar has become too complex.
         """
         if sequence.grammar is not None:
             sequence.grammar.check()
-        if not sequence.sampler.is_plain:
-            token = sequence.sampler.choose(choice, len(sequence.token_ids))
-        num_before = len(sequence.logprobs)
-        sequence.finish_reason = self._take_token(sequence, token, logits)
-        logprobs = sequence.logprobs[-1] if len(sequence.logprobs) > num_before else None
+        num_before = len(sequence.token_ids)
+        sequence.finish_reason = self._add_token(sequence, token, logprobs)
+        told = logprobs if len(sequence.token_ids) > num_before else None
         sequence.first_token_s = sequence.first_token_s or time.perf_counter()
         if sequence.finish_reason is not None:
             sequence.text.close()
             text = sequence.text.take()
             completion = sequence.complete()
-            self._outbox[sequence.id].append(
-                Delta(text=text, logprobs=logprobs, completion=completion)
-            )
+            self._outbox[sequence.id].append(Delta(text=text, logprobs=told, completion=completion))
             self._remove(sequence)
         elif sequence.is_streamed:
             text = sequence.text.take()
-            self._outbox[sequence.id].append(Delta(text=text, logprobs=logprobs))
+            self._outbox[sequence.id].append(Delta(text=text, logprobs=told))
 
     def _remove(self, sequence: Sequence) -> None:
         del self._sequences[sequence.id]
         self.scheduler.remove(sequence)
 
-    def _take_token(
-        self, sequence: Sequence, token: int | None, logits: torch.Tensor
+    def _add_token(
+        self, sequence: Sequence, token: int | None, logprobs: TokenLogprobs | None
     ) -> FinishReason | None:
         """Add a token to the answer; returns the reason if the answer ends with it."""
         request = sequence.request
-        if token is None or token in request.stop_token_ids:
-            return "stop"
-        if token in self.end_token_ids and not request.ignore_eos:
+        is_end = token in self.end_token_ids and not request.ignore_eos
+        if token is None or is_end or token in request.stop_token_ids:
+            sequence.end = logprobs
             return "stop"
         sequence.token_ids.append(token)
-        if request.logprobs is not None:
-            sequence.logprobs.append(token_logprobs(logits, token, request.logprobs))
+        if logprobs is not None:
+            sequence.logprobs.append(logprobs)
         if sequence.text.add(token):
             return "stop"
         if sequence.grammar is not None:
@@ -419,6 +461,23 @@ class Engine:
             if sequence.grammar.is_over:
                 return "stop"
         return "length" if len(sequence.token_ids) == request.max_new_tokens else None
+
+
+def _logprobs(
+    sequences: Many[Sequence], logits: torch.Tensor, tokens: Many[int | None]
+) -> list[TokenLogprobs | None]:
+    """The log-probabilities of the tokens of those sequences that ask for them."""
+    asked = {
+        row: (token, sequence.request.logprobs)
+        for row, (sequence, token) in enumerate(zip(sequences, tokens, strict=True))
+        if token is not None and sequence.request.logprobs is not None
+    }
+    if not asked:
+        return [None] * len(sequences)
+    part = logits if len(asked) == len(sequences) else logits[list(asked)]
+    told = token_logprobs(part, *zip(*asked.values(), strict=True))
+    by_row = dict(zip(asked, told, strict=True))
+    return [by_row.get(row) for row in range(len(sequences))]
 
 
 def end_tokens(model: FlashVLForConditionalGeneration, processor: FlashVLProcessor) -> list[int]:

@@ -174,6 +174,9 @@ class Completion:
     finish_reason: FinishReason
     logprobs: list[TokenLogprobs] | None = None
     """Log-probabilities for each of `token_ids`, if the request asked for them."""
+    end: TokenLogprobs | None = None
+    """The end token, or the one of `stop_token_ids`, that ended the answer, if the request asked
+    for log-probabilities; None where something else has ended it."""
     timing: Timing = field(compare=False)
 
 

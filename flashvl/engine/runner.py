@@ -11,8 +11,8 @@ import numpy.typing as npt
 import torch
 
 from flashvl.data.features import normalize_tiles
-from flashvl.engine.attention import CACHED, AttentionMetadata
-from flashvl.engine.cache import KVCache
+from flashvl.engine.attention import CACHED, AttentionMetadata, PromptGroup
+from flashvl.engine.cache import HeldPrompt, KVCache
 from flashvl.engine.graphs import DecodingGraphs
 from flashvl.engine.packed import can_pack, pack_linear_layers
 from flashvl.model import FlashVLForConditionalGeneration, FlashVLProcessor
@@ -59,11 +59,18 @@ class Runner:
         return embeddings
 
     @torch.inference_mode()
-    def prefill(self, embeddings: torch.Tensor, first_row: int, start: int) -> torch.Tensor:
+    def prefill(
+        self,
+        embeddings: torch.Tensor,
+        first_row: int,
+        start: int,
+        prompt: HeldPrompt | None = None,
+    ) -> torch.Tensor:
         """Store tokens in the rows from `first_row` on, at the positions from `start` on.
 
         Args:
             embeddings: (rows, tokens, hidden).
+            prompt: a shared prompt to store the tokens of, in place of rows.
 
         Returns:
             (rows, vocabulary): logits of the token after the last one.
@@ -75,37 +82,84 @@ class Runner:
             everything = torch.arange(start + num_tokens, device=embeddings.device)
             mask = (everything <= positions[:, None])[None, None]
         rows = slice(first_row, first_row + num_rows)
-        metadata = AttentionMetadata(cache=self.cache, rows=rows, start=start, mask=mask)
+        metadata = AttentionMetadata(cache=prompt or self.cache, rows=rows, start=start, mask=mask)
         return self._forward(embeddings, positions.expand(num_rows, -1), metadata)
 
     @torch.inference_mode()
-    def decode(self, token_ids: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
+    def decode(
+        self,
+        token_ids: Sequence[int],
+        lengths: Sequence[int],
+        prompts: Sequence[HeldPrompt | None] = (),
+    ) -> torch.Tensor:
         """Store one more token in each of the first rows.
+
+        With a shared prompt among them, the step is not recorded on a GPU, but launched each time.
 
         Args:
             lengths: tokens that each row holds before.
+            prompts: the prompt that each row goes on from without holding it; empty: none does.
 
         Returns:
             (rows, vocabulary): logits of the token after it.
         """
-        if self.graphs is not None:
+        has_groups = any(prompt is not None for prompt in prompts)
+        if self.graphs is not None and not has_groups:
             return self.graphs(token_ids, lengths)
         ids = torch.tensor(token_ids, device=self.model.device)
-        positions = torch.tensor(lengths, device=self.model.device)
-        return self._decode(ids, positions, max(lengths) + 1)
+        places = torch.tensor(lengths, device=self.model.device)
+        if not has_groups:
+            return self._decode(ids, places, max(lengths) + 1)
+        before = [0 if prompt is None else prompt.num_tokens for prompt in prompts]
+        positions = places + torch.tensor(before, device=places.device)
+        return self._decode(ids, places, max(lengths) + 1, positions, self._groups(prompts))
 
-    def _decode(self, ids: torch.Tensor, positions: torch.Tensor, length: int) -> torch.Tensor:
-        """(rows,) tokens and (rows,) positions -> (rows, vocabulary) logits, as a `graphs.Step`."""
-        mask = torch.arange(length, device=positions.device) <= positions[:, None]
+    def _groups(self, prompts: Sequence[HeldPrompt | None]) -> tuple[PromptGroup, ...]:
+        rows_of: dict[HeldPrompt, list[int]] = {}
+        for row, prompt in enumerate(prompts):
+            if prompt is not None:
+                rows_of.setdefault(prompt, []).append(row)
+        return tuple(
+            PromptGroup(
+                prompt=prompt,
+                rows=slice(rows[0], rows[-1] + 1)
+                if rows[-1] - rows[0] + 1 == len(rows)
+                else torch.tensor(rows, device=self.model.device),
+            )
+            for prompt, rows in rows_of.items()
+        )
+
+    def _decode(
+        self,
+        ids: torch.Tensor,
+        places: torch.Tensor,
+        length: int,
+        positions: torch.Tensor | None = None,
+        groups: tuple[PromptGroup, ...] = (),
+    ) -> torch.Tensor:
+        """(rows,) tokens and (rows,) places in the rows -> (rows, vocabulary) logits.
+
+        Without the last two arguments it is a `graphs.Step`.
+
+        Args:
+            positions: (rows,), the places but for the shared prompts before them; None: the same.
+        """
+        mask = torch.arange(length, device=places.device) <= places[:, None]
+        if groups:
+            zero = torch.zeros((), dtype=self.cache.keys.dtype, device=places.device)
+            mask = torch.where(mask, zero, -torch.inf)
         metadata = AttentionMetadata(
             cache=self.cache,
             rows=slice(0, len(ids)),
             start=0,
-            cells=(torch.arange(len(ids), device=positions.device), positions),
+            cells=(torch.arange(len(ids), device=places.device), places),
             length=length,
             mask=mask[:, None, None],
+            groups=groups,
         )
         embeddings = self.model.get_input_embeddings()(ids[:, None])
+        if positions is None:
+            positions = places
         return self._forward(embeddings, positions[:, None], metadata)
 
     def _forward(

@@ -4,23 +4,33 @@ It knows lengths and rows, but no tensors.
 """
 
 import itertools
-from collections import deque
+from collections import Counter, deque
 
 from flashvl.engine.cache import KVCache
+from flashvl.engine.prompts import Prompt, SharedPrompt
 from flashvl.engine.sequence import Sequence
 
 
 class Scheduler:
-    """First come, first served, except that prompts of the same length are prefilled together.
+    """First come, first served, except that equal prompts, or some of the same length, go together.
 
-    The decoding sequences have the first rows of the cache, the prefilling ones the next.
+    The decoding sequences have the first rows of the cache, the prefilling ones the next. A prompt
+    that several sequences wait with is held once for all of them, as long as one of them is here;
+    those that come or are admitted later join.
     """
 
-    def __init__(self, cache: KVCache, max_prefill_tokens: int):
+    def __init__(self, cache: KVCache, max_prefill_tokens: int, min_group: int = 2):
+        """
+        Args:
+            min_group: sequences with the same prompt that must wait together to share it.
+        """
         self.cache, self.max_prefill_tokens = cache, max_prefill_tokens
+        self.min_group = min_group
         self.waiting: deque[Sequence] = deque()
         self.decoding: list[Sequence] = []
         self.prefilling: list[Sequence] = []
+        self._sharing: list[Prompt] = []
+        """Prompts that the cache holds for several sequences."""
 
     @property
     def is_idle(self) -> bool:
@@ -32,43 +42,126 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def admit(self) -> list[Sequence]:
-        """Give rows to the next group, unless one is being prefilled; returns its sequences.
+        """Give rows to the next sequences, unless some are being prefilled; returns them.
 
-        The group is the first sequence that waits, and others whose prompts have the same length
-        and that fit the rows: as many as there are rows, and at most `max_prefill_tokens` together.
+        They are the first sequence that waits and others with the same prompt, which share it. If
+        there are none, they are others with prompts of the same length that fit the rows: as many
+        as there are rows, and at most `max_prefill_tokens` together.
         """
-        if self.prefilling or not self.waiting:
+        if self.prefilling or not self.waiting or len(self.decoding) >= self.cache.max_rows:
             return []
+        counts = Counter(sequence.prompt for sequence in self.waiting)
         first = self.waiting[0]
-        length = len(first.prompt)
-        free = self._free_rows(first.max_length)
+        if self._can_share(first, counts):
+            admitted = self._admit_group(first)
+        else:
+            admitted = self._admit_alike(first, counts)
+        chosen = set(admitted)
+        if chosen:
+            self.waiting = deque(each for each in self.waiting if each not in chosen)
+        self.prefilling = admitted
+        return admitted
+
+    def _can_share(self, sequence: Sequence, counts: Counter[Prompt]) -> bool:
+        """Whether a sequence that waits shares its prompt with others, running or waiting.
+
+        A new copy of a prompt must leave room for two rows, which alone would hold it twice.
+        """
+        prompt, cache = sequence.prompt, self.cache
+        if prompt.shared is not None:
+            return True
+        length = sequence.request.max_new_tokens
+        return counts[prompt] >= self.min_group and cache.can_hold(len(prompt), length, 2)
+
+    def _admit_group(self, first: Sequence) -> list[Sequence]:
+        """The sequences with the prompt of `first` for which there are rows, shared by them."""
+        prompt, length = first.prompt, first.request.max_new_tokens
+        is_new = prompt.shared is None
+        free = self._find_rows(length, len(prompt) if is_new else 0, keep=prompt)
         if not free:
+            if is_new or self._num_running(prompt):
+                return []
+            self._drop(prompt)  # too long for what its copy leaves; next time it will be alone
             return []
+        if prompt.shared is None:
+            prompt.shared = SharedPrompt(held=self.cache.hold_prompt(len(prompt)))
+            self._sharing.append(prompt)
+        group = itertools.islice(
+            (
+                sequence
+                for sequence in self.waiting
+                if sequence.prompt is prompt
+                and sequence.request.max_new_tokens <= self.cache.row_length
+            ),
+            free,
+        )
+        admitted = list(group)
+        for sequence in admitted:
+            sequence.shared = prompt.shared
+        return admitted
+
+    def _admit_alike(self, first: Sequence, counts: Counter[Prompt]) -> list[Sequence]:
+        """`first` and others with prompts as long as its own, each for itself."""
+        length = len(first.prompt)
+        free = self._find_rows(first.max_length)
         size = min(free, max(self.max_prefill_tokens // length, 1))
         alike = (
             sequence
             for sequence in self.waiting
-            if len(sequence.prompt) == length and sequence.max_length <= self.cache.row_length
+            if len(sequence.prompt) == length
+            and sequence.max_length <= self.cache.row_length
+            and (sequence is first or not self._can_share(sequence, counts))
         )
-        group = list(itertools.islice(alike, size))
-        chosen = set(group)
-        self.waiting = deque(sequence for sequence in self.waiting if sequence not in chosen)
-        self.prefilling = group
-        return group
+        return list(itertools.islice(alike, size))
 
-    def _free_rows(self, length: int) -> int:
-        """Number of free rows for sequences of up to `length` tokens.
+    def _find_rows(self, length: int, prompt_tokens: int = 0, keep: Prompt | None = None) -> int:
+        """`_free_rows`, for which shared prompts that only waiting sequences need are dropped."""
+        free = self._free_rows(length, prompt_tokens)
+        if not free:
+            idle = [each for each in self._sharing if each is not keep]
+            idle = [each for each in idle if not self._num_running(each)]
+            for prompt in idle:
+                self._drop(prompt)
+            if idle:
+                free = self._free_rows(length, prompt_tokens)
+        return free
+
+    def _free_rows(self, length: int, prompt_tokens: int) -> int:
+        """Number of free rows for sequences of up to `length` tokens in their rows.
 
         If the rows are too short, or none is free, the cache is cut anew, into as many rows of the
         longest sequence's length as it has room for.
+
+        Args:
+            prompt_tokens: tokens of a shared prompt that the cache is to hold besides.
         """
         cache, in_use = self.cache, len(self.decoding)
-        needed = max([length, *(sequence.max_length for sequence in self.decoding)])
+        needed = max([length, *(sequence.row_length for sequence in self.decoding)])
         is_few_or_loose = cache.num_rows <= in_use if in_use else cache.row_length > 2 * needed
-        is_good = cache.row_length >= needed and not is_few_or_loose
-        if not is_good and cache.rows_of(needed) > in_use:
-            cache.resize_rows(needed, [sequence.num_cached for sequence in self.decoding])
-        return cache.num_rows - in_use if cache.row_length >= needed else 0
+        is_good = (
+            cache.row_length >= needed
+            and not is_few_or_loose
+            and cache.rows_of(cache.row_length, prompt_tokens) > in_use
+        )
+        if not is_good and cache.rows_of(needed, prompt_tokens) > in_use:
+            held = [sequence.num_cached for sequence in self.decoding]
+            cache.resize_rows(needed, held, prompt_tokens)
+        if cache.row_length < needed:
+            return 0
+        with_room = cache.rows_of(cache.row_length, prompt_tokens)
+        return max(min(cache.num_rows, with_room) - in_use, 0)
+
+    def _num_running(self, prompt: Prompt) -> int:
+        """Sequences that share the copy of a prompt."""
+        rows = itertools.chain(self.decoding, self.prefilling)
+        return sum(sequence.shared is prompt.shared for sequence in rows)
+
+    def _drop(self, prompt: Prompt) -> None:
+        """Free the copy of a prompt, which no running sequence needs."""
+        assert prompt.shared is not None
+        self.cache.drop_prompt(prompt.shared.held)
+        self._sharing.remove(prompt)
+        prompt.shared = None
 
     def start_decoding(self) -> None:
         """Move the prefilling sequences, which are prefilled now, to the decoding ones."""
@@ -76,10 +169,19 @@ class Scheduler:
         self.prefilling = []
 
     def remove(self, sequence: Sequence) -> None:
-        """Remove a sequence, waiting or not, and move another into the row that it leaves."""
+        """Remove a sequence, waiting or not; the last that needs a shared prompt frees it."""
         if sequence in self.waiting:
             self.waiting.remove(sequence)
+        else:
+            self._free_row(sequence)
+        prompt = sequence.prompt
+        if prompt.shared is None or self._num_running(prompt):
             return
+        if not any(each.prompt is prompt for each in self.waiting):
+            self._drop(prompt)
+
+    def _free_row(self, sequence: Sequence) -> None:
+        """Move another sequence into the row that one leaves."""
         rows = self.decoding + self.prefilling
         row = rows.index(sequence)
         if row < len(self.decoding):

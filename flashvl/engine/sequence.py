@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from flashvl.data.features import Tiles
 from flashvl.engine.grammars import Grammar
+from flashvl.engine.prompts import Prompt, SharedPrompt
 from flashvl.engine.request import Completion, FinishReason, Request, Timing, TokenLogprobs
 from flashvl.engine.sampling import Sampler
 from flashvl.engine.tokens import TokenTable
@@ -20,29 +20,32 @@ class Sequence:
 
     id: int
     request: Request
-    prompt: list[int]
-    tiles: Tiles
+    prompt: Prompt
     sampler: Sampler
     text: "AnswerText"
     is_streamed: bool
     grammar: Grammar | None = None
     """State of the request's `structured_outputs`; None if it has none."""
+    shared: SharedPrompt | None = None
+    """The prompt in the cache that the answer goes on from; None: its row holds the prompt too."""
     embeddings: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    """Embeddings of the prompt, kept from its admission until it is in the cache."""
+    """Embeddings of a prompt of its own, kept from its admission until it is in the cache."""
     token_ids: list[int] = field(default_factory=list)
     """Tokens of the answer, with any end tokens that `ignore_eos` passes over."""
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    end: TokenLogprobs | None = None
+    """Token that ended the answer without being part of it, if log-probabilities are asked for."""
     num_cached: int = 0
-    """Tokens of the prompt and the answer that the cache holds."""
+    """Tokens of the answer, and of a prompt of its own, that the row of the cache holds."""
     finish_reason: FinishReason | None = None
     added_s: float = field(default_factory=time.perf_counter)
     admitted_s: float = 0.0
     first_token_s: float = 0.0
 
     @property
-    def is_prefilled(self) -> bool:
-        """Whether the cache holds the whole prompt."""
-        return self.num_cached >= len(self.prompt)
+    def row_length(self) -> int:
+        """Tokens that the row of the cache may have to hold."""
+        return self.request.max_new_tokens if self.shared is not None else self.max_length
 
     @property
     def max_length(self) -> int:
@@ -58,6 +61,7 @@ class Sequence:
             prompt_tokens=len(self.prompt),
             finish_reason=self.finish_reason,
             logprobs=None if self.request.logprobs is None else self.logprobs,
+            end=self.end,
             timing=Timing(
                 queue_s=self.admitted_s - self.added_s,
                 first_token_s=self.first_token_s - self.added_s,

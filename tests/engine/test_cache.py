@@ -10,6 +10,7 @@ from transformers import Qwen2Config
 
 from flashvl.data.features import Tiles
 from flashvl.engine.cache import ROW_STEP, KVCache
+from flashvl.engine.prompts import Prompt
 from flashvl.engine.request import Request
 from flashvl.engine.sampling import Sampler
 from flashvl.engine.scheduler import Scheduler
@@ -62,8 +63,7 @@ def make_sequence(number: int, prompt_tokens: int, max_new_tokens: int) -> Seque
     return Sequence(
         id=number,
         request=request,
-        prompt=prompt,
-        tiles=Tiles(torch.zeros(0).numpy(), ()),
+        prompt=Prompt(prompt, Tiles(torch.zeros(0).numpy(), ())),
         sampler=Sampler(request, prompt, [0]),
         text=AnswerText(None, ()),  # type: ignore[arg-type]
         is_streamed=False,

@@ -14,7 +14,7 @@ from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 from flashvl.engine import Completion, Engine, Request
 from flashvl.engine.images import ImageFeatures
-from flashvl.engine.sampling import Sampler
+from flashvl.engine.sampling import Sampler, admit, choose_tokens
 from flashvl.errors import DataError
 from flashvl.model import FlashVLForConditionalGeneration, FlashVLProcessor
 from flashvl.model.loading import load_model, load_processor
@@ -180,7 +180,8 @@ def test_top_k_and_top_p_admit_what_their_definitions_say(
     logits: list[float], top_k: int, top_p: float
 ) -> None:
     request = Request(messages=[], temperature=1.0, top_k=top_k, top_p=top_p)
-    kept = Sampler(request, [], [0])._truncate(torch.tensor(logits)).isfinite().tolist()
+    values, ids = admit(torch.tensor([logits]), [request], top_k)
+    assert ids is not None
     order = sorted(range(len(logits)), key=lambda token: -logits[token])
     least = logits[order[min(top_k or len(order), len(order)) - 1]]
     admitted = [token for token in order if logits[token] >= least]
@@ -193,7 +194,7 @@ def test_top_k_and_top_p_admit_what_their_definitions_say(
         if abs(before - top_p) < 1e-6:
             return  # rounding decides between equal logits
         before += share
-    found = {token for token, is_kept in enumerate(kept) if is_kept}
+    found = set(ids[values.isfinite()].tolist())
     if len({logits[token] for token in order}) == len(
         order
     ):  # equal logits may come in either order
@@ -205,7 +206,7 @@ def test_repetition_penalty_is_the_librarys() -> None:
     sampler = Sampler(Request(messages=[], repetition_penalty=3.0), prompt, [0])
     processors = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(3.0)])
     expected = processors(torch.tensor([prompt]), logits[None]).argmax().item()
-    assert sampler.choose(logits, 0) == expected == 3
+    assert choose_tokens([sampler], logits[None], [0]) == [expected] == [3]
 
 
 # Text

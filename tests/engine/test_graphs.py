@@ -22,9 +22,12 @@ class Repeated(DecodingGraphs):
 
 
 def make_requests() -> list[Request]:
+    """All prompts differ: equal ones would be shared, and then steps are not recorded."""
     return [
         Request(
-            messages=[{"role": "user", "content": " ".join(WORDS[: 1 + number % 8] * 3)}],
+            messages=[
+                {"role": "user", "content": " ".join([*WORDS[: 1 + number % 8] * 3, str(number)])}
+            ],
             max_new_tokens=1 + 7 * number % 61,
             ignore_eos=True,
         )

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import MinPLogitsWarper
 
 from flashvl.engine import Engine, Request
-from flashvl.engine.sampling import Sampler
+from flashvl.engine.sampling import Sampler, admit, choose_tokens
 from flashvl.errors import DataError
 from flashvl.model.loading import load_model, load_processor
 
@@ -57,7 +57,8 @@ def test_biases_come_before_penalties_as_in_vllm(
         scores[token] -= frequency * said.count(token) + presence
     best, second = sorted(scores, reverse=True)[:2]
     if best - second > 1e-3:  # otherwise rounding decides
-        assert sampler.choose(torch.tensor(logits), len(said)) == scores.index(best)
+        chosen = choose_tokens([sampler], torch.tensor([logits]), [len(said)])
+        assert chosen == [scores.index(best)]
 
 
 @settings(deadline=None, max_examples=60)
@@ -66,8 +67,8 @@ def test_biases_come_before_penalties_as_in_vllm(
     min_p=st.floats(0.01, 1.0),
 )
 def test_min_p_is_the_librarys(logits: list[float], min_p: float) -> None:
-    sampler = Sampler(Request(temperature=1.0, min_p=min_p), [], [0])
-    kept = sampler._truncate(torch.tensor(logits)).isfinite()
+    request = Request(temperature=1.0, min_p=min_p)
+    kept = admit(torch.tensor([logits]), [request], None)[0][0].isfinite()
     expected = MinPLogitsWarper(min_p)(torch.empty(0), torch.tensor([logits]))[0].isfinite()
     shares = torch.tensor(logits).double().softmax(-1)
     sure = ((shares / shares.max()) - min_p).abs() > 1e-5
