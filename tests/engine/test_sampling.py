@@ -75,6 +75,85 @@ def test_min_p_is_the_librarys(logits: list[float], min_p: float) -> None:
     assert torch.equal(kept[sure], expected[sure])
 
 
+def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
+    """By the chi-square statistic of 20,000 draws, with and without the least likely tokens."""
+    logits = torch.tensor([1.0, -torch.inf, 0.3, -2.0, 2.0, 0.3, -30.0, 1.1])
+    shares = (logits.double() / 0.7).softmax(-1)
+    order = shares.argsort(descending=True)
+    for options, admitted in (
+        ({}, range(8)),
+        ({"top_k": 3}, order[:3].tolist()),
+        ({"top_p": 0.9}, order[: int((shares[order].cumsum(0) < 0.9).sum()) + 1].tolist()),
+        ({"min_p": 0.1}, (shares >= 0.1 * shares.max()).nonzero()[:, 0].tolist()),
+    ):
+        expected = torch.zeros(8, dtype=torch.double)
+        expected[list(admitted)] = shares[list(admitted)]
+        expected *= 20_000 / expected.sum()
+        requests = [Request(temperature=0.7, seed=seed, **options) for seed in range(200)]
+        samplers = [Sampler(request, [], [0]) for request in requests]
+        counts = torch.zeros(8, dtype=torch.double)
+        for _ in range(100):
+            for token in choose_tokens(samplers, logits.expand(200, -1), [0] * 200):
+                counts[token] += 1
+        likely = expected > 5
+        assert counts[~likely].sum() < 5
+        statistic = ((counts - expected) ** 2 / expected)[likely].sum()
+        assert statistic < 30  # one in 10,000 exceeds it with seven degrees of freedom
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    rows=st.lists(
+        st.fixed_dictionaries(
+            {
+                "temperature": st.sampled_from([0.0, 0.5, 2.0]),
+                "top_k": st.sampled_from([0, 2, 5]),
+                "top_p": st.sampled_from([0.3, 1.0]),
+                "min_p": st.sampled_from([0.0, 0.2]),
+                "presence_penalty": st.sampled_from([0.0, 1.0]),
+                "logit_bias": st.sampled_from([{}, {3: 2.0}]),
+                "min_new_tokens": st.sampled_from([0, 3]),
+                "seed": st.integers(0, 99),
+            }
+        ),
+        min_size=1,
+        max_size=9,
+    ),
+    seed=st.integers(0, 99),
+)
+def test_a_rows_tokens_do_not_depend_on_the_others(rows: list[dict[str, Any]], seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    steps = torch.randn(4, len(rows), 40, generator=draw).mul(2).round()  # with equal ones
+    steps[:, :, 7] = -torch.inf
+    together, alone = ([Sampler(Request(**options), [], [0]) for options in rows] for _ in range(2))
+    for length, logits in enumerate(steps):
+        found = choose_tokens(together, logits, [length] * len(rows))
+        assert found == [
+            choose_tokens([sampler], row[None], [length])[0]
+            for sampler, row in zip(alone, logits, strict=True)
+        ]
+        assert 7 not in found
+        for token, options in zip(found, rows, strict=True):
+            assert token != 0 or length >= options["min_new_tokens"]
+
+
+@given(chance=st.sampled_from([0.0, 1 - 2**-24]), last=st.floats(0.125, 9, width=32))
+def test_the_ends_of_the_distribution_are_tokens_that_are_admitted(
+    chance: float, last: float
+) -> None:
+    sampler = Sampler(Request(temperature=1.0), [], [0])
+    sampler.uniform = lambda: chance  # type: ignore[method-assign]
+    logits = torch.tensor([[-torch.inf, 1.0, last, 0.5, -torch.inf]])
+    assert choose_tokens([sampler], logits, [0]) == [1 if chance == 0 else 3]
+
+
+def test_no_token_is_chosen_where_none_is_admitted() -> None:
+    samplers = [Sampler(Request(temperature=value), [], [0]) for value in (0.0, 1.0, 1.0)]
+    logits = torch.full((3, 5), -torch.inf)
+    logits[2, 3] = 0.0
+    assert choose_tokens(samplers, logits, [0] * 3) == [None, None, 3]
+
+
 def test_a_biased_token_is_said_or_never(engine: Engine) -> None:
     letter = engine.processor.tokenizer.convert_tokens_to_ids("Q")
     always = Request(messages=QUESTION, max_new_tokens=5, logit_bias={letter: 100.0})
