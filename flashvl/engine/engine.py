@@ -5,6 +5,7 @@ ones removed. Steps alternate: a piece of a prefill, if any waits, then one toke
 that decodes.
 """
 
+import contextlib
 import itertools
 import time
 from collections.abc import Iterator
@@ -57,6 +58,7 @@ class Engine:
         max_num_seqs: int = 64,
         max_model_len: int = MAX_LENGTH,
         max_prefill_tokens: int = 2048,
+        is_trained: bool = False,
     ):
         """
         Args:
@@ -66,6 +68,9 @@ class Engine:
                 as well.
             max_prefill_tokens: prompt tokens in one step, at most, so that long prompts do not keep
                 other requests waiting.
+            is_trained: whether the model is being trained meanwhile. Then no weight is copied into
+                a faster layout, so that each update counts at once, adapters included; and the
+                model is set up for generation only within `borrow_model`.
         """
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = model.to(self.device)
@@ -87,7 +92,8 @@ class Engine:
             dtype=model.dtype,
             device=self.device,
         )
-        self.runner = Runner(self.model, processor, cache)
+        self.is_trained = is_trained
+        self.runner = Runner(self.model, processor, cache, is_trained)
         min_group = MIN_GROUP_ON_GPU if self.runner.graphs is not None else 2
         self.scheduler = Scheduler(cache, max_prefill_tokens, min_group)
         self.image_features = ImageFeatures(self.runner.encode_tiles, IMAGE_CACHE_BYTES)
@@ -119,11 +125,28 @@ class Engine:
         return cls(loaded, load_processor(model), max_num_seqs=max_num_seqs)
 
     def generate(self, requests: Many[Request]) -> list[Completion]:
-        """Answer all `requests`, in their order.
+        """Answer all `requests`, in their order; borrows a model that is being trained.
 
         Raises:
             DataError: one of them cannot be answered; all are cancelled.
         """
+        if self.is_trained:
+            with self.borrow_model():
+                return self._generate(requests)
+        return self._generate(requests)
+
+    @contextlib.contextmanager
+    def borrow_model(self) -> Iterator[None]:
+        """Set up a model that is being trained for `step`, and put it back as it was at the end.
+
+        Its attention is replaced meanwhile, and no module is in training mode. What was kept of
+        images is forgotten, since the weights may have changed.
+        """
+        self.image_features.clear()
+        with self.runner.borrow_model():
+            yield
+
+    def _generate(self, requests: Many[Request]) -> list[Completion]:
         ids: list[int] = []
         try:
             for request in requests:

@@ -3,8 +3,9 @@
 It knows tensors and rows, not requests.
 """
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -25,19 +26,46 @@ class Runner:
     """Runs the model without gradients; `hidden` and `vocabulary` below are the LLM's sizes.
 
     It changes the model: it replaces the attention, and on a CPU in bf16 the linear layers too.
-    The model can still `generate` afterwards, but it cannot be trained or saved.
+    The model can still `generate` afterwards, but it cannot be trained or saved. One that is being
+    trained is changed only within `borrow_model`.
     """
 
     def __init__(
-        self, model: FlashVLForConditionalGeneration, processor: FlashVLProcessor, cache: KVCache
+        self,
+        model: FlashVLForConditionalGeneration,
+        processor: FlashVLProcessor,
+        cache: KVCache,
+        is_trained: bool = False,
     ):
+        """
+        Args:
+            is_trained: whether the weights change meanwhile. Then they are neither packed, as the
+                copies would keep the old values, nor read by CUDA graphs, as they may move.
+        """
         self.model, self.processor, self.cache = model, processor, cache
+        self.language_model = model.model.language_model
+        self.graphs: DecodingGraphs | None = None
+        if is_trained:
+            return
         if can_pack(model.device, model.dtype):
             pack_linear_layers(model)
-        self.language_model = model.model.language_model
         self.language_model.set_attn_implementation(CACHED)
-        is_on_gpu = model.device.type == "cuda"
-        self.graphs = DecodingGraphs(self._decode, cache) if is_on_gpu else None
+        if model.device.type == "cuda":
+            self.graphs = DecodingGraphs(self._decode, cache)
+
+    @contextlib.contextmanager
+    def borrow_model(self) -> Iterator[None]:
+        """Set a model that is being trained up for this runner, and put it back at the end."""
+        attention = self.language_model.config._attn_implementation
+        training = [module for module in self.model.modules() if module.training]
+        try:
+            self.model.eval()
+            self.language_model.set_attn_implementation(CACHED)
+            yield
+        finally:
+            self.language_model.set_attn_implementation(attention)
+            for module in training:
+                module.training = True
 
     @torch.inference_mode()
     def encode_tiles(self, tiles: npt.NDArray[np.uint8]) -> torch.Tensor:
