@@ -1,0 +1,85 @@
+"""The loss of GRPO, token by token, as TRL computes it with `loss_type="grpo"`."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Distribution:
+    """What a model says about the tokens of completions."""
+
+    logprobs: torch.Tensor
+    """(tokens,): log-probability of each token, in fp32."""
+    entropies: torch.Tensor
+    """(tokens,): entropy of the distribution that each token is drawn from, in nats; detached."""
+
+
+def read_logits(
+    logits: torch.Tensor, targets: torch.Tensor, image_token_id: int, temperature: float
+) -> Distribution:
+    """The distribution that the engine samples from: without the image's placeholder, and with the
+    logits divided by the temperature.
+
+    Args:
+        logits: (tokens, vocabulary).
+        targets: (tokens,).
+    """
+    scaled = logits.float() / temperature
+    is_placeholder = torch.arange(scaled.shape[-1], device=scaled.device) == image_token_id
+    # Not -inf: the entropy multiplies it by a probability of 0.
+    scaled = scaled.masked_fill(is_placeholder, torch.finfo(scaled.dtype).min)
+    all_logprobs = scaled.log_softmax(-1)
+    with torch.no_grad():
+        entropies = -(all_logprobs.exp() * all_logprobs).sum(-1)
+    logprobs = all_logprobs.gather(-1, targets[:, None])[:, 0]
+    return Distribution(logprobs=logprobs, entropies=entropies)
+
+
+def token_losses(
+    logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    *,
+    epsilon: float,
+    old_logprobs: torch.Tensor | None = None,
+    importance: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """(tokens,): the clipped policy loss of each token, without the penalty for the divergence.
+
+    Args:
+        logprobs: (tokens,), with gradients.
+        advantages: (tokens,): that of each token's completion.
+        old_logprobs: (tokens,): by the weights before the update; None: these are the same.
+        importance: (tokens,): `importance_ratios`; None: no correction.
+    """
+    ratios = (logprobs - (logprobs.detach() if old_logprobs is None else old_logprobs)).exp()
+    clipped = ratios.clamp(1 - epsilon, 1 + epsilon)
+    losses = -torch.minimum(ratios * advantages, clipped * advantages)
+    return losses if importance is None else losses * importance
+
+
+def importance_ratios(
+    logprobs: torch.Tensor, sampled_logprobs: torch.Tensor, cap: float
+) -> torch.Tensor:
+    """(tokens,): how much likelier the trainer finds each token than the engine that sampled it, at
+    most `cap` (truncated importance sampling); detached."""
+    return (logprobs.detach() - sampled_logprobs).exp().clamp(max=cap)
+
+
+def divergences(logprobs: torch.Tensor, reference_logprobs: torch.Tensor) -> torch.Tensor:
+    """(tokens,): estimates of the KL divergence from the reference (Schulman's k3)."""
+    difference = reference_logprobs - logprobs
+    return difference.exp() - difference - 1
+
+
+def mean_by_completion(values: torch.Tensor, completions: torch.Tensor, count: int) -> torch.Tensor:
+    """(completions,): the mean of each completion's tokens.
+
+    Args:
+        values: (tokens,).
+        completions: (tokens,): number of each token's completion.
+        count: number of completions.
+    """
+    sums = values.new_zeros(count).index_add(0, completions, values)
+    lengths = torch.bincount(completions, minlength=count).clamp(min=1)
+    return sums / lengths
