@@ -3,9 +3,10 @@
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import queue
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
 from flashvl.data.features import Tiles, make_tiles
@@ -33,6 +34,8 @@ class EngineStats:
     """Steps so far that gave a token to each decoding request."""
     num_decoded_tokens: int
     """Tokens that these steps gave."""
+    num_prefilled_tokens: int
+    """Prompt tokens so far that the model has read; prompts that requests share count once."""
     num_image_hits: int
     """Images so far whose features were kept from an earlier request."""
     num_image_misses: int
@@ -81,6 +84,7 @@ class AsyncEngine:
             num_steps=engine.num_steps,
             num_decode_steps=engine.num_decode_steps,
             num_decoded_tokens=engine.num_decoded_tokens,
+            num_prefilled_tokens=engine.num_prefilled_tokens,
             num_image_hits=features.num_hits,
             num_image_misses=features.num_misses,
         )
@@ -96,8 +100,8 @@ class AsyncEngine:
         Raises:
             DataError: the request cannot be answered.
         """
-        async with contextlib.aclosing(self._answer(request, is_streamed=False)) as deltas:
-            async for delta in deltas:
+        async with contextlib.aclosing(self.answer([request], is_streamed=False)) as deltas:
+            async for _, delta in deltas:
                 if delta.completion is not None:
                     return delta.completion
         raise AssertionError("an answer ends with its completion")
@@ -108,37 +112,56 @@ class AsyncEngine:
         Raises:
             DataError: the request cannot be answered.
         """
-        async with contextlib.aclosing(self._answer(request, is_streamed=True)) as deltas:
-            async for delta in deltas:
+        async with contextlib.aclosing(self.answer([request], is_streamed=True)) as deltas:
+            async for _, delta in deltas:
                 yield delta
 
-    async def _answer(self, request: Request, is_streamed: bool) -> AsyncGenerator[Delta, None]:
-        if not isinstance(request.images, Tiles):  # cut outside the engine's thread
+    async def answer(
+        self, requests: Sequence[Request], is_streamed: bool
+    ) -> AsyncGenerator[tuple[int, Delta], None]:
+        """The deltas of several answers as they come, each with its request's place.
+
+        The engine is given all requests at once, so that those with the same prompt share it.
+
+        Args:
+            is_streamed: whether the text comes as it grows, not only with the completion.
+
+        Raises:
+            DataError: one of the requests cannot be answered; all are cancelled.
+        """
+        loop = asyncio.get_running_loop()
+        deltas: asyncio.Queue[tuple[int, Delta | BaseException]] = asyncio.Queue()
+
+        def deliver(number: int, item: Delta | BaseException) -> None:
+            # Nobody waits in a loop that is closed; the request's cancellation is on its way.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(deltas.put_nowait, (number, item))
+
+        calls = [
+            await self._prepare(request, is_streamed, functools.partial(deliver, number))
+            for number, request in enumerate(requests)
+        ]
+        self._call(lambda: self._add(calls))
+        try:
+            num_open = len(calls)
+            while num_open:
+                number, item = await deltas.get()
+                if isinstance(item, BaseException):
+                    raise item
+                yield number, item
+                num_open -= item.completion is not None
+        finally:
+            self._call(lambda: self._cancel(calls))
+
+    async def _prepare(self, request: Request, is_streamed: bool, deliver: Deliver) -> "_Call":
+        """Do outside the engine's thread what would keep other requests waiting there."""
+        if not isinstance(request.images, Tiles):
             tiles = await asyncio.to_thread(make_tiles, request.images, self._engine.processor)
             request = dataclasses.replace(request, images=tiles)
         grammar = None
         if (outputs := request.structured_outputs) is not None:
             grammar = await asyncio.to_thread(self._engine.grammars.compile, outputs)
-        loop = asyncio.get_running_loop()
-        deltas: asyncio.Queue[Delta | BaseException] = asyncio.Queue()
-
-        def deliver(item: Delta | BaseException) -> None:
-            # Nobody waits in a loop that is closed; the request's cancellation is on its way.
-            with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(deltas.put_nowait, item)
-
-        call = _Call(request, grammar, is_streamed, deliver)
-        self._call(lambda: self._add(call))
-        try:
-            while True:
-                item = await deltas.get()
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-                if item.completion is not None:
-                    return
-        finally:
-            self._call(lambda: self._cancel(call))
+        return _Call(request, grammar, is_streamed, deliver)
 
     def _call(self, call: Callable[[], None]) -> None:
         """Run `call` in the engine's thread, or here and now if that thread has ended."""
@@ -191,21 +214,23 @@ class AsyncEngine:
                 if delta.completion is not None:
                     del self._waiting[number]
 
-    def _add(self, call: "_Call") -> None:
-        if self._failure is not None:
-            call.deliver(self._failure)
-            return
-        try:
-            call.number = self._engine.add(call.request, call.is_streamed, call.grammar)
-        except Exception as error:  # whatever it is, it is the caller's
-            call.deliver(error)
-        else:
-            self._waiting[call.number] = call.deliver
+    def _add(self, calls: "Sequence[_Call]") -> None:
+        for call in calls:
+            if self._failure is not None:
+                call.deliver(self._failure)
+                continue
+            try:
+                call.number = self._engine.add(call.request, call.is_streamed, call.grammar)
+            except Exception as error:  # whatever it is, it is the caller's
+                call.deliver(error)
+            else:
+                self._waiting[call.number] = call.deliver
 
-    def _cancel(self, call: "_Call") -> None:
-        if call.number is not None and self._failure is None:
-            self._waiting.pop(call.number, None)
-            self._engine.cancel(call.number)
+    def _cancel(self, calls: "Sequence[_Call]") -> None:
+        for call in calls:
+            if call.number is not None and self._failure is None:
+                self._waiting.pop(call.number, None)
+                self._engine.cancel(call.number)
 
 
 @dataclasses.dataclass(slots=True)

@@ -38,10 +38,10 @@ class ChatHandler:
         """
         wanted = await self.served.prompts.read_chat(request)
         if request.stream:
-            answers = Answers(self.served.engines, wanted)
+            answers = Answers(self.served.engines, [wanted])
             await answers.begin()
             return EventStream(self._events(request, answers), answers)
-        completions = await answer_whole(self.served.engines, wanted)
+        completions = await answer_whole(self.served.engines, [wanted])
         uses_tools = ToolUse.of(request) is not None
         answer = ChatCompletion(
             model=self.served.name,
@@ -71,7 +71,7 @@ class ChatHandler:
             max_tokens=max_tokens,
         )
         wanted = await self.served.prompts.read_chat(request, image)
-        (completion,) = await answer_whole(self.served.engines, wanted)
+        (completion,) = await answer_whole(self.served.engines, [wanted])
         log_answers([completion])
         return Captioned(
             caption=completion.text,

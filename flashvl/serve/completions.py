@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi.responses import JSONResponse, Response
 
-from flashvl.engine import Completion, TokenLogprobs
+from flashvl.engine import Completion, Request, TokenLogprobs
 from flashvl.serve.answers import Served, log_answers
 from flashvl.serve.protocol.answers import Timings, TopLogprob, Usage, new_id, now
 from flashvl.serve.protocol.completions import (
@@ -16,7 +16,6 @@ from flashvl.serve.protocol.completions import (
     TextLogprobs,
 )
 from flashvl.serve.protocol.errors import RequestError
-from flashvl.serve.replica import ReplicaRequest
 from flashvl.serve.streaming import DONE, Answers, EventStream, answer_whole, event
 
 
@@ -39,7 +38,8 @@ class TextHandler:
                 param="logprobs",
             )
         wanted = await self.served.prompts.read_texts(request)
-        echoes = [self._echo(each) if request.echo else "" for each in wanted]
+        asked = [each for prompt in wanted for each in prompt.requests]
+        echoes = [self._echo(each) if request.echo else "" for each in asked]
         if request.stream:
             answers = Answers(self.served.engines, wanted)
             await answers.begin()
@@ -62,8 +62,8 @@ class TextHandler:
         log_answers(completions)
         return JSONResponse(answer.model_dump(exclude=None if answer.timing else {"timing"}))
 
-    def _echo(self, wanted: ReplicaRequest) -> str:
-        text: str = self.served.prompts.tokenizer.decode(wanted.request.prompt)
+    def _echo(self, asked: Request) -> str:
+        text: str = self.served.prompts.tokenizer.decode(asked.prompt)
         return text
 
     async def _events(

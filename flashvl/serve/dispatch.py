@@ -57,11 +57,11 @@ class Engines:
         if self._refusal is not None and time.monotonic() < self._full_until_s:
             raise self._refusal
 
-    async def answer(self, request: ReplicaRequest) -> AsyncGenerator[Delta, None]:
-        """The deltas of one answer; only the last one, if the request is not streamed.
+    async def answer(self, request: ReplicaRequest) -> AsyncGenerator[tuple[int, Delta], None]:
+        """The deltas of the answers to a prompt, with the answers' numbers, all from one replica.
 
-        If a replica dies before its first delta, another one is asked: the client has not seen any
-        part of the answer.
+        There are only the last ones, if the request is not streamed. If a replica dies before its
+        first delta, another one is asked: the client has not seen any part of the answers.
 
         Raises:
             RequestError: the request is refused or takes too long, or its replica dies in the
@@ -77,13 +77,13 @@ class Engines:
                         # A limit for each wait: they need not all run in the same task.
                         with self.traffic.waiting(deadline_s) as limit:
                             async with limit:
-                                delta = await anext(deltas, None)
-                        if delta is None:
+                                item = await anext(deltas, None)
+                        if item is None:
                             return
                         has_begun = True
-                        if isinstance(delta, Refusal):
-                            raise self._as_error(delta)
-                        yield delta
+                        if isinstance(item, Refusal):
+                            raise self._as_error(item)
+                        yield item
                 except LOST:
                     if has_begun or attempt == ATTEMPTS - 1:
                         raise lost() from None

@@ -65,6 +65,10 @@ class EngineMetrics:
             "flashvl_batch_occupancy_ratio",
             description="Share of the slots in use, the mean since the last report.",
         )
+        self.prefilled_tokens = Counter(
+            "flashvl_prefilled_tokens_total",
+            description="Prompt tokens that the model had to read; shared prompts count once.",
+        )
         self.image_hits = Counter(
             "flashvl_image_cache_hits_total",
             description="Images whose features were kept from an earlier request.",
@@ -72,7 +76,7 @@ class EngineMetrics:
         self.image_misses = Counter(
             "flashvl_image_cache_misses_total", description="Images that the model had to encode."
         )
-        self._reported = (0, 0, 0, 0)
+        self._reported = (0, 0, 0, 0, 0)
 
     def count(self, completion: Completion) -> None:
         """Count one answer."""
@@ -93,12 +97,19 @@ class EngineMetrics:
         now = (
             stats.num_decode_steps,
             stats.num_decoded_tokens,
+            stats.num_prefilled_tokens,
             stats.num_image_hits,
             stats.num_image_misses,
         )
-        steps, tokens, hits, misses = (a - b for a, b in zip(now, self._reported, strict=True))
+        steps, tokens, read, hits, misses = (
+            a - b for a, b in zip(now, self._reported, strict=True)
+        )
         self._reported = now
         self.occupancy.set(tokens / (steps * max_num_seqs) if steps else 0.0)
-        for counter, new in ((self.image_hits, hits), (self.image_misses, misses)):
+        for counter, new in (
+            (self.prefilled_tokens, read),
+            (self.image_hits, hits),
+            (self.image_misses, misses),
+        ):
             if new:
                 counter.inc(new)

@@ -58,8 +58,8 @@ class Prompts:
 
     async def read_chat(
         self, request: ChatCompletionRequest, image: bytes | None = None
-    ) -> list[ReplicaRequest]:
-        """What the engines are asked: a request for each answer that `request` wants.
+    ) -> ReplicaRequest:
+        """What an engine is asked: the answers that `request` wants, which share its prompt.
 
         Args:
             image: an encoded image to put before the first message's text.
@@ -89,13 +89,14 @@ class Prompts:
             logprobs=request.top_logprobs if request.logprobs else None,
             structured=structured,
         )
-        return [
-            ReplicaRequest(request=each, images=images, is_streamed=request.stream)
-            for each in _seeded(asked, request.seed, request.n)
-        ]
+        return ReplicaRequest(
+            requests=_seeded(asked, request.seed, request.n),
+            images=images,
+            is_streamed=request.stream,
+        )
 
     async def read_texts(self, request: CompletionRequest) -> list[ReplicaRequest]:
-        """What the engines are asked: for each prompt, a request for each answer to it.
+        """What the engines are asked: for each prompt, the answers to it.
 
         Raises:
             RequestError: the request cannot be answered.
@@ -112,10 +113,8 @@ class Prompts:
                 logprobs=request.logprobs,
                 structured=structured,
             )
-            wanted += [
-                ReplicaRequest(request=each, is_streamed=request.stream)
-                for each in _seeded(asked, request.seed, request.n)
-            ]
+            seeded = _seeded(asked, request.seed, request.n)
+            wanted.append(ReplicaRequest(requests=seeded, is_streamed=request.stream))
         return wanted
 
     async def read_messages(

@@ -8,14 +8,14 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from PIL import Image
 
 from flashvl.config import DEFAULT_PROMPT
-from flashvl.data.features import Tiles, decode_tiles
+from flashvl.data.features import decode_tiles
 from flashvl.engine import AsyncEngine, Completion, Delta, Engine, Request
 from flashvl.engine.remote import RemoteEngine, ServedModel
 from flashvl.engine.runner import share_cores
@@ -37,10 +37,10 @@ time."""
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReplicaRequest:
-    """A request for one answer, on its way from an ingress to a replica."""
+    """A request for one answer or several to a prompt, on its way from an ingress to a replica."""
 
-    request: Request
-    """The engine's request with a prompt of token ids, but without the images."""
+    requests: list[Request]
+    """The engine's request for each answer, with a prompt of token ids, but without the images."""
     images: list[bytes] = field(default_factory=list)
     """Encoded images, in the order of their places in the prompt."""
     is_streamed: bool = False
@@ -83,14 +83,16 @@ class EngineReplica(RemoteEngine):
         self._steps_when_checked = -1
         self._reporting: asyncio.Task[None] | None = None
 
-    async def answer(self, asked: ReplicaRequest) -> AsyncIterator[Delta | Refusal]:
-        """The deltas of one answer, or only the last of them if the request is not streamed.
+    async def answer(self, asked: ReplicaRequest) -> AsyncIterator[tuple[int, Delta] | Refusal]:
+        """The deltas of the answers with the answers' numbers; only the last ones if not streamed.
 
-        Closing the iterator, as Serve does when a client is gone, frees the slot at once.
+        Closing the iterator, as Serve does when a client is gone, frees the slots at once.
         """
         self._report_from_now_on()
         config = self.config
-        if self.num_admitted >= config.max_num_seqs + config.max_waiting:
+        num_open, num_places = len(asked.requests), config.max_num_seqs + config.max_waiting
+        if self.num_admitted + num_open > num_places:
+            is_full = self.num_admitted >= num_places
             yield Refusal(
                 reason="overloaded",
                 message=f"all {config.max_num_seqs} slots and {config.max_waiting} places to wait"
@@ -98,12 +100,11 @@ class EngineReplica(RemoteEngine):
                 retry_after_s=math.ceil(
                     max(self._until_free(config.max_waiting / 2), RETRY_AFTER_S)
                 ),
-                full_for_s=min(self._until_free(config.max_waiting / 4), FULL_S),
+                full_for_s=min(self._until_free(config.max_waiting / 4), FULL_S) * is_full,
             )
             return
         began_s = time.monotonic()
-        completion: Completion | None = None
-        self.num_admitted += 1
+        self.num_admitted += num_open
         try:
             try:  # outside the event loop, which other requests' tokens pass through
                 tiles = await asyncio.to_thread(
@@ -112,21 +113,24 @@ class EngineReplica(RemoteEngine):
             except DataError as error:
                 yield Refusal(reason="invalid_image", message=str(error))
                 return
-            async with contextlib.aclosing(self._deltas(asked, tiles)) as deltas:
-                async for delta in deltas:
-                    completion = delta.completion
-                    if completion is not None:  # counted before the caller, who has all now, stops
-                        self.metrics.count(completion)
+            requests = [replace(request, images=tiles) for request in asked.requests]
+            answers = self.engine.answer(requests, asked.is_streamed)
+            async with contextlib.aclosing(answers) as deltas:
+                async for number, delta in deltas:
+                    if delta.completion is not None:  # counted before the caller may stop
+                        num_open -= 1
+                        self.num_admitted -= 1
+                        self.metrics.count(delta.completion)
                         self._learn_duration(time.monotonic() - began_s)
-                    yield delta
+                    yield number, delta
         except DataError as error:
             yield Refusal(reason="bad_request", message=str(error))
         except (asyncio.CancelledError, GeneratorExit):
-            if completion is None:
-                refusals().inc(tags={"reason": "cancelled"})
+            if num_open:
+                refusals().inc(num_open, tags={"reason": "cancelled"})
             raise
         finally:
-            self.num_admitted -= 1
+            self.num_admitted -= num_open
 
     async def caption(self, request: Request) -> Completion | None:
         """Answer one row of a job; None, at once, where online requests need the room.
@@ -151,16 +155,6 @@ class EngineReplica(RemoteEngine):
         folder_hash = await asyncio.to_thread(hash_folder, resolve_checkpoint(self.config.model))
         return ServedModel(folder_hash, self.config.dtype)
 
-    async def _deltas(self, asked: ReplicaRequest, tiles: Tiles) -> AsyncGenerator[Delta, None]:
-        request = replace(asked.request, images=tiles)
-        if asked.is_streamed:
-            async with contextlib.aclosing(self.engine.stream(request)) as deltas:
-                async for delta in deltas:
-                    yield delta
-        else:
-            completion = await self.engine.generate(request)
-            yield Delta(text=completion.text, completion=completion)
-
     async def load(self) -> tuple[int, int]:
         """The numbers of requests that are running and that wait."""
         stats = self.engine.stats()
@@ -181,7 +175,7 @@ class EngineReplica(RemoteEngine):
     def _until_free(self, places: float) -> float:
         """Seconds until `places` more requests fit, by Little's law: requests leave at the rate
         (requests here) / (seconds that each stays)."""
-        return places * self._seconds_per_answer / self.num_admitted
+        return places * self._seconds_per_answer / max(self.num_admitted, 1)
 
     def _learn_duration(self, seconds: float) -> None:
         self._seconds_per_answer += 0.1 * (seconds - self._seconds_per_answer)

@@ -76,10 +76,10 @@ class ResponseHandler:
             raise
         writer = ResponseWriter(request, self.served.name, ToolUse.of(chat) is not None)
         if request.stream:
-            answers = Answers(self.served.engines, wanted)
+            answers = Answers(self.served.engines, [wanted])
             await answers.begin()
             return EventStream(self._events(answers, writer), answers)
-        (completion,) = await answer_whole(self.served.engines, wanted)
+        (completion,) = await answer_whole(self.served.engines, [wanted])
         log_answers([completion])
         list(writer.write(completion.text, self._logprobs(completion), is_last=True))
         list(writer.end(completion))

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import json
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
@@ -44,31 +45,37 @@ async def answer_whole(engines: Engines, requests: list[ReplicaRequest]) -> list
     """
     tasks = [asyncio.create_task(_whole(engines, request)) for request in requests]
     try:
-        return await asyncio.gather(*tasks)
+        return list(itertools.chain.from_iterable(await asyncio.gather(*tasks)))
     finally:
         await _end(tasks)
 
 
-async def _whole(engines: Engines, request: ReplicaRequest) -> Completion:
+async def _whole(engines: Engines, request: ReplicaRequest) -> list[Completion]:
+    completions: dict[int, Completion] = {}
     async with contextlib.aclosing(engines.answer(request)) as deltas:
-        async for delta in deltas:
+        async for number, delta in deltas:
             if delta.completion is not None:
-                return delta.completion
-    raise lost()
+                completions[number] = delta.completion
+    if len(completions) < len(request.requests):
+        raise lost()
+    return [completions[number] for number in sorted(completions)]
 
 
 class Answers:
     """The deltas of several answers as they come, each with its answer's number.
 
-    Each answer has a task of its own, in which its timeout holds from its beginning to its end.
+    Each prompt has a task of its own, in which its timeout holds from its beginning to its end.
     """
 
     def __init__(self, engines: Engines, requests: list[ReplicaRequest]):
         self._arrived: asyncio.Queue[tuple[int, Delta] | Exception] = asyncio.Queue()
         self._early: list[tuple[int, Delta]] = []
+        counts = [len(request.requests) for request in requests]
+        self._num_answers = sum(counts)
+        firsts = itertools.accumulate(counts, initial=0)
         self._tasks = [
-            asyncio.create_task(self._pump(engines, number, request))
-            for number, request in enumerate(requests)
+            asyncio.create_task(self._pump(engines, first, request))
+            for first, request in zip(firsts, requests, strict=False)
         ]
 
     async def begin(self) -> None:
@@ -79,7 +86,7 @@ class Answers:
         """
         begun: set[int] = set()
         try:
-            while len(begun) < len(self._tasks):
+            while len(begun) < self._num_answers:
                 number, delta = await self._next()
                 self._early.append((number, delta))
                 begun.add(number)
@@ -94,7 +101,7 @@ class Answers:
         """
         for item in self._early:
             yield item
-        left = len(self._tasks) - sum(delta.completion is not None for _, delta in self._early)
+        left = self._num_answers - sum(delta.completion is not None for _, delta in self._early)
         while left:
             number, delta = await self._next()
             yield number, delta
@@ -110,14 +117,15 @@ class Answers:
             raise item
         return item
 
-    async def _pump(self, engines: Engines, number: int, request: ReplicaRequest) -> None:
-        completion = None
+    async def _pump(self, engines: Engines, first: int, request: ReplicaRequest) -> None:
+        """Put the deltas of a prompt's answers into the queue; their numbers begin at `first`."""
+        num_open = len(request.requests)
         try:
             async with contextlib.aclosing(engines.answer(request)) as deltas:
-                async for delta in deltas:
-                    completion = delta.completion
-                    self._arrived.put_nowait((number, delta))
-            if completion is None:
+                async for number, delta in deltas:
+                    num_open -= delta.completion is not None
+                    self._arrived.put_nowait((first + number, delta))
+            if num_open:
                 raise lost()
         except Exception as error:
             self._arrived.put_nowait(error)

@@ -1,13 +1,14 @@
 """Many coroutines share an engine: each gets its own answer, or its own error."""
 
 import asyncio
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from flashvl.data import synthetic
-from flashvl.engine import AsyncEngine, Engine, Request
+from flashvl.engine import AsyncEngine, Completion, Engine, Request
 from flashvl.errors import DataError
 from flashvl.model.loading import load_model, load_processor
 from tests.support.images import noise
@@ -38,6 +39,46 @@ def test_each_gets_its_own_answer(asynchronous: AsyncEngine, engine: Engine) -> 
     expected = [engine.generate([ask(seed)])[0] for seed in range(20)]
     assert asyncio.run(all_at_once()) == expected
     assert asyncio.run(all_at_once()) == expected  # in another event loop
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_answers_to_one_prompt_share_it(
+    asynchronous: AsyncEngine, engine: Engine, is_streamed: bool
+) -> None:
+    """More than there are slots: those that wait join those that run."""
+    requests = [
+        dataclasses.replace(ask(40), seed=seed, temperature=1.5, ignore_eos=True)
+        for seed in range(8)
+    ]
+    expected = [engine.generate([request])[0] for request in requests]
+
+    async def collect() -> tuple[dict[int, Completion], list[str]]:
+        found, texts = {}, [""] * len(requests)
+        async for number, delta in asynchronous.answer(requests, is_streamed):
+            texts[number] += delta.text
+            if delta.completion is not None:
+                found[number] = delta.completion
+        return found, texts
+
+    found, texts = asyncio.run(collect())
+    assert [found[number] for number in range(8)] == expected
+    assert texts == [completion.text for completion in expected]
+    stats = asynchronous.stats()
+    assert (stats.num_image_misses, stats.num_image_hits) == (1, 0)
+    assert stats.num_prefilled_tokens == expected[0].prompt_tokens
+
+
+def test_one_bad_request_ends_all_that_were_asked_together(asynchronous: AsyncEngine) -> None:
+    requests = [ask(1, max_new_tokens=900, ignore_eos=True), ask(2, max_new_tokens=10**6)]
+
+    async def collect() -> None:
+        async for _ in asynchronous.answer(requests, False):
+            pass
+
+    with pytest.raises(DataError, match="max_new_tokens"):
+        asyncio.run(collect())
+    asyncio.run(asynchronous.generate(ask(3)))  # after them
+    assert asynchronous.stats().is_idle
 
 
 def test_a_stream_comes_in_pieces() -> None:

@@ -71,6 +71,28 @@ def test_metrics_count_what_was_answered(url: str, cluster: Cluster) -> None:
         assert f"ray_flashvl_{gauge}" in now
 
 
+def test_several_answers_to_a_prompt_share_it(url: str, cluster: Cluster) -> None:
+    """Its picture is encoded once, and its tokens are read once; the answers differ."""
+    before = read_settled(cluster)
+    body = {
+        "model": "tiny",
+        "messages": ask("a large red circle " * 100, encode(noise(79))),
+        "max_tokens": 8,
+        "n": 8,
+        "temperature": 2.0,
+        "seed": 3,
+    }
+    answer = requests.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()
+    assert len({choice["message"]["content"] for choice in answer["choices"]}) > 1
+    prompt_tokens = answer["usage"]["prompt_tokens"]
+    after = read_settled(cluster)
+    names = ("ray_flashvl_prefilled_tokens_total", "ray_flashvl_image_cache_misses_total")
+    read_tokens, encoded = (after[name] - before.get(name, 0.0) for name in names)
+    # Health checks have short prompts, about a picture that is kept.
+    assert 8 * 50 < prompt_tokens <= read_tokens < 2 * prompt_tokens
+    assert encoded == 1
+
+
 def test_logs_tell_of_requests_and_not_what_was_said(url: str, cluster: Cluster) -> None:
     body = {"model": "tiny", "messages": ask(SECRET, encode(noise(78))), "max_tokens": 5}
     headers = {"X-Request-ID": "a-request-of-this-test"}

@@ -27,15 +27,15 @@ def chat(**fields: object) -> ChatCompletionRequest:
 
 def test_a_prompt_is_token_ids_that_the_decoded_images_would_give(prompts: Prompts) -> None:
     """An engine need not tokenize again what the service has tokenized."""
-    (wanted,) = asyncio.run(prompts.read_chat(chat(seed=3)))
+    wanted = asyncio.run(prompts.read_chat(chat(seed=3)))
     tiles = decode_tiles(wanted.images, prompts.processor)
     content = [*[{"type": "image"}] * 3, {"type": "text", "text": "Which of <image>?"}]
     expected = encode_prompt(
         [{"role": "user", "content": content}], tiles.counts, prompts.processor
     )
-    assert wanted.request == Request(prompt=expected, max_new_tokens=7, seed=3, stop=())
+    assert wanted.requests == [Request(prompt=expected, max_new_tokens=7, seed=3, stop=())]
 
 
 def test_each_answer_has_a_seed_of_its_own(prompts: Prompts) -> None:
     wanted = asyncio.run(prompts.read_chat(chat(seed=3, n=3)))
-    assert [each.request.seed for each in wanted] == [3, 4, 5]
+    assert [each.seed for each in wanted.requests] == [3, 4, 5]
