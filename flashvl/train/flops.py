@@ -6,7 +6,7 @@ checkpoint's recomputation and the dummy image of a batch without images are no 
 enter none of these numbers unless asked for.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from flashvl.engine.cache import head_dim
@@ -47,7 +47,11 @@ class PartFlops:
 
 
 def forward_flops(
-    config: FlashVLConfig, num_tokens: float, num_tiles: float, num_labels: float | None = None
+    config: FlashVLConfig,
+    num_tokens: float,
+    num_tiles: float,
+    num_labels: float | None = None,
+    branches: Sequence[float] = (),
 ) -> dict[str, PartFlops]:
     """Operations of the forward pass of one row, for each of `PARTS`.
 
@@ -61,11 +65,13 @@ def forward_flops(
         lm_head                2 num_labels d vocabulary
 
     N tokens attend to those before them alone, half of the N^2 pairs; h is the width of all query
-    heads together, k that of the key heads.
+    heads together, k that of the key heads. Tokens of different branches do not attend to each
+    other: with branches of n tokens, N^2 is less by (sum of n)^2 - sum of n^2.
 
     Args:
-        num_tokens: tokens of the row, with those of its tiles.
+        num_tokens: tokens of the row, with those of its tiles and its branches.
         num_labels: tokens whose logits are computed; None: every token that is not a tile's.
+        branches: tokens of each branch.
     """
     vision, text = config.vision_config, config.text_config
     patches = (vision.image_size // vision.patch_size) ** 2
@@ -77,6 +83,7 @@ def forward_flops(
     visual_tokens = num_tiles * config.image_seq_length
     if num_labels is None:
         num_labels = num_tokens - visual_tokens
+    pairs = num_tokens**2 - sum(branches) ** 2 + sum(length**2 for length in branches)
     return {
         "patch_embedding": PartFlops(linear=2 * num_tiles * patches * pixels * width),
         "vision_tower": _layers(
@@ -90,15 +97,18 @@ def forward_flops(
             2 * num_tokens * text.num_hidden_layers,
             weights=_text_block_weights(config),
             last=text.hidden_size * text.intermediate_size,
-            attention=text.num_hidden_layers * 2 * num_tokens**2 * _query_width(config),
+            attention=text.num_hidden_layers * 2 * pairs * _query_width(config),
         ),
         "lm_head": PartFlops(linear=2 * num_labels * text.hidden_size * text.vocab_size),
     }
 
 
-def row_flops(config: FlashVLConfig, num_tokens: float, num_tiles: float) -> float:
+def row_flops(
+    config: FlashVLConfig, num_tokens: float, num_tiles: float, branches: Sequence[float] = ()
+) -> float:
     """Operations of the forward pass of one row, whose logits are those of all its text."""
-    return sum(part.total for part in forward_flops(config, num_tokens, num_tiles).values())
+    parts = forward_flops(config, num_tokens, num_tiles, branches=branches)
+    return sum(part.total for part in parts.values())
 
 
 def training_flops(
@@ -109,7 +119,9 @@ def training_flops(
     gradient_checkpointing: bool = False,
     *,
     num_labels: float | None = None,
+    branches: Sequence[float] = (),
     has_lora: bool = False,
+    has_reference: bool = False,
 ) -> float:
     """Operations of the forward and the backward pass of one row.
 
@@ -123,10 +135,16 @@ def training_flops(
             that the gradient reaches. MFU leaves it out, as it is no useful work.
         has_lora: whether low-rank adapters are trained in place of the parts' weights; their own
             operations are too few to count.
+        has_reference: whether a frozen model computes the row as well, forward alone. It shares the
+            output of a tower that is not trained.
     """
     total = 0.0
     is_reached = False
-    for name, part in forward_flops(config, num_tokens, num_tiles, num_labels).items():
+    parts = forward_flops(config, num_tokens, num_tiles, num_labels, branches)
+    for name, part in parts.items():
+        is_shared = OWNERS.get(name, name) == "vision_tower" and "vision_tower" not in trainable
+        if has_reference and not is_shared:
+            total += part.total
         is_trained = OWNERS.get(name, name) in trainable
         is_reached = is_reached or is_trained
         total += part.total

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from flashvl.model import FlashVLConfig, FlashVLForConditionalGeneration
+from flashvl.train.recipe import MODEL_PARTS
 
-MODEL_PARTS = ("vision_tower", "multi_modal_projector", "language_model")
 PAPER_MILLION = 2**20
 """What the paper's M stands for: its adapter of 91.02M has 95,445,504 parameters."""
 NOT_COUNTED = ("embed_tokens", "lm_head", "vision_tower.embeddings", "vision_tower.head")
@@ -59,7 +59,8 @@ def count_parameters(
     with torch.device("meta"):
         model = FlashVLForConditionalGeneration(config)
     model.tie_weights()
-    total, trained = dict.fromkeys(MODEL_PARTS, 0), dict.fromkeys(MODEL_PARTS, 0)
+    total: dict[str, int] = dict.fromkeys(MODEL_PARTS, 0)
+    trained = dict.fromkeys(total, 0)
     paper_count = 0
     for name, weight in model.named_parameters():  # a tied head is not named again
         part = next((part for part in MODEL_PARTS if f"model.{part}." in name), "language_model")

@@ -6,7 +6,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import (
     BeforeValidator,
@@ -22,6 +22,8 @@ from flashvl.train.feed.mixture import TrainingData
 
 ModelPart = Literal["vision_tower", "multi_modal_projector", "language_model"]
 """Part of the model, by the name of its module."""
+MODEL_PARTS: tuple[ModelPart, ...] = get_args(ModelPart)
+"""All parts, in the order in which a row passes through them."""
 
 
 class Recipe(StrictModel):
@@ -36,7 +38,7 @@ class Recipe(StrictModel):
     output_dir: Annotated[str, BeforeValidator(os.fspath)]
     """Folder or URI (s3://, gs://, abfs://, hdfs://) for the trained model, its checkpoints and its
     logs, which all nodes reach. The same recipe again resumes what a stopped run left there."""
-    trainable: tuple[ModelPart, ...] = ("vision_tower", "multi_modal_projector", "language_model")
+    trainable: tuple[ModelPart, ...] = MODEL_PARTS
     """Parts that are trained (paper, Table 1); the others stay bit-identical."""
 
     num_trainable_params: PositiveInt | None = None
@@ -122,6 +124,11 @@ class Recipe(StrictModel):
                 )
         return self
 
+    @property
+    def has_reference(self) -> bool:
+        """Whether a step computes the model that the stage began with, too."""
+        return False
+
 
 class LoraSettings(StrictModel):
     """Low-rank adapters on the linear layers of the trainable parts (PEFT's `LoraConfig`)."""
@@ -192,6 +199,10 @@ class DpoRecipe(Recipe):
     """Steps of linear warm-up. The paper gives none; this is a tenth of its 363 steps."""
     spike_factor: float | None = Field(default=None, gt=1, allow_inf_nan=False)
     """As in the other kinds; None, as the loss of pairs may come close to zero."""
+
+    @property
+    def has_reference(self) -> bool:
+        return True
 
 
 AnyRecipe = SupervisedRecipe | CellsRecipe | DpoRecipe

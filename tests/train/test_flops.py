@@ -122,3 +122,26 @@ def test_a_row_of_the_static_model_takes_what_the_plan_of_the_paper_assumes() ->
     assert adapter == pytest.approx(3.73e12, rel=0.01)
     assert training_flops(config, ALL_PARTS, 456, 1) == pytest.approx(6.99e12, rel=0.01)
     assert training_flops(config, ALL_PARTS, 456, 1, has_lora=True) < 0.7 * 6.99e12
+
+
+def test_tokens_of_different_branches_do_not_attend_to_each_other() -> None:
+    """Against a count of the pairs that attend, half of those of a square."""
+    config = small("static")
+    branches, prompt = (5, 9, 2), 30
+    owner = torch.tensor([-1] * prompt + [n for n, b in enumerate(branches) for _ in range(b)])
+    num_tokens = len(owner)
+    sees = (owner[None] == owner[:, None]) | (owner[None] == -1)
+    num_pairs = int(sees.tril(-1).sum()) + num_tokens / 2  # the diagonal counts half, as in N^2 / 2
+    whole = forward_flops(config, num_tokens, 0)["language_model"].attention
+    found = forward_flops(config, num_tokens, 0, branches=branches)["language_model"].attention
+    assert found / whole == pytest.approx(num_pairs / (num_tokens**2 / 2))
+
+
+def test_a_reference_adds_the_forward_pass_of_what_it_does_not_share() -> None:
+    config = small("iss")
+    parts = ("multi_modal_projector", "language_model")
+    alone = training_flops(config, parts, 600, 5, has_lora=True)
+    both = training_flops(config, parts, 600, 5, has_lora=True, has_reference=True)
+    forward = forward_flops(config, 600, 5)
+    shared = forward["patch_embedding"].total + forward["vision_tower"].total
+    assert both - alone == pytest.approx(row_flops(config, 600, 5) - shared)

@@ -9,7 +9,7 @@ from flashvl.errors import ConfigError
 from flashvl.model.presets import build_config
 from flashvl.train.feed.mixture import load_tables
 from flashvl.train.parameters import count_parameters
-from flashvl.train.recipe import AnyRecipe, SupervisedRecipe, load_recipe
+from flashvl.train.recipe import AnyRecipe, DpoRecipe, load_recipe
 from tests.support.recipes import CONFIGS, RECIPES, name_of
 
 ALL_PARTS = ("vision_tower", "multi_modal_projector", "language_model")
@@ -26,9 +26,8 @@ def test_every_recipe_in_the_repository_loads(path: Path) -> None:
     assert recipe.stage == path.stem
     assert recipe.preset is not None
     if recipe.num_trainable_params is not None:
-        lora = recipe.lora if isinstance(recipe, SupervisedRecipe) else None
-        config = build_config(recipe.preset)
-        counted = count_parameters(config, recipe.trainable, lora.r if lora else None)
+        rank = recipe.lora.r if recipe.lora is not None else None
+        counted = count_parameters(build_config(recipe.preset), recipe.trainable, rank)
         assert counted.num_trained == recipe.num_trainable_params
 
 
@@ -64,6 +63,19 @@ def test_stage_4_has_the_21_sources_of_the_papers_table() -> None:
     assert len(tables) == len({table.path for table in tables}) == 21
 
 
+@pytest.mark.parametrize("preset", FULL_SIZE)
+def test_stage_5_follows_the_paper(preset: str) -> None:
+    """Section 3.3, Table 1 and section 4.1: LoRA on LLM and adapter, beta 0.1, 87k pairs, once."""
+    recipe = load(f"{preset}/stage5.yaml")
+    assert isinstance(recipe, DpoRecipe)
+    assert (recipe.beta, recipe.trainable) == (0.1, ALL_PARTS[1:])
+    assert recipe.lora is not None
+    with pytest.raises(ConfigError, match="beta=0"):
+        load(f"{preset}/stage5.yaml", "beta=0")
+    assert (recipe.global_batch_size, recipe.num_workers) == (240, 40)
+    assert sum(table.count or 0 for table in load_tables(recipe.data)) == 87_000
+
+
 def test_ablations_have_the_papers_setting() -> None:
     """Section 4.1: 8 GPUs, 48 rows a step, 400 steps of warm-up; 2.5M rows, then 665K."""
     for stage, learning_rates, num_rows in (
@@ -78,7 +90,8 @@ def test_ablations_have_the_papers_setting() -> None:
 
 @pytest.mark.parametrize("folder", [*FULL_SIZE, "tiny"])
 def test_each_stage_starts_where_the_one_before_ended(folder: str) -> None:
-    recipes = [load(f"{folder}/stage{number}.yaml") for number in (1, 2, 3, 4)]
+    numbers = range(1, 6) if folder in FULL_SIZE else range(1, 5)
+    recipes = [load(f"{folder}/stage{number}.yaml") for number in numbers]
     for before, after in zip(recipes, recipes[1:], strict=False):
         assert after.init_from == str(before.output_dir)
 
@@ -101,7 +114,7 @@ def test_tiny_never_sees_a_scene_series_twice() -> None:
         ("max_length=9999", "max_length (9999) is above token_budget (4096)"),
         ("learning_rates={language_model: 1e-5}", "learning_rates has language_model"),
         ("kind=cells", "kind 'cells' needs data.synthetic"),
-        ("kind=dpo", "kind='dpo': must be one of supervised, cells"),
+        ("kind=ppo", "kind='ppo': must be one of supervised, cells"),
         ("kind=", "kind=None"),
         ("data.synthetic={count: 4}", "exactly one of data.parquet, data.mixture and data.synth"),
         ("trainable=[tower]", "'tower'"),

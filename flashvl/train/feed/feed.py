@@ -227,7 +227,10 @@ def _divide(documents: list[Document], feed: Feed, num_workers: int) -> list[lis
     config = _config(feed.model)
     packed = pack(
         [len(document.input_ids) for document in documents],
-        [row_flops(config, len(each.input_ids), len(each.tiles)) for each in documents],
+        [
+            row_flops(config, len(each.input_ids), len(each.tiles), each.branches)
+            for each in documents
+        ],
         num_workers,
         feed.token_budget,
     )

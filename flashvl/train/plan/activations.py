@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 from flashvl.engine.cache import head_dim
 from flashvl.model import FlashVLConfig
 from flashvl.train.flops import SWIGLU_TOWERS
+from flashvl.train.recipe import MODEL_PARTS
 
 FLOAT = 4
 """Bytes of an fp32 number: norms and losses compute in fp32 whatever the weights are."""
@@ -43,8 +44,8 @@ class Saving:
 
 def saving_of(part: str, trainable: Collection[str], has_lora: bool = False) -> Saving:
     """What the backward pass needs of a part, named as in `trainable`."""
-    order = ("vision_tower", "multi_modal_projector", "language_model")
-    before = order[: order.index(part) + 1]
+    names = list[str](MODEL_PARTS)
+    before = names[: names.index(part) + 1]
     is_trained = part in trainable
     return Saving(
         inputs=any(name in trainable for name in before),
@@ -73,10 +74,7 @@ def activation_bytes(
     vision, text = config.vision_config, config.text_config
     b = number_bytes
     patches = batch.num_tiles * (vision.image_size // vision.patch_size) ** 2
-    saving = {
-        part: saving_of(part, trainable, has_lora)
-        for part in ("vision_tower", "multi_modal_projector", "language_model")
-    }
+    saving = {part: saving_of(part, trainable, has_lora) for part in MODEL_PARTS}
     tower = saving["vision_tower"]
     tower_layer = patches * _tower_layer(config, tower, b)
     llm = saving["language_model"]

@@ -32,6 +32,9 @@ class Memory:
     logits: int
     buffers: int
     """Copies that DeepSpeed makes to send gradients."""
+    reference: int
+    """Frozen copy of the weights that the stage starts from, where there are no adapters to turn
+    off; a tower that is not trained is not copied."""
 
     @property
     def total(self) -> int:
@@ -107,6 +110,7 @@ def plan_memory(
     num_workers: int,
     gradient_checkpointing: bool,
     has_lora: bool,
+    has_reference: bool = False,
 ) -> Memory:
     """Memory of a worker at its height, in a step of two micro-batches or more.
 
@@ -116,11 +120,16 @@ def plan_memory(
     states = state_bytes(
         parameters, precision=precision, zero_stage=zero_stage, num_workers=num_workers
     )
+    number_bytes = 2 if precision == "bf16" else FLOAT
+    copied = 0
+    if has_reference and not has_lora:
+        tower = 0 if "vision_tower" in trainable else parameters.total["vision_tower"]
+        copied = parameters.num_total - tower
     activations = activation_bytes(
         config,
         trainable,
         batch,
-        number_bytes=2 if precision == "bf16" else FLOAT,
+        number_bytes=number_bytes,
         gradient_checkpointing=gradient_checkpointing,
         has_lora=has_lora,
     )
@@ -134,6 +143,7 @@ def plan_memory(
         activations=activations,
         logits=logits,
         buffers=max(in_backward, at_the_end),
+        reference=copied * number_bytes,
     )
 
 

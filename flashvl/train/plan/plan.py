@@ -18,7 +18,7 @@ from flashvl.train.plan.assumptions import Assumptions
 from flashvl.train.plan.gpus import GIB, Gpu, find_gpu
 from flashvl.train.plan.memory import Memory, plan_memory, sending_bytes
 from flashvl.train.plan.row_sizes import RowSize, count_rows, find_config, sample_rows
-from flashvl.train.recipe import AnyRecipe, CellsRecipe
+from flashvl.train.recipe import AnyRecipe, CellsRecipe, DpoRecipe
 
 GB = 10**9
 HOST_GB_PER_S = 10
@@ -167,7 +167,12 @@ def build_plan(recipe: AnyRecipe, assumptions: Assumptions) -> Plan:
         )
     config = find_config(recipe)
     num_rows = assumptions.rows or count_rows(recipe)
-    row = sample_rows(recipe) or RowSize.assume(config, assumptions.text_tokens, assumptions.images)
+    row = sample_rows(recipe) or RowSize.assume(
+        config,
+        assumptions.text_tokens,
+        assumptions.images,
+        num_branches=2 if isinstance(recipe, DpoRecipe) else 0,
+    )
     image_bytes = assumptions.image_kb * 1000 * assumptions.images
     stage = _Stage(recipe, config, num_gpus, row)
     usable = int(gpu.memory_gib * GIB * (1 - assumptions.reserve))
@@ -259,7 +264,9 @@ class _Stage:
             row.num_tiles,
             gradient_checkpointing,
             num_labels=row.num_labels,
+            branches=row.branches,
             has_lora=self.has_lora,
+            has_reference=self.recipe.has_reference,
         )
 
     def memory(self, token_budget: int | None = None, **changed: Any) -> Memory:
@@ -288,6 +295,7 @@ class _Stage:
             precision=recipe.precision,
             num_workers=self.num_gpus,
             has_lora=self.has_lora,
+            has_reference=recipe.has_reference,
             **(options | changed),
         )
 

@@ -87,6 +87,7 @@ def _memory(plan: Plan) -> list[tuple[str, str]]:
     lines = [
         (name, f"{size / GIB:6.1f} GiB  {'#' * round(BAR * size / most)}".rstrip())
         for name, size in parts.items()
+        if size or name != "reference"
     ]
     rows = plan.largest_token_budget / plan.row.num_tokens
     state = f"ZeRO {plan.zero_stage}, {plan.precision}"

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
+import numpy as np
+
 from flashvl.data.features import IGNORE_INDEX
 from flashvl.errors import CheckpointError, ConfigError
 from flashvl.model import FlashVLConfig
@@ -30,21 +32,31 @@ class RowSize:
     """Tokens whose logits are computed."""
     source: str
     """Where the numbers come from."""
+    branches: tuple[float, ...] = ()
+    """Tokens of each branch: of the chosen and of the rejected answer of a pair."""
 
     @property
     def num_tokens(self) -> float:
         return self.text_tokens + self.visual_tokens
 
     @classmethod
-    def assume(cls, config: FlashVLConfig, text_tokens: int, images: float) -> Self:
-        """A row with some images, cut as the model cuts them, whose text is all to be learnt."""
+    def assume(
+        cls, config: FlashVLConfig, text_tokens: int, images: float, num_branches: int = 0
+    ) -> Self:
+        """A row with some images, cut as the model cuts them, whose text is all to be learnt.
+
+        Args:
+            num_branches: answers to the same images, each of `text_tokens`; 0: the text is one.
+        """
         num_tiles = images * config.tiling_rule.num_tiles(IMAGE_SIZE)
+        text = text_tokens * max(1, num_branches)
         return cls(
-            text_tokens=text_tokens,
+            text_tokens=text,
             visual_tokens=num_tiles * config.image_seq_length,
             num_tiles=num_tiles,
-            num_labels=text_tokens,
+            num_labels=text,
             source="assumed",
+            branches=(float(text_tokens),) * num_branches,
         )
 
 
@@ -111,12 +123,14 @@ def sample_rows(recipe: AnyRecipe) -> RowSize | None:
     num_tiles = sum(int(batch.num_tiles.sum()) for batch in batches)
     visual = num_tiles * FlashVLConfig.from_pretrained(folder).image_seq_length
     num_labels = sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in batches)
+    branches = np.concatenate([batch.branches for batch in batches]).reshape(count, -1)
     return RowSize(
         text_tokens=(num_tokens - visual) / count,
         visual_tokens=visual / count,
         num_tiles=num_tiles / count,
         num_labels=num_labels / count,
         source=f"means of {count} rows",
+        branches=tuple(branches.mean(axis=0).tolist()),
     )
 
 

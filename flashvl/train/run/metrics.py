@@ -131,6 +131,7 @@ def count_flops(
         labels = each.labels.reshape(len(each.input_ids), -1)
         is_labelled = (labels != IGNORE_INDEX).any(axis=1)
         num_labels = np.bincount(number_documents(each), weights=is_labelled)
+        branches = np.split(each.branches, np.cumsum(each.num_branches)[:-1])
         total += sum(
             training_flops(
                 config,
@@ -138,10 +139,16 @@ def count_flops(
                 length,
                 num_tiles,
                 num_labels=count,
+                branches=own.tolist(),
                 has_lora=recipe.lora is not None,
+                has_reference=recipe.has_reference,
             )
-            for length, num_tiles, count in zip(
-                each.lengths.tolist(), each.num_tiles.tolist(), num_labels.tolist(), strict=True
+            for length, num_tiles, count, own in zip(
+                each.lengths.tolist(),
+                each.num_tiles.tolist(),
+                num_labels.tolist(),
+                branches,
+                strict=True,
             )
         )
     return total
