@@ -205,12 +205,73 @@ class DpoRecipe(Recipe):
         return True
 
 
-AnyRecipe = SupervisedRecipe | CellsRecipe | DpoRecipe
+class GrpoRecipe(Recipe):
+    """Reinforcement learning on problems whose answers can be checked (GRPO). The names are TRL's.
+
+    A step samples `num_generations` completions of each of its `global_batch_size` prompts.
+    """
+
+    kind: Literal["grpo"]
+    data: TrainingData
+    """Prompts with answers to train on, each once: tables with the schema
+    `flashvl.data.schema.PROMPTS`, or problems of the procedural world."""
+    eval_data: TrainingData | None = None
+    """Held-out prompts, whose completions are sampled and scored; not trained."""
+    lora: LoraSettings | None = None
+    """Low-rank adapters, which are trained in place of the parts' own weights and merged into them
+    at the end; None trains the weights."""
+    global_batch_size: PositiveInt = 10
+    """Prompts in a step, on all workers together (10 of 24 completions on 40 GPUs)."""
+    learning_rate: float = Field(default=1e-6, gt=0, allow_inf_nan=False)
+    """Peak learning rate, after the warm-up. The paper has none for GRPO; this is TRL's default for
+    full weights. Adapters take about ten times as much."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps of linear warm-up."""
+    spike_factor: float | None = Field(default=None, gt=1, allow_inf_nan=False)
+    """As in the other kinds; None, as the loss is close to zero and may be negative."""
+    num_generations: int = Field(default=24, ge=2)
+    """Completions of each prompt, which are compared with each other."""
+    max_completion_length: PositiveInt = 1024
+    """Tokens of a completion at most, its end token included; longer ones are cut."""
+    temperature: float = Field(default=1.0, ge=1e-3, le=1e3)
+    """Divisor of the logits, in sampling and in the loss."""
+    beta: float = Field(default=0.001, ge=0, allow_inf_nan=False)
+    """Weight of the divergence (KL) from the model that the training starts from; 0 needs no
+    reference model."""
+    epsilon: float = Field(default=0.2, gt=0, lt=1)
+    """Change of a token's probability, as a share, beyond which it is not rewarded further."""
+    rewards: dict[str, float] = Field(default={"accuracy": 1.0, "format": 1.0}, min_length=1)
+    """Weights of the reward functions by name: `accuracy`, `exact_match` or `format`, or the import
+    path of one with TRL's signature, as trl.rewards.think_format_reward."""
+    importance_sampling_correction: bool = False
+    """Whether to weigh each token by how much likelier the trainer finds it than the engine that
+    sampled it; needs temperature 1. The step's `logprob_difference` tells how far they differ."""
+    importance_sampling_cap: float = Field(default=3.0, gt=0, allow_inf_nan=False)
+    """Greatest such weight."""
+
+    @model_validator(mode="after")
+    def _check_completions(self) -> Self:
+        if self.max_length + self.max_completion_length > self.token_budget:
+            raise ValueError(
+                f"max_length ({self.max_length}) and max_completion_length"
+                f" ({self.max_completion_length}) exceed token_budget ({self.token_budget}), into"
+                " which a prompt with a completion must fit; lower them, or raise token_budget"
+            )
+        if self.importance_sampling_correction and self.temperature != 1:
+            raise ValueError(
+                "importance_sampling_correction needs temperature=1.0, not"
+                f" {self.temperature}; correct one of them"
+            )
+        return self
+
+
+AnyRecipe = SupervisedRecipe | CellsRecipe | DpoRecipe | GrpoRecipe
 """A recipe of any kind."""
 RECIPES: dict[str, type[AnyRecipe]] = {
     "supervised": SupervisedRecipe,
     "cells": CellsRecipe,
     "dpo": DpoRecipe,
+    "grpo": GrpoRecipe,
 }
 """Recipe classes by their `kind`."""
 

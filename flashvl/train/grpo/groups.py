@@ -13,6 +13,7 @@ from flashvl.model import FlashVLConfig
 from flashvl.train.feed.packing import pack
 from flashvl.train.feed.shares import Int32s, MicroBatch, Tiles
 from flashvl.train.flops import row_flops
+from flashvl.train.grpo.advantages import Float64s
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,7 +63,7 @@ class _Part:
 
     prompt: Prompt
     rollouts: Sequence[Rollout]
-    advantages: Sequence[float]
+    advantages: Float64s
 
     @property
     def length(self) -> int:
@@ -72,7 +73,7 @@ class _Part:
 def build_batches(
     prompts: Sequence[Prompt],
     rollouts: Sequence[Sequence[Rollout]],
-    advantages: Sequence[Sequence[float]],
+    advantages: Sequence[Float64s],
     config: FlashVLConfig,
     token_budget: int,
 ) -> list[GroupBatch]:
@@ -112,7 +113,7 @@ def empty_batch(tile_side: int) -> GroupBatch:
 
 
 def _split(
-    prompt: Prompt, rollouts: Sequence[Rollout], advantages: Sequence[float], token_budget: int
+    prompt: Prompt, rollouts: Sequence[Rollout], advantages: Float64s, token_budget: int
 ) -> Iterator[_Part]:
     start = 0
     room = token_budget - len(prompt.input_ids)
@@ -144,9 +145,7 @@ def _join(parts: Sequence[_Part]) -> GroupBatch:
         sources=np.array([part.prompt.source for part in parts], np.int32),
         num_tiles=np.array([len(part.prompt.tiles) for part in parts], np.int32),
         tiles=np.concatenate([part.prompt.tiles for part in parts]),
-        advantages=np.array(
-            list(itertools.chain.from_iterable(part.advantages for part in parts)), np.float32
-        ),
+        advantages=np.concatenate([part.advantages for part in parts]).astype(np.float32),
         sampled_logprobs=np.array(
             list(itertools.chain.from_iterable(rollout.logprobs for rollout in rollouts)),
             np.float32,

@@ -1,39 +1,26 @@
 """The loss of GRPO, token by token, as TRL computes it with `loss_type="grpo"`."""
 
-from dataclasses import dataclass
-
 import torch
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Distribution:
-    """What a model says about the tokens of completions."""
-
-    logprobs: torch.Tensor
-    """(tokens,): log-probability of each token, in fp32."""
-    entropies: torch.Tensor
-    """(tokens,): entropy of the distribution that each token is drawn from, in nats; detached."""
-
-
-def read_logits(
-    logits: torch.Tensor, targets: torch.Tensor, image_token_id: int, temperature: float
-) -> Distribution:
-    """The distribution that the engine samples from: without the image's placeholder, and with the
-    logits divided by the temperature.
+def adjust_logits(logits: torch.Tensor, image_token_id: int, temperature: float) -> torch.Tensor:
+    """The logits of the distribution that the engine samples from, in fp32: divided by the
+    temperature, and without the image's placeholder.
 
     Args:
         logits: (tokens, vocabulary).
-        targets: (tokens,).
     """
     scaled = logits.float() / temperature
     is_placeholder = torch.arange(scaled.shape[-1], device=scaled.device) == image_token_id
     # Not -inf: the entropy multiplies it by a probability of 0.
-    scaled = scaled.masked_fill(is_placeholder, torch.finfo(scaled.dtype).min)
-    all_logprobs = scaled.log_softmax(-1)
-    with torch.no_grad():
-        entropies = -(all_logprobs.exp() * all_logprobs).sum(-1)
-    logprobs = all_logprobs.gather(-1, targets[:, None])[:, 0]
-    return Distribution(logprobs=logprobs, entropies=entropies)
+    return scaled.masked_fill(is_placeholder, torch.finfo(scaled.dtype).min / 2)
+
+
+@torch.no_grad()
+def entropies_of(logits: torch.Tensor) -> torch.Tensor:
+    """(tokens,): entropy of each token's distribution, in nats."""
+    logprobs = logits.log_softmax(-1)
+    return -(logprobs.exp() * logprobs).sum(-1)
 
 
 def token_losses(

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,14 +19,8 @@ GROUP_SECONDS = 60.0
 Float64s = npt.NDArray[np.float64]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Scores:
-    """Rewards of a group."""
-
-    parts: Float64s
-    """(completions, functions): what each function gave; NaN where it did not tell."""
-    totals: Float64s
-    """(completions,): the weighted sums; NaN where a completion's reward is undefined."""
+FAILED = np.inf
+"""Stands for the reward of a function that failed, where NaN stands for None."""
 
 
 class Scorer:
@@ -67,16 +60,16 @@ class Scorer:
         completions: Sequence[str],
         completion_ids: Sequence[Sequence[int]],
         columns: Mapping[str, Any],
-    ) -> Scores:
-        """The rewards of the completions of one prompt.
-
-        A function that raises, takes too long or gives something else than a number for each
-        completion leaves the rewards of all undefined, and one that gives None or NaN that
-        completion's. Only a function that gives None for all says nothing about the prompt: its
-        part is left out of the sums, as in TRL.
+    ) -> Float64s:
+        """What each function gives the completions of one prompt.
 
         Args:
             columns: the row's columns, as `answer`.
+
+        Returns:
+            (completions, functions): NaN where a function gives None; `FAILED` where it gives what
+            is no finite number, and for all completions if it raises, takes too long or gives
+            another number of rewards.
         """
         count = len(completions)
         arguments = {
@@ -85,21 +78,16 @@ class Scorer:
             "completion_ids": [list(ids) for ids in completion_ids],
             **{name: [value] * count for name, value in columns.items()},
         }
-        parts = np.full((count, len(self.paths)), np.nan)
-        counts_nothing = np.zeros(len(self.paths), bool)
+        parts = np.full((count, len(self.paths)), FAILED)
         for place, path in enumerate(self.paths):
             try:
                 rewards = self._run(path, arguments)
                 if len(rewards) != count:
                     raise ValueError(f"{len(rewards)} rewards for {count} completions")
-                parts[:, place] = [np.nan if each is None else float(each) for each in rewards]
-                counts_nothing[place] = all(each is None for each in rewards)
+                parts[:, place] = [_as_number(reward) for reward in rewards]
             except Exception as error:  # whatever a function does, the run goes on
                 self._tell(path, error)
-        parts[~np.isfinite(parts)] = np.nan
-        weighted = parts[:, ~counts_nothing] * self.weights[~counts_nothing]
-        totals = weighted.sum(axis=1) if weighted.shape[1] else np.full(count, np.nan)
-        return Scores(parts=parts, totals=totals)
+        return parts
 
     def _run(self, path: str, arguments: dict[str, Any]) -> Sequence[float | None]:
         if path in FUNCTIONS:
@@ -117,6 +105,28 @@ class Scorer:
         if path not in self._told:
             self._told.add(path)
             logger.warning("reward %s failed: %s", path, one_line(error))
+
+
+def total_rewards(parts: Float64s, weights: Float64s) -> Float64s:
+    """(completions,): the weighted sums of the rewards of a whole group; NaN: undefined.
+
+    A completion's reward is undefined if a function failed on it or gave None. Only a function that
+    gives None for all completions says nothing about this prompt, and is left out of the sums.
+
+    Args:
+        parts: (completions, functions), as `Scorer.score` gives them.
+    """
+    counts = ~np.isnan(parts).all(axis=0)
+    if not counts.any():
+        return np.full(len(parts), np.nan)
+    totals = (parts[:, counts] * weights[counts]).sum(axis=1)
+    return np.where(np.isfinite(parts[:, counts]).all(axis=1), totals, np.nan)
+
+
+def _as_number(reward: float | None) -> float:
+    if reward is None:
+        return np.nan
+    return float(reward) if np.isfinite(reward) else FAILED
 
 
 def _shorten(paths: Sequence[str]) -> tuple[str, ...]:

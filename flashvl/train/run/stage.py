@@ -13,7 +13,7 @@ from flashvl.model.parts.prepare import prepare_model
 from flashvl.train.feed.feed import Feed, build_feed
 from flashvl.train.feed.mixture import TrainingData
 from flashvl.train.parameters import Parameters, count_parameters
-from flashvl.train.recipe import AnyRecipe
+from flashvl.train.recipe import AnyRecipe, GrpoRecipe
 from flashvl.train.run.export import CONFIG, read_totals
 from flashvl.train.run.schedule import check_count
 
@@ -155,6 +155,7 @@ def _build_feed(recipe: AnyRecipe, data: TrainingData) -> Feed:
         token_budget=recipe.token_budget,
         seed=recipe.seed,
         kind=recipe.kind,
+        num_generations=recipe.num_generations if isinstance(recipe, GrpoRecipe) else 1,
     )
 
 

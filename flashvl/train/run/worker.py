@@ -20,9 +20,10 @@ from flashvl.model.loading import load_model, load_processor
 from flashvl.train.answers import Answers
 from flashvl.train.cells import Cells
 from flashvl.train.feed.feed import Feed
+from flashvl.train.grpo.objective import Groups
 from flashvl.train.objectives import Objective
 from flashvl.train.pairs import Pairs
-from flashvl.train.recipe import AnyRecipe, CellsRecipe, DpoRecipe
+from flashvl.train.recipe import AnyRecipe, CellsRecipe, DpoRecipe, GrpoRecipe
 from flashvl.train.run.checkpoint import (
     Checkpoint,
     CheckpointState,
@@ -92,7 +93,7 @@ def _train(assignment: Assignment, rank: int, pulse: Pulse) -> None:
     model = load_model(recipe.init_from).train()
     processor = load_processor(recipe.init_from)
     adapters = prepare_parts(model, recipe)
-    objective = _build_objective(recipe, model, processor, adapters)
+    objective = _build_objective(recipe, model, processor, adapters, output)
     groups = group_by_rate(objective.module, model, recipe)
     peaks = [group["lr"] for group in groups]
     engine = start_engine(objective.module, groups, recipe)
@@ -139,12 +140,15 @@ def _build_objective(
     model: FlashVLForConditionalGeneration,
     processor: FlashVLProcessor,
     adapters: LoraModel | None,
+    output: Location,
 ) -> Objective:
     """What the recipe's kind trains; made before DeepSpeed splits the weights."""
     if isinstance(recipe, CellsRecipe):
         return Cells(model, processor)
     if isinstance(recipe, DpoRecipe):
         return Pairs(model, processor, adapters, recipe.beta)
+    if isinstance(recipe, GrpoRecipe):
+        return Groups(model, processor, recipe, adapters, output)
     return Answers(model, processor)
 
 

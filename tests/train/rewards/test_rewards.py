@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from flashvl.errors import ConfigError
-from flashvl.train.rewards.scoring import Scorer
+from flashvl.train.rewards.scoring import Scorer, total_rewards
 
 HERE = "tests.train.rewards.test_rewards"
 PROMPT = [{"role": "user", "content": "<image>\nHow many?"}]
@@ -23,8 +23,8 @@ def score(
     scorer = Scorer(rewards, group_seconds=2.0 if HERE in str(rewards) else 60.0)
     ids = [[number] for number in range(len(completions))]
     columns = {"answer": answer, "solution": answer}
-    scores = scorer.score(PROMPT, completions, ids, columns)
-    return scores.parts.tolist(), scores.totals.tolist()
+    parts = scorer.score(PROMPT, completions, ids, columns)
+    return parts.tolist(), total_rewards(parts, scorer.weights).tolist()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,118 @@
+"""Samples the completions of a step by the engine, on the weights that are being trained."""
+
+import hashlib
+import struct
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from trl.models.utils import add_hooks, remove_hooks
+
+from flashvl.data.features import Tiles
+from flashvl.engine.engine import Engine
+from flashvl.engine.request import Completion, Request
+from flashvl.errors import ConfigError
+from flashvl.model import FlashVLForConditionalGeneration, FlashVLProcessor
+from flashvl.train.grpo.groups import Prompt, Rollout
+from flashvl.train.recipe import GrpoRecipe
+from flashvl.train.run.export import gathered
+
+MAX_NUM_SEQS = 256
+"""Completions that a worker samples at once, at most."""
+
+
+class Sampler:
+    """An engine on the model of a worker, which samples between the updates of its weights."""
+
+    def __init__(
+        self,
+        model: FlashVLForConditionalGeneration,
+        processor: FlashVLProcessor,
+        recipe: GrpoRecipe,
+    ):
+        """
+        Raises:
+            ConfigError: a prompt and its completion may be longer than the model allows.
+        """
+        self.model, self.processor, self.recipe = model, processor, recipe
+        self._engine: Engine | None = None
+        longest = model.config.text_config.max_position_embeddings
+        if self.max_model_len > longest:
+            raise ConfigError(
+                f"max_length ({recipe.max_length}) and max_completion_length"
+                f" ({recipe.max_completion_length}) exceed {longest}, the tokens that"
+                f" {recipe.init_from} takes; lower one of them"
+            )
+
+    @property
+    def max_model_len(self) -> int:
+        return self.recipe.max_length + self.recipe.max_completion_length
+
+    def sample(
+        self, deepspeed_engine: Any, prompts: Sequence[Prompt], step: int
+    ) -> list[list[Rollout]]:
+        """The completions of each prompt that this worker makes; all workers call this together."""
+        requests = [
+            self._request(prompt, step, completion)
+            for prompt in prompts
+            for completion in range(
+                prompt.first_completion, prompt.first_completion + prompt.num_completions
+            )
+        ]
+        with self._at_work(deepspeed_engine) as engine:
+            completions = iter(engine.generate(requests))
+        return [
+            [_as_rollout(next(completions)) for _ in range(prompt.num_completions)]
+            for prompt in prompts
+        ]
+
+    def _request(self, prompt: Prompt, step: int, completion: int) -> Request:
+        counts = (len(prompt.tiles),) if len(prompt.tiles) else ()
+        return Request(
+            prompt=prompt.input_ids.tolist(),
+            images=Tiles(pixels=prompt.tiles, counts=counts),
+            max_new_tokens=self.recipe.max_completion_length,
+            temperature=self.recipe.temperature,
+            seed=make_seed(self.recipe.seed, step, prompt.row, completion),
+            logprobs=0,
+        )
+
+    @contextmanager
+    def _at_work(self, deepspeed_engine: Any) -> Iterator[Engine]:
+        """The engine, on whole weights; afterwards the model can be trained as before."""
+        stage = self.recipe.zero_stage
+        with gathered(self.model, stage):
+            if stage == 3:  # its hooks would split the weights again after each layer
+                remove_hooks(deepspeed_engine)
+            try:
+                if self._engine is None:
+                    self._engine = Engine(
+                        self.model,
+                        self.processor,
+                        max_num_seqs=MAX_NUM_SEQS,
+                        max_model_len=self.max_model_len,
+                        is_trained=True,
+                    )
+                yield self._engine
+            finally:
+                if stage == 3:
+                    add_hooks(deepspeed_engine)
+
+
+def make_seed(seed: int, step: int, row: int, completion: int) -> int:
+    """The seed of a completion: a function of these numbers alone, so that a resumed run, and one
+    on other workers, samples the same."""
+    data = struct.pack("<4q", seed, step, row, completion)
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1
+
+
+def _as_rollout(completion: Completion) -> Rollout:
+    said = list(completion.logprobs or [])
+    if completion.end is not None:
+        said.append(completion.end)
+    return Rollout(
+        token_ids=[each.token_id for each in said],
+        logprobs=[each.logprob for each in said],
+        text=completion.text,
+        is_cut=completion.finish_reason == "length",
+    )
