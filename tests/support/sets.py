@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from flashvl.data.convert.problems import INSTRUCTION
 from tests.support.jobs import picture, write_tar
 
 JPEG = [picture(seed, "JPEG") for seed in range(8)]
@@ -299,7 +300,7 @@ def write_problems(folder: Path) -> Expected:
             JPEG[0],
             "Find x.",
             "<think>Is it <answer>?</think>\n\n<answer>x = 3\n</answer>",
-            ("<image>\nFind x.", "x = 3"),
+            (f"<image>\nFind x.\n{INSTRUCTION}", "x = 3"),
         ),
         (JPEG[1], "Find y.", "<think>none</think> 4", "convert: solution has no <answer>"),
         (None, "Find z.", "<answer>5</answer>", "convert: row has no image"),

@@ -1,6 +1,7 @@
 """Problems with answers that can be checked, as multimodal-open-r1: `image, problem, solution`.
 
-A solution is `<think>...</think> <answer>...</answer>`; only what is in `<answer>` is kept.
+A solution is `<think>...</think> <answer>...</answer>`; only what is in `<answer>` is kept. Each
+problem ends with the instruction to answer in that form, which the reward `format` asks for.
 """
 
 import re
@@ -11,6 +12,11 @@ from flashvl.errors import DataError
 
 ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 """An answer, which may have several lines."""
+INSTRUCTION = (
+    "Write the reasoning in <think> </think>, and after it the final answer alone in <answer>"
+    " </answer>."
+)
+"""Last line of each problem."""
 
 
 def convert(record: Record) -> Converted:
@@ -28,7 +34,8 @@ def convert(record: Record) -> Converted:
         raise DataError("solution has no <answer>...</answer>; there is nothing to compare with")
     if not problem.strip():
         raise DataError("problem is empty; leave the row out")
-    prompt = [{"role": "user", "content": with_places(problem, len(images))}]
+    question = f"{problem.rstrip()}\n{INSTRUCTION}"
+    prompt = [{"role": "user", "content": with_places(question, len(images))}]
     check_places(prompt, len(images))
     return {"prompt": prompt, "answer": found[-1].strip(), "images": images, "source": None}
 
