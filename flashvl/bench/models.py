@@ -116,16 +116,23 @@ def build_twins(preset: str, weights: RandomWeights) -> Twins:
 
 
 def build_random(
-    preset: str, weights: RandomWeights
+    preset: str, weights: RandomWeights, num_layers: int | None = None
 ) -> tuple[FlashVLForConditionalGeneration, FlashVLProcessor]:
     """The model of `preset` with random weights, and a processor with a small tokenizer of our own.
 
     The model's vocabulary keeps its size, so that its head takes the time that it takes.
 
+    Args:
+        num_layers: layers of the tower and of the LLM; None: all that the preset has.
+
     Raises:
         ConfigError: the preset is unknown.
     """
     config = build_config(preset)
+    if num_layers is not None:
+        config.vision_config.num_hidden_layers = num_layers
+        text = config.text_config
+        text.num_hidden_layers, text.layer_types = num_layers, text.layer_types[:num_layers]
     questions = [
         turn.question for drawn in synthetic.samples("train", 0, 200) for turn in drawn.turns
     ]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # to print one benchmark's result takes no library of another's
     from flashvl.bench.caption import CaptionSpeed
     from flashvl.bench.feed import Growth
+    from flashvl.bench.grpo import GrpoSpeed
     from flashvl.bench.images import ImageSpeed
     from flashvl.bench.latency import Latency
     from flashvl.bench.machine import Machine
@@ -137,6 +138,23 @@ def describe_training(speed: "TrainSpeed", rounds: int) -> str:
         f" {each.balance:.1%} balanced"
         for each in speed.packing
     ]
+    return "\n".join(lines)
+
+
+def describe_grpo(speed: "GrpoSpeed", rounds: int) -> str:
+    """Completions a second of the rollouts, and the seconds of a step, beside TRL's."""
+    rollouts, step = speed.rollouts, speed.step
+    lines = [
+        f"{speed.num_prompts} prompts of {rollouts.prompt_tokens:.0f} tokens, 24 completions each,"
+        f" of {speed.max_completion_length} tokens at most; median of {rounds} rounds",
+        f"completions/s: TRL {rollouts.trl:.1f} ({rollouts.trl_tokens:.1f} tokens each), the engine"
+        f" {rollouts.flashvl:.1f} ({rollouts.flashvl_tokens:.1f}): {rollouts.times_trl:.1f}x",
+    ]
+    if step is not None:
+        lines.append(
+            f"a step: TRL {step.trl:.2f} s, flashvl {step.flashvl:.2f} s (rollout"
+            f" {step.rollout:.2f} s, update {step.update:.2f} s): {step.times_trl:.1f}x"
+        )
     return "\n".join(lines)
 
 

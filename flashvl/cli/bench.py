@@ -348,6 +348,57 @@ def train(
 
 
 @bench_app.command()
+def grpo(
+    model: ModelOption = "tiny",
+    preset: PresetOption = None,
+    random_weights: RandomOption = False,
+    layers: Annotated[
+        int | None,
+        typer.Option(
+            metavar="INTEGER", min=1, help="Layers of a preset's tower and LLM; by default all."
+        ),
+    ] = None,
+    prompts: Annotated[
+        int, typer.Option(metavar="INTEGER", min=1, help="Prompts in a step; each has a group.")
+    ] = 4,
+    tokens: Annotated[
+        int, typer.Option(metavar="INTEGER", min=2, help="Tokens of a completion at most.")
+    ] = 64,
+    rounds: RoundsOption = 3,
+    json_file: JsonOption = None,
+) -> None:
+    """Measure GRPO beside TRL's trainer.
+
+    The figures are the completions a second of rollouts, in groups of 24, and the seconds of a
+    whole step; steps are not measured with random weights.
+
+    Example: flashvl bench grpo --model tiny-iss
+
+    Example: flashvl bench grpo --preset static --random-weights --layers 4 --prompts 1 --tokens 32
+    --rounds 1
+    """
+    with report_errors():
+        _check_writable(json_file)
+        from flashvl.bench.grpo import measure_grpo
+        from flashvl.bench.report import describe_grpo
+        from flashvl.model.parts.prepare import prepare_model
+
+        with show_progress("measuring") as on_progress:
+            speed = measure_grpo(
+                str(prepare_model(model)),
+                preset,
+                random_weights,
+                num_layers=layers,
+                num_prompts=prompts,
+                num_tokens=tokens,
+                rounds=rounds,
+                on_progress=on_progress,
+            )
+        _write(json_file, asdict(speed))
+        print(describe_grpo(speed, rounds))
+
+
+@bench_app.command()
 def feed(
     model: ModelOption = "tiny",
     rows: Annotated[
