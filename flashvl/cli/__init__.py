@@ -3,9 +3,11 @@
 Heavy libraries are imported inside the commands, so that `flashvl --help` answers at once.
 """
 
+import dataclasses
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -254,6 +256,15 @@ def train(
         list[str] | None,
         typer.Argument(metavar="KEY=VALUE", help="Values that replace the recipe's."),
     ] = None,
+    sweep: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY=VALUE,VALUE,...",
+            help="Field of the recipe and its values: the stage is run once for each, side by side"
+            " on the cluster, in a folder of its own in output_dir.",
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Train one stage from its recipe.
 
@@ -261,8 +272,13 @@ def train(
     or zero_stage. The next stage starts from the folder that is written.
 
     Example: flashvl train ray_jobs/configs/static/stage1.yaml init_from=/models/static
+
+    Example: flashvl train ray_jobs/configs/static/stage5.yaml --sweep beta=0.05,0.1,0.2,0.5
     """
     with report_errors():
+        if sweep is not None:
+            _sweep(recipe, overrides or (), sweep, as_json)
+            return
         from flashvl.train.recipe import load_recipe
 
         loaded = load_recipe(recipe, overrides or ())
@@ -281,7 +297,20 @@ def train(
             except RankError as error:
                 sys.stderr.write(f"error: {error}\n")
                 raise typer.Exit(1) from None
-        print(result)
+        print(json.dumps(dataclasses.asdict(result), indent=2) if as_json else result)
+
+
+def _sweep(recipe: Path, overrides: Sequence[str], sweep: str, as_json: bool) -> None:
+    """Run `train --sweep`, and print the table of its trials."""
+    from flashvl.train.sweep import check_trials, load_trials, run_sweep
+
+    field, trials = load_trials(recipe, overrides, sweep)
+    stages = check_trials(trials)
+    if any(stage.finished() is None for stage in stages.values()):
+        start_ray(include_dashboard=True)
+    with show_progress("trials") as on_progress:
+        found = run_sweep(field, stages, on_progress)
+    print(json.dumps(found.describe(), indent=2) if as_json else found)
 
 
 @eval_app.command()

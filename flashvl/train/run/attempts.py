@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 EXTRA_COLLECTIVE_S = 600
 """Seconds after the watchdog's time-out when torch's own ends a collective, which says less."""
 
+SHOWN = ("accuracy", "margin")
+"""Figures of objectives that the line of progress has."""
+
 
 def run_attempts(stage: Stage, resources: dict[str, float], on_progress: ShowProgress) -> None:
     """Start the workers from the newest checkpoint, again and again while processes are lost.
@@ -188,6 +191,7 @@ def _describe(record: dict[str, Any]) -> str:
     """The figures of a step, for the line of progress."""
     figures = [
         f"loss {record['loss']:.4f}",
+        *(f"{name} {record[name]:.2f}" for name in SHOWN if name in record),
         f"{record['samples_per_s']:.1f} rows/s",
         f"{record['tokens_per_s']:.0f} tokens/s",
         f"data wait {record['data_wait_share']:.0%}",

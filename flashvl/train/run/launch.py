@@ -40,7 +40,7 @@ def run_stage(stage: Stage, on_progress: ShowProgress = ignore_progress) -> Stag
     """What `run` does after `check_stage`."""
     if (result := stage.finished()) is not None:
         return result
-    resources = _resources_of_a_worker(stage.recipe)
+    resources = resources_of_a_worker(stage.recipe)
     with held(stage.output):
         if has_begun(stage.output):
             check_resumes(stage)
@@ -53,7 +53,7 @@ def run_stage(stage: Stage, on_progress: ShowProgress = ignore_progress) -> Stag
     return result
 
 
-def _resources_of_a_worker(recipe: Recipe) -> dict[str, float]:
+def resources_of_a_worker(recipe: Recipe) -> dict[str, float]:
     """Resources that Ray reserves for each worker.
 
     Raises:

@@ -31,7 +31,7 @@ for num_workers in (40, 16):
     assignment = Assignment(
         recipe=stage.recipe, feed=stage.feed, eval_feed=None, first_step=0, run_id="", monitor=None
     )
-    resources = launch._resources_of_a_worker(stage.recipe)
+    resources = launch.resources_of_a_worker(stage.recipe)
     scaling = attempts._build_trainer(assignment, resources, "/tmp").scaling_config
     bundles = [scaling._resources_per_worker_not_none] * scaling.num_workers
     group = placement_group(bundles, strategy=scaling.placement_strategy)
