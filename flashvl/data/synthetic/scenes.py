@@ -1,36 +1,26 @@
-"""The procedural world: drawn scenes with questions whose exact answers are known.
+"""Scenes: what a picture shows, its caption and questions, and how it is drawn.
 
-Scenes of four kinds are drawn on a 4 x 4 grid of cells: coloured shapes, a sign with a word, a
-board with a sum, a bar chart. The fifth kind is a texture like a photograph's, and the right answer
-says that it is not a drawing. Everything follows from a seed. A hash of its content puts a scene in
-the `train` or the `heldout` split, so the two never share a scene, whatever the seeds.
-
-This is flashvl's built-in data set: `tiny` is trained on it, and tests and demos use it.
+A scene lies on a grid of 4 x 4 cells. There are coloured shapes, a sign with a word, a board with a
+sum or with digits, a bar chart, a rectangle with its sides printed, and a texture like a
+photograph's, about which the right answer is that it is not a drawing.
 """
 
-import io
 import random
-import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from flashvl.config import DEFAULT_PROMPT
-from flashvl.data.schema import IMAGE_MARKER
-
-Split = Literal["train", "heldout"]
-Task = Literal["caption", "count", "read", "chart", "arithmetic"]
-TASKS: tuple[Task, ...] = ("caption", "count", "read", "chart", "arithmetic")
+ReadingTask = Literal["caption", "count", "read", "chart", "arithmetic"]
+ReasoningTask = Literal["sum", "total", "difference", "area", "perimeter"]
+Task = ReadingTask | ReasoningTask
+TASKS: tuple[ReadingTask, ...] = ("caption", "count", "read", "chart", "arithmetic")
+"""Tasks whose answer stands in the picture, or is one step away; `tiny` is trained on them."""
 
 GRID = 4
 """Cells on each side of a picture; one visual token of `tiny` covers one cell."""
-HELDOUT_SHARE = 10
-"""One scene in this number is held out."""
-
 COLORS = {
     "red": (208, 36, 40),
     "green": (40, 150, 60),
@@ -49,6 +39,8 @@ MAX_SHAPES = 6
 MAX_LISTED = 3
 """Shapes that a caption lists; it counts them if there are more."""
 MAX_BAR = 7
+MAX_SIDE = 9
+"""Longest side of a rectangle; a cell holds one digit."""
 UNKNOWN = "not a drawing that I know"
 
 Cell = tuple[int, int]
@@ -62,6 +54,8 @@ class Turn:
     task: Task
     question: str
     answer: str
+    solution: str = ""
+    """Steps that lead to the answer, for a question that takes more than reading."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +108,10 @@ class ShapesScene:
 
 @dataclass(frozen=True, slots=True)
 class TextScene:
-    """A word on a sign, or a sum of two digits on a board: one glyph a cell, in one row."""
+    """A word on a sign, or a sum of two digits or three digits alone on a board.
+
+    The glyphs lie in one row, one in each cell.
+    """
 
     kind: Literal["sign", "board"]
     text: str
@@ -130,6 +127,8 @@ class TextScene:
     def turns(self, rng: random.Random) -> list[Turn]:
         if self.kind == "sign":
             return [Turn("read", "What does the sign say?", self.text)]
+        if self.text.isdigit():
+            return []
         left, operator, right = tuple(self.text)
         result = int(left) + int(right) if operator == "+" else int(left) - int(right)
         return [Turn("arithmetic", "What is the result?", str(result))]
@@ -225,76 +224,55 @@ class PhotoScene:
         return {(row, col): ("photo", "none", "none") for row in range(GRID) for col in range(GRID)}
 
 
-Scene = ShapesScene | TextScene | ChartScene | PhotoScene
-
-
 @dataclass(frozen=True, slots=True)
-class Sample:
-    """A scene with its questions and answers, and how it is drawn."""
+class RectangleScene:
+    """A rectangle whose width is printed above it, and its height to its left."""
 
-    scene: Scene
-    turns: tuple[Turn, ...]
-    style_seed: int
-    size: int
+    width: int
+    height: int
+    corner: Cell
+    """Cell between the two numbers, above and left of the rectangle's own; it is empty."""
+    color: str
 
-    def image(self) -> Image.Image:
-        """The RGB picture, with sides of `size` pixels."""
-        pen = Pen(size=self.size, rng=random.Random(self.style_seed))
-        if isinstance(self.scene, PhotoScene):
-            return _texture(self.scene.texture_seed, self.size)
-        image = Image.new("RGB", (self.size, self.size), pen.paper())
-        self.scene.draw(ImageDraw.Draw(image), pen)
-        return image
+    def caption(self) -> str:
+        return f"a rectangle of {self.width} by {self.height}"
 
+    def describe(self) -> str:
+        return f"rectangle {self.width} {self.height}"
 
-def sample(split: Split, seed: int, index: int, tasks: tuple[Task, ...] = TASKS) -> Sample:
-    """Sample `index` of the endless series that `seed` gives for `split`.
+    def turns(self, rng: random.Random) -> list[Turn]:
+        return []
 
-    Args:
-        tasks: the tasks that the sample's turns are about; the scene fits one of them.
-    """
-    rng = random.Random(f"{split}/{seed}/{index}")
-    while True:
-        scene = _scene_for(rng.choice(tasks), rng)
-        if split_of(scene) == split:
-            break
-    turns = [Turn("caption", DEFAULT_PROMPT, scene.caption()), *scene.turns(rng)]
-    chosen = tuple(turn for turn in turns if turn.task in tasks)
-    return Sample(scene, chosen, style_seed=rng.getrandbits(32), size=rng.randrange(96, 161, 8))
+    def draw(self, draw: ImageDraw.ImageDraw, pen: "Pen") -> None:
+        row, column = self.corner
+        for side in self._sides():
+            side.draw(draw, pen)
+        x, y = pen.center((row + 1, column + 1))
+        unit = 0.11 * pen.size / MAX_SIDE
+        draw.rectangle(
+            (
+                x - self.width * unit,
+                y - self.height * unit,
+                x + self.width * unit,
+                y + self.height * unit,
+            ),
+            outline=pen.ink(self.color),
+            width=max(1, pen.size // 60),
+        )
 
+    def cells(self) -> dict[Cell, tuple[str, str, str]]:
+        above, left = self._sides()
+        return above.cells() | left.cells()
 
-def samples(
-    split: Split, seed: int, count: int, tasks: tuple[Task, ...] = TASKS
-) -> Iterator[Sample]:
-    """The first `count` samples of the series, as `sample` makes them."""
-    return (sample(split, seed, index, tasks) for index in range(count))
-
-
-def conversation(drawn: Sample, row: int, words_share: float = 0.0) -> dict[str, Any]:
-    """The sample as a row of `schema.CONVERSATIONS`: all its turns, in random order.
-
-    Args:
-        words_share: probability that the row holds the scene's description instead of its picture,
-            a JPEG.
-    """
-    rng = random.Random(drawn.style_seed)
-    turns = rng.sample(drawn.turns, len(drawn.turns))
-    is_shown = rng.random() >= words_share
-    opening = IMAGE_MARKER if is_shown else drawn.scene.describe()
-    messages = []
-    for number, turn in enumerate(turns):
-        question = f"{opening}\n{turn.question}" if number == 0 else turn.question
-        messages.append({"role": "user", "content": question})
-        messages.append({"role": "assistant", "content": turn.answer})
-    images = [encode_jpeg(drawn.image(), rng.randint(75, 95))] if is_shown else []
-    return {"row": row, "images": images, "messages": messages}
+    def _sides(self) -> tuple[TextScene, TextScene]:
+        row, column = self.corner
+        return (
+            TextScene("board", str(self.width), (row, column + 1), self.color),
+            TextScene("board", str(self.height), (row + 1, column), self.color),
+        )
 
 
-def encode_jpeg(image: Image.Image, quality: int) -> bytes:
-    """The bytes of a JPEG file of `image`."""
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality)
-    return buffer.getvalue()
+Scene = ShapesScene | TextScene | ChartScene | RectangleScene | PhotoScene
 
 
 CELL_CLASSES = (
@@ -313,31 +291,32 @@ def cell_labels(scene: Scene) -> npt.NDArray[np.int64]:
     return labels.reshape(GRID * GRID, -1)
 
 
-def split_of(scene: Scene) -> Split:
-    """The split that `scene` belongs to, by a hash of its content."""
-    return "heldout" if zlib.crc32(repr(scene).encode()) % HELDOUT_SHARE == 0 else "train"
-
-
-def _scene_for(task: Task, rng: random.Random) -> Scene:
+def scene_for(task: ReadingTask, rng: random.Random) -> Scene:
+    """A scene that fits a reading task."""
     if task == "caption":
         kind = rng.choices(("shapes", "read", "arithmetic", "chart", "photo"), (8, 2, 1, 2, 1))[0]
         if kind == "photo":
             return PhotoScene(rng.getrandbits(32))
         if kind == "shapes":
-            return _shapes_scene(rng.choice((1, 2, 2, 3, 3, 4, 5, 6)), rng)
-        return _scene_for(kind, rng)  # type: ignore[arg-type]
+            return shapes_scene(rng.choice((1, 2, 2, 3, 3, 4, 5, 6)), rng)
+        return scene_for(kind, rng)  # type: ignore[arg-type]
     if task == "count":
-        return _shapes_scene(rng.randint(1, MAX_SHAPES), rng)
+        return shapes_scene(rng.randint(1, MAX_SHAPES), rng)
     if task == "read":
         text = "".join(rng.choices(LETTERS, k=rng.randint(2, 4)))
-        return TextScene("sign", text, _start(len(text), rng), rng.choice(list(COLORS)))
+        return TextScene("sign", text, start_of(len(text), rng), rng.choice(list(COLORS)))
     if task == "arithmetic":
         left, right, operator = rng.randint(0, 9), rng.randint(0, 9), rng.choice("+-")
         if operator == "-" and left < right:
             left, right = right, left
         return TextScene(
-            "board", f"{left}{operator}{right}", _start(3, rng), rng.choice(list(COLORS))
+            "board", f"{left}{operator}{right}", start_of(3, rng), rng.choice(list(COLORS))
         )
+    return chart_scene(rng)
+
+
+def chart_scene(rng: random.Random) -> ChartScene:
+    """A chart of two to four bars, all of different colours and heights."""
     count = rng.randint(2, GRID)
     bars = zip(
         rng.sample(list(COLORS), count), rng.sample(range(1, MAX_BAR + 1), count), strict=True
@@ -345,7 +324,8 @@ def _scene_for(task: Task, rng: random.Random) -> Scene:
     return ChartScene(tuple(bars), first_column=rng.randint(0, GRID - count))
 
 
-def _shapes_scene(count: int, rng: random.Random) -> ShapesScene:
+def shapes_scene(count: int, rng: random.Random) -> ShapesScene:
+    """`count` shapes in as many cells."""
     places = sorted(rng.sample([(row, col) for row in range(GRID) for col in range(GRID)], count))
     # A scene has few colours and shapes, so that there is something to count.
     colors = rng.sample(list(COLORS), min(count, 3))
@@ -354,7 +334,8 @@ def _shapes_scene(count: int, rng: random.Random) -> ShapesScene:
     return ShapesScene(tuple(zip(places, drawn, strict=True)))
 
 
-def _start(length: int, rng: random.Random) -> Cell:
+def start_of(length: int, rng: random.Random) -> Cell:
+    """A cell where a text of `length` glyphs can begin."""
     return rng.randrange(GRID), rng.randint(0, GRID - length)
 
 
@@ -402,7 +383,7 @@ def _draw_shape(
         draw.rectangle((x - arm, y - r, x + arm, y + r), fill=ink)
 
 
-def _texture(seed: int, size: int) -> Image.Image:
+def draw_texture(seed: int, size: int) -> Image.Image:
     """Smooth noise over a colour gradient, like sky, grass, a wall or blur."""
     rng = np.random.default_rng(seed)
     grains = int(rng.integers(3, 24))

@@ -1,0 +1,74 @@
+"""The procedural world: drawn scenes with questions whose exact answers are known.
+
+Everything follows from a seed. A hash of its content puts a scene in the `train` or the `heldout`
+split, so the two never share a scene, whatever the seeds. Problems are split by their numbers.
+
+This is flashvl's built-in data set: the shipped models are trained on it, and tests and demos use
+it.
+"""
+
+from flashvl.data.synthetic.pairs import Pair, pair, preference
+from flashvl.data.synthetic.problems import REASONING_TASKS
+from flashvl.data.synthetic.samples import (
+    HELDOUT_SHARE,
+    Sample,
+    Split,
+    conversation,
+    encode_jpeg,
+    problem,
+    sample,
+    samples,
+    split_of,
+    work_out,
+)
+from flashvl.data.synthetic.scenes import (
+    CELL_CLASSES,
+    COLORS,
+    GRID,
+    SHAPES,
+    TASKS,
+    UNKNOWN,
+    ChartScene,
+    PhotoScene,
+    RectangleScene,
+    Scene,
+    Shape,
+    ShapesScene,
+    Task,
+    TextScene,
+    Turn,
+    cell_labels,
+)
+
+__all__ = [
+    "CELL_CLASSES",
+    "COLORS",
+    "GRID",
+    "HELDOUT_SHARE",
+    "REASONING_TASKS",
+    "SHAPES",
+    "TASKS",
+    "UNKNOWN",
+    "ChartScene",
+    "Pair",
+    "PhotoScene",
+    "RectangleScene",
+    "Sample",
+    "Scene",
+    "Shape",
+    "ShapesScene",
+    "Split",
+    "Task",
+    "TextScene",
+    "Turn",
+    "cell_labels",
+    "conversation",
+    "encode_jpeg",
+    "pair",
+    "preference",
+    "problem",
+    "sample",
+    "samples",
+    "split_of",
+    "work_out",
+]

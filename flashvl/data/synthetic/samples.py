@@ -1,0 +1,132 @@
+"""Samples: scenes with questions, in an endless series for each seed, as rows of tables."""
+
+import io
+import random
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from PIL import Image, ImageDraw
+
+from flashvl.config import DEFAULT_PROMPT
+from flashvl.data.schema import IMAGE_MARKER
+from flashvl.data.synthetic.problems import REASONING_TASKS, ask, hash_numbers, problem_scene
+from flashvl.data.synthetic.scenes import (
+    TASKS,
+    Pen,
+    PhotoScene,
+    Scene,
+    Task,
+    Turn,
+    draw_texture,
+    scene_for,
+)
+
+Split = Literal["train", "heldout"]
+HELDOUT_SHARE = 10
+"""One scene in this number is held out, and one tuple of numbers of the problems."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A scene with its questions and answers, and how it is drawn."""
+
+    scene: Scene
+    turns: tuple[Turn, ...]
+    style_seed: int
+    size: int
+
+    def image(self) -> Image.Image:
+        """The RGB picture, with sides of `size` pixels."""
+        pen = Pen(size=self.size, rng=random.Random(self.style_seed))
+        if isinstance(self.scene, PhotoScene):
+            return draw_texture(self.scene.texture_seed, self.size)
+        image = Image.new("RGB", (self.size, self.size), pen.paper())
+        self.scene.draw(ImageDraw.Draw(image), pen)
+        return image
+
+
+def sample(split: Split, seed: int, index: int, tasks: tuple[Task, ...] = TASKS) -> Sample:
+    """Sample `index` of the endless series that `seed` gives for `split`.
+
+    Args:
+        tasks: the tasks that the sample's turns are about; the scene fits one of them, and a
+            problem stands alone. A task that is named twice is drawn twice as often.
+    """
+    rng = random.Random(f"{split}/{seed}/{index}")
+    while True:
+        task = rng.choice(tasks)
+        if task in REASONING_TASKS:
+            scene = problem_scene(task, rng)
+            is_heldout = hash_numbers(scene) % HELDOUT_SHARE == 0
+            chosen = (ask(task, scene),)
+        else:
+            scene = scene_for(task, rng)
+            is_heldout = split_of(scene) == "heldout"
+        if is_heldout == (split == "heldout"):
+            break
+    if task not in REASONING_TASKS:
+        turns = [Turn("caption", DEFAULT_PROMPT, scene.caption()), *scene.turns(rng)]
+        chosen = tuple(turn for turn in turns if turn.task in tasks)
+    return Sample(scene, chosen, style_seed=rng.getrandbits(32), size=rng.randrange(96, 161, 8))
+
+
+def samples(
+    split: Split, seed: int, count: int, tasks: tuple[Task, ...] = TASKS
+) -> Iterator[Sample]:
+    """The first `count` samples of the series, as `sample` makes them."""
+    return (sample(split, seed, index, tasks) for index in range(count))
+
+
+def split_of(scene: Scene) -> Split:
+    """The split that `scene` belongs to, by a hash of its content."""
+    return "heldout" if zlib.crc32(repr(scene).encode()) % HELDOUT_SHARE == 0 else "train"
+
+
+def conversation(
+    drawn: Sample, row: int, words_share: float = 0.0, worked_share: float = 0.0
+) -> dict[str, Any]:
+    """The sample as a row of `schema.CONVERSATIONS`: all its turns, in random order.
+
+    Args:
+        words_share: probability that the row holds the scene's description instead of its picture,
+            a JPEG.
+        worked_share: probability that a problem's answer is its solution with the answer in tags,
+            instead of the answer alone.
+    """
+    rng = random.Random(drawn.style_seed)
+    turns = rng.sample(drawn.turns, len(drawn.turns))
+    is_shown = rng.random() >= words_share
+    opening = IMAGE_MARKER if is_shown else drawn.scene.describe()
+    messages = []
+    for number, turn in enumerate(turns):
+        question = f"{opening}\n{turn.question}" if number == 0 else turn.question
+        is_worked = bool(turn.solution) and rng.random() < worked_share
+        messages.append({"role": "user", "content": question})
+        messages.append(
+            {"role": "assistant", "content": work_out(turn) if is_worked else turn.answer}
+        )
+    images = [encode_jpeg(drawn.image(), rng.randint(75, 95))] if is_shown else []
+    return {"row": row, "images": images, "messages": messages}
+
+
+def work_out(turn: Turn) -> str:
+    """The answer to a problem after its solution, in the tags that `data.answers` reads."""
+    return f"{turn.solution} <answer>{turn.answer}</answer>"
+
+
+def problem(drawn: Sample, row: int) -> dict[str, Any]:
+    """The sample as a row of `schema.PROMPTS`: one of its questions, and the right answer."""
+    rng = random.Random(drawn.style_seed)
+    turn = rng.choice(drawn.turns)
+    prompt = [{"role": "user", "content": f"{IMAGE_MARKER}\n{turn.question}"}]
+    images = [encode_jpeg(drawn.image(), rng.randint(75, 95))]
+    return {"row": row, "images": images, "prompt": prompt, "answer": turn.answer}
+
+
+def encode_jpeg(image: Image.Image, quality: int) -> bytes:
+    """The bytes of a JPEG file of `image`."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
