@@ -319,32 +319,41 @@ def scenes(
     items: Annotated[
         int, typer.Option(metavar="INTEGER", help="Held-out questions of each task.")
     ] = 120,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TASK",
+            help="Task to ask about, once for each: caption, count, read, chart, arithmetic, or the"
+            " problems sum, total, difference, area, perimeter. Default: the first five.",
+        ),
+    ] = None,
     json_file: JsonOption = None,
 ) -> None:
     """Score a model on held-out scenes of the procedural world.
 
-    The score of a task is the share of answers that match exactly.
+    The score of a task is the share of final answers that match exactly.
 
     Example: flashvl eval scenes --model tiny --json scores.json
     """
     with report_errors():
         from flashvl.engine import Engine
-        from flashvl.eval.scenes import average, evaluate_scenes
+        from flashvl.eval.scenes import average, evaluate_scenes, find_tasks
         from flashvl.model.parts.prepare import prepare_model
 
+        asked = find_tasks(task or ())
         if json_file is not None:
             write_json(json_file, {})  # an hour's scores must not be lost to a bad path
         engine = Engine.from_pretrained(prepare_model(model))
         with show_progress("asking") as on_progress:
-            scores = evaluate_scenes(engine, items, on_progress)
+            scores = evaluate_scenes(engine, items, on_progress, asked)
         if json_file is not None:
             tasks = {
-                task: {"items": score.items, "exact_match": score.exact_match}
-                for task, score in scores.items()
+                name: {"items": score.items, "exact_match": score.exact_match}
+                for name, score in scores.items()
             }
             write_json(json_file, {"model": model, "tasks": tasks, "average": average(scores)})
-        for task, score in scores.items():
-            print(f"{task:<12}{score.exact_match:6.3f}  of {score.items}")
+        for name, score in scores.items():
+            print(f"{name:<12}{score.exact_match:6.3f}  of {score.items}")
         print(f"{'average':<12}{average(scores):6.3f}")
 
 

@@ -5,15 +5,16 @@ flashvl eval scenes --model tiny --json scores.json
 
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from PIL import Image
 
 from flashvl.data import synthetic
-from flashvl.data.answers import is_exact
+from flashvl.data.answers import final_answer, is_exact
 from flashvl.data.features import ask_about_image
 from flashvl.engine import Engine, Request
+from flashvl.errors import ConfigError
 from flashvl.progress import ShowProgress, ignore_progress
 
 BATCH_SIZE = 50
@@ -37,7 +38,7 @@ class TaskScore:
     items: int
     """Questions that were asked."""
     exact_match: float
-    """Share of the answers that equal the true one letter by letter."""
+    """Share of the final answers that equal the true one letter by letter."""
 
 
 def held_out_items(task: synthetic.Task, count: int, seed: int = 0) -> Iterator[Item]:
@@ -49,24 +50,41 @@ def held_out_items(task: synthetic.Task, count: int, seed: int = 0) -> Iterator[
 
 
 def evaluate_scenes(
-    engine: Engine, items_per_task: int = 120, on_progress: ShowProgress = ignore_progress
+    engine: Engine,
+    items_per_task: int = 120,
+    on_progress: ShowProgress = ignore_progress,
+    tasks: Sequence[synthetic.Task] = synthetic.TASKS,
 ) -> dict[synthetic.Task, TaskScore]:
-    """Ask `engine` `items_per_task` held-out questions of every task."""
+    """Ask `engine` `items_per_task` held-out questions of each of `tasks`."""
     scores = {}
-    done, total = 0, items_per_task * len(synthetic.TASKS)
-    for task in synthetic.TASKS:
+    done, total = 0, items_per_task * len(tasks)
+    for task in tasks:
         correct = 0
         items = held_out_items(task, items_per_task)
         while batch := list(itertools.islice(items, BATCH_SIZE)):
             completions = engine.generate([_request(item) for item in batch])
             correct += sum(
-                is_exact(completion.text, item.answer)
+                is_exact(final_answer(completion.text), item.answer)
                 for completion, item in zip(completions, batch, strict=True)
             )
             done += len(batch)
             on_progress(done, total, task)
         scores[task] = TaskScore(items=items_per_task, exact_match=correct / items_per_task)
     return scores
+
+
+def find_tasks(names: Sequence[str]) -> tuple[synthetic.Task, ...]:
+    """The tasks of these names; all reading tasks if there are none.
+
+    Raises:
+        ConfigError: no task has one of the names.
+    """
+    known: dict[str, synthetic.Task] = {
+        task: task for task in (*synthetic.TASKS, *synthetic.REASONING_TASKS)
+    }
+    if unknown := [name for name in names if name not in known]:
+        raise ConfigError(f"task {unknown[0]} must be one of {', '.join(known)}")
+    return tuple(known[name] for name in names) or synthetic.TASKS
 
 
 def average(scores: dict[synthetic.Task, TaskScore]) -> float:

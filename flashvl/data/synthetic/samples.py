@@ -56,19 +56,15 @@ def sample(split: Split, seed: int, index: int, tasks: tuple[Task, ...] = TASKS)
     """
     rng = random.Random(f"{split}/{seed}/{index}")
     while True:
-        task = rng.choice(tasks)
-        if task in REASONING_TASKS:
-            scene = problem_scene(task, rng)
-            is_heldout = hash_numbers(scene) % HELDOUT_SHARE == 0
-            chosen = (ask(task, scene),)
-        else:
-            scene = scene_for(task, rng)
-            is_heldout = split_of(scene) == "heldout"
-        if is_heldout == (split == "heldout"):
+        scene, problem = _draw_scene(rng.choice(tasks), rng)
+        hash_of = _hash_content if problem is None else hash_numbers
+        if _split_by(hash_of(scene)) == split:
             break
-    if task not in REASONING_TASKS:
+    if problem is None:
         turns = [Turn("caption", DEFAULT_PROMPT, scene.caption()), *scene.turns(rng)]
         chosen = tuple(turn for turn in turns if turn.task in tasks)
+    else:
+        chosen = (problem,)
     return Sample(scene, chosen, style_seed=rng.getrandbits(32), size=rng.randrange(96, 161, 8))
 
 
@@ -80,8 +76,8 @@ def samples(
 
 
 def split_of(scene: Scene) -> Split:
-    """The split that `scene` belongs to, by a hash of its content."""
-    return "heldout" if zlib.crc32(repr(scene).encode()) % HELDOUT_SHARE == 0 else "train"
+    """The split that `scene` belongs to, by a hash of its content; problems do not go by it."""
+    return _split_by(_hash_content(scene))
 
 
 def conversation(
@@ -130,3 +126,20 @@ def encode_jpeg(image: Image.Image, quality: int) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()
+
+
+def _draw_scene(task: Task, rng: random.Random) -> tuple[Scene, Turn | None]:
+    """A scene that fits `task`, and the problem about it, if the task is one of problems."""
+    if task in TASKS:
+        return scene_for(task, rng), None
+    assert task in REASONING_TASKS
+    scene = problem_scene(task, rng)
+    return scene, ask(task, scene)
+
+
+def _split_by(number: int) -> Split:
+    return "heldout" if number % HELDOUT_SHARE == 0 else "train"
+
+
+def _hash_content(scene: Scene) -> int:
+    return zlib.crc32(repr(scene).encode())

@@ -180,29 +180,17 @@ class CellsEncoder:
 def draw(data: SyntheticData, row: int, kind: Kind) -> Raw:
     """A row of the procedural world, as from a table; for kind `cells` with the labels of its
     `cells`."""
-    sample = synthetic.sample("train", data.seed, row, data.tasks)
-    conversation = synthetic.conversation(sample, row, data.words_share)
-    if kind == "cells":
-        return conversation | {"cells": synthetic.cell_labels(sample.scene)}
-    if kind == "supervised":
-        return conversation
-    question, answer = conversation["messages"][:2]
-    asked = {"row": row, "images": conversation["images"], "prompt": [question]}
+    if kind == "dpo":
+        return synthetic.preference(synthetic.pair(data.split, data.seed, row), row)
+    if random.Random(f"replay/{data.seed}/{row}").random() < data.replay_share:
+        return synthetic.conversation(synthetic.sample(data.split, data.seed, row), row)
+    sample = synthetic.sample(data.split, data.seed, row, data.tasks)
     if kind == "grpo":
-        return asked | {"answer": answer["content"]}
-    wrong = {"role": "assistant", "content": _change(answer["content"], random.Random(row))}
-    return asked | {"chosen": [answer], "rejected": [wrong]}
-
-
-def _change(answer: str, rng: random.Random) -> str:
-    """An answer that differs from the right one in one thing."""
-    classes = [list(synthetic.COLORS), list(synthetic.SHAPES), list(synthetic.SIZES)]
-    classes.append([str(digit) for digit in range(10)])
-    found = [(word, each) for each in classes for word in each if word in answer]
-    if not found:
-        return answer[::-1]
-    word, words = rng.choice(found)
-    return answer.replace(word, rng.choice([other for other in words if other != word]), 1)
+        return synthetic.problem(sample, row)
+    conversation = synthetic.conversation(sample, row, data.words_share, data.worked_share)
+    if kind == "cells":
+        conversation["cells"] = synthetic.cell_labels(sample.scene)
+    return conversation
 
 
 def _open(raw: Raw, processor: FlashVLProcessor) -> tuple[dict[str, Any], Tiles]:

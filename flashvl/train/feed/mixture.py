@@ -17,11 +17,20 @@ class SyntheticData(StrictModel):
     """Number of rows."""
     seed: int = 0
     """Random seed of the scenes; different seeds give different scenes."""
+    split: synthetic.Split = "train"
+    """Split of the world: `heldout` is for evaluation, as none of its scenes is in `train`."""
     tasks: tuple[synthetic.Task, ...] = synthetic.TASKS
-    """Tasks that the questions are about."""
+    """Tasks that the questions are about; one that is named twice is drawn twice as often. Pairs
+    are about captions, whatever the tasks."""
     words_share: float = Field(default=0.0, ge=0, le=1)
     """Share of the rows whose scene is described in words, not shown: 1 pre-trains an LLM alone, a
     smaller share mixes text with pictures, as Infinity-MM does."""
+    worked_share: float = Field(default=0.0, ge=0, le=1)
+    """Share of the problems' answers that are worked out, with the answer in tags at the end;
+    others are the answer alone."""
+    replay_share: float = Field(default=0.0, ge=0, le=1)
+    """Share of the rows that are about a picture and a reading task, whatever the other fields say,
+    so that what was learnt before is not forgotten."""
 
 
 class TrainingData(StrictModel):
