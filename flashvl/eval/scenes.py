@@ -38,7 +38,8 @@ class TaskScore:
     items: int
     """Questions that were asked."""
     exact_match: float
-    """Share of the final answers that equal the true one letter by letter."""
+    """Share of the answers that equal the true one letter by letter; of a worked answer, what
+    stands in its tags counts."""
 
 
 def held_out_items(task: synthetic.Task, count: int, seed: int = 0) -> Iterator[Item]:
@@ -64,13 +65,19 @@ def evaluate_scenes(
         while batch := list(itertools.islice(items, BATCH_SIZE)):
             completions = engine.generate([_request(item) for item in batch])
             correct += sum(
-                is_exact(final_answer(completion.text), item.answer)
+                _is_right(completion.text, item)
                 for completion, item in zip(completions, batch, strict=True)
             )
             done += len(batch)
             on_progress(done, total, task)
         scores[task] = TaskScore(items=items_per_task, exact_match=correct / items_per_task)
     return scores
+
+
+def _is_right(text: str, item: Item) -> bool:
+    """Whether the answer is the true one; that of a problem may follow its solution, in tags."""
+    is_problem = item.task in synthetic.REASONING_TASKS
+    return is_exact(final_answer(text) if is_problem else text, item.answer)
 
 
 def find_tasks(names: Sequence[str]) -> tuple[synthetic.Task, ...]:
