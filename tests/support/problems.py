@@ -52,7 +52,8 @@ def completion(processor: FlashVLProcessor, row: int, number: int) -> Rollout:
     """Some tokens, the same each time, of one to nine, most with an end token."""
     rng = random.Random(1000 * row + number)
     tokenizer = processor.tokenizer
-    ids = [rng.randrange(20, 300) for _ in range(rng.randint(1, 9))]
+    usual = sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))
+    ids = [rng.choice(usual) for _ in range(rng.randint(1, 9))]
     is_cut = number % 5 == 4
     tokens = ids if is_cut else [*ids, tokenizer.eos_token_id]
     logprobs = [-rng.random() for _ in tokens]

@@ -28,7 +28,6 @@ def token_losses(
     advantages: torch.Tensor,
     *,
     epsilon: float,
-    old_logprobs: torch.Tensor | None = None,
     importance: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """(tokens,): the clipped policy loss of each token, without the penalty for the divergence.
@@ -36,13 +35,18 @@ def token_losses(
     Args:
         logprobs: (tokens,), with gradients.
         advantages: (tokens,): that of each token's completion.
-        old_logprobs: (tokens,): by the weights before the update; None: these are the same.
         importance: (tokens,): `importance_ratios`; None: no correction.
     """
-    ratios = (logprobs - (logprobs.detach() if old_logprobs is None else old_logprobs)).exp()
+    ratios = own_ratios(logprobs)
     clipped = ratios.clamp(1 - epsilon, 1 + epsilon)
     losses = -torch.minimum(ratios * advantages, clipped * advantages)
     return losses if importance is None else losses * importance
+
+
+def own_ratios(logprobs: torch.Tensor) -> torch.Tensor:
+    """(tokens,): probabilities after the update in relation to those before, which are the same as
+    long as the completions are used for one update: 1, with gradients."""
+    return (logprobs - logprobs.detach()).exp()
 
 
 def importance_ratios(
@@ -54,9 +58,13 @@ def importance_ratios(
 
 
 def divergences(logprobs: torch.Tensor, reference_logprobs: torch.Tensor) -> torch.Tensor:
-    """(tokens,): estimates of the KL divergence from the reference (Schulman's k3)."""
+    """(tokens,): estimates of the KL divergence from the reference (Schulman's k3).
+
+    They are weighed by `own_ratios`, as in DeepSeek-V3.2 (arXiv 2512.02556) and by default in TRL:
+    the values stay, and the gradient becomes that of the divergence itself.
+    """
     difference = reference_logprobs - logprobs
-    return difference.exp() - difference - 1
+    return (difference.exp() - difference - 1) * own_ratios(logprobs)
 
 
 def mean_by_completion(values: torch.Tensor, completions: torch.Tensor, count: int) -> torch.Tensor:

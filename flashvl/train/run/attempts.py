@@ -189,6 +189,8 @@ def _calls_on_sigterm(stop: Callable[[], None]) -> Iterator[threading.Event]:
 
 def _describe(record: dict[str, Any]) -> str:
     """The figures of a step, for the line of progress."""
+    if "rollout_s" in record:
+        return _describe_rollouts(record)
     figures = [
         f"loss {record['loss']:.4f}",
         *(f"{name} {record[name]:.2f}" for name in SHOWN if name in record),
@@ -198,4 +200,23 @@ def _describe(record: dict[str, Any]) -> str:
     ]
     if "mfu" in record:
         figures.insert(1, f"MFU {record['mfu']:.0%}")
+    return ", ".join(figures)
+
+
+def _describe_rollouts(record: dict[str, Any]) -> str:
+    """The figures of a step that samples completions."""
+    parts = [name for name in record if name.startswith("reward_") and name != "reward_s"]
+    by_part = [f"{name.removeprefix('reward_')} {record[name]:.2f}" for name in parts]
+    figures = [
+        f"reward {record['reward']:.3f}" if "reward" in record else "no reward",
+        *(by_part if len(by_part) > 1 else ()),
+        *([f"KL {record['kl']:.4f}"] if "kl" in record else []),
+        f"entropy {record.get('entropy', 0.0):.2f}",
+        f"{record.get('completion_length', 0.0):.0f} tokens",
+        f"no signal {record.get('no_signal_share', 0.0):.0%}",
+        f"rollout {record['rollout_s']:.1f} s",
+        f"update {record['update_s']:.1f} s",
+    ]
+    if record.get("undefined_share"):
+        figures.append(f"undefined {record['undefined_share']:.0%}")
     return ", ".join(figures)
