@@ -11,7 +11,7 @@ model is asked held-out questions. RUNS then holds
     preference.png, reasoning.png   the curves of the training
     scores.json                     all figures
 
-A run that was interrupted goes on where it stopped; remove RUNS to begin anew. KEY=VALUE replaces
+A run that was interrupted resumes where it stopped; remove RUNS to begin anew. KEY=VALUE replaces
 a value of all recipes, as num_workers=1.
 """
 

@@ -1,4 +1,4 @@
-"""Groups of completions -> micro-batches: a prompt once, its completions behind it as branches."""
+"""Groups of completions -> micro-batches: a prompt once, followed by its completions as branches."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -44,7 +44,7 @@ class Rollout:
     """Log-probability of each token by the engine, at temperature 1."""
     text: str
     is_cut: bool
-    """Whether it reached `max_completion_length`."""
+    """Whether the completion reached `max_completion_length`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
