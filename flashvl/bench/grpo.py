@@ -128,7 +128,7 @@ def measure_grpo(
     rounds: int,
     on_progress: ShowProgress = ignore_progress,
 ) -> GrpoSpeed:
-    """Time rollouts and steps of both in turn, `rounds` times.
+    """Time rollouts and steps of both in turn, `rounds` times, on one thread.
 
     Args:
         num_layers: layers of tower and LLM of a preset; None: all.
@@ -139,6 +139,7 @@ def measure_grpo(
         ConfigError: the preset is unknown, or only one of `preset` and `random_weights` is given.
     """
     check_preset(preset, random_weights)
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch, _process_group(scratch):
         if preset is not None:
             weights = RandomWeights.for_this_machine()
@@ -263,6 +264,7 @@ def _build_trainer(
             save_strategy="no",
             logging_strategy="no",
             disable_tqdm=True,
+            log_level="error",
         ),
     )
 
@@ -290,8 +292,9 @@ def _compare_rollouts(
     found: list[dict[str, float]] = []
     for number in range(rounds):
         problems = draw_problems((1000 + number) * num_prompts, num_prompts)
-        if number == 0:  # libraries initialise
+        if number == 0 and rounds > 1:  # libraries initialise
             sampler.sample(problems[:1])
+            _sample_by_trl(trainer, problems[:1])
         on_progress(2 * number, 4 * rounds, "rollouts by TRL")
         start_s = time.perf_counter()
         trl_lengths = _sample_by_trl(trainer, problems)
