@@ -3,8 +3,8 @@
     flashvl bench grpo
 
 Both sample the same groups: completions of questions about pictures of the procedural world. TRL's
-trainer does so by `generate`, and is used as it comes, except that gradient checkpointing, which
-would only slow it down, is off. Both train adapters of the same layers, and both prepare pictures and questions
+trainer does so by `generate`, and is used as it comes, without gradient checkpointing, which would
+only slow it down. Both train adapters of the same layers, and both prepare pictures and questions
 within the time that is measured.
 """
 

@@ -1,8 +1,8 @@
 """Keys and values of the conversations that are being answered: a row for each.
 
-A prompt that several conversations share is held once, at the end of the memory, and their
-rows hold only what follows it. The cache knows rows and lengths; which request has which row is the scheduler's to
-know.
+A prompt that several conversations share is held once, at the end of the memory, and their rows
+hold only what follows it. The cache knows rows and lengths; which request has which row is the
+scheduler's to know.
 """
 
 from collections.abc import Sequence

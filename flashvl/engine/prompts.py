@@ -11,7 +11,7 @@ from flashvl.data.features import Tiles
 from flashvl.engine.cache import HeldPrompt
 
 SAMPLED_PIXELS = 1009
-"""Step between the bytes of an image that are hashed to find images that may be equal."""
+"""Distance of the bytes of an image that are hashed to find images that may be equal."""
 
 
 @dataclass(eq=False, kw_only=True, slots=True)

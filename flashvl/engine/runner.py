@@ -170,8 +170,7 @@ class Runner:
         Without the last two arguments it is a `graphs.Step`.
 
         Args:
-            positions: (rows,), the places counted from the beginning of shared prompts; None: the
-                same.
+            positions: (rows,), the places plus the lengths of the shared prompts; None: the same.
         """
         mask = torch.arange(length, device=places.device) <= places[:, None]
         if groups:
