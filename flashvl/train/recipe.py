@@ -264,6 +264,10 @@ class GrpoRecipe(Recipe):
             )
         return self
 
+    @property
+    def has_reference(self) -> bool:
+        return self.beta > 0
+
 
 AnyRecipe = SupervisedRecipe | CellsRecipe | DpoRecipe | GrpoRecipe
 """A recipe of any kind."""

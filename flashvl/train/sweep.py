@@ -29,6 +29,8 @@ from flashvl.train.run.stage import Stage, StageResult, check_stage
 
 FIXED = ("kind", "stage", "output_dir")
 """Fields of a recipe that cannot differ between trials."""
+NO_ROOM = {"memory": 1.0}
+"""Resources of a trial's own process, which waits for the workers: a byte, as Tune needs some."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,7 +157,7 @@ def _run_all(field: str, left: dict[str, Stage], total: int, on_progress: ShowPr
     on_progress(total - len(left), total, "")
     with tempfile.TemporaryDirectory() as storage:
         results = Tuner(
-            tune.with_resources(_run_trial, {"CPU": 0}),
+            tune.with_resources(_run_trial, NO_ROOM),
             param_space={"stage": tune.grid_search(list(left.values()))},
             tune_config=TuneConfig(max_concurrent_trials=_num_at_once(list(left.values()))),
             run_config=RunConfig(

@@ -17,8 +17,9 @@ from flashvl.train.plan.activations import BatchSize
 from flashvl.train.plan.assumptions import Assumptions
 from flashvl.train.plan.gpus import GIB, Gpu, find_gpu
 from flashvl.train.plan.memory import Memory, plan_memory, sending_bytes
+from flashvl.train.plan.rollouts import rollout_seconds
 from flashvl.train.plan.row_sizes import RowSize, count_rows, find_config, sample_rows
-from flashvl.train.recipe import AnyRecipe, CellsRecipe, DpoRecipe
+from flashvl.train.recipe import AnyRecipe, CellsRecipe, DpoRecipe, GrpoRecipe
 
 GB = 10**9
 HOST_GB_PER_S = 10
@@ -99,6 +100,8 @@ class Plan:
     """Time of a step's passes at the assumed MFU."""
     update_s: float
     """Time of AdamW, which waits for the GPU's memory alone."""
+    rollout_s: float
+    """Time to sample a step's completions; 0 for kinds that sample none."""
     network: Network
     checkpoints: Checkpoints
     loading: Loading
@@ -106,7 +109,7 @@ class Plan:
     @property
     def step_s(self) -> float:
         """Time of a step, if computing and network overlap."""
-        return max(self.compute_s, self.network.seconds) + self.update_s
+        return max(self.compute_s, self.network.seconds) + self.update_s + self.rollout_s
 
     @property
     def hours(self) -> float:
@@ -160,18 +163,18 @@ def build_plan(recipe: AnyRecipe, assumptions: Assumptions) -> Plan:
     """
     gpu = find_gpu(assumptions.gpu)
     num_gpus = assumptions.gpus or recipe.num_workers
-    if num_gpus > recipe.global_batch_size:
+    is_grpo = isinstance(recipe, GrpoRecipe)
+    num_generations = recipe.num_generations if isinstance(recipe, GrpoRecipe) else 1
+    units = recipe.global_batch_size * num_generations  # what GPUs may share, at the least
+    if num_gpus > units:
         raise ConfigError(
-            f"{num_gpus} GPUs are more than the {recipe.global_batch_size} rows of a step"
-            f" (global_batch_size); plan for {recipe.global_batch_size} GPUs at most"
+            f"{num_gpus} GPUs are more than the {units} {'completions' if is_grpo else 'rows'} of a"
+            f" step (global_batch_size); plan for {units} GPUs at most"
         )
     config = find_config(recipe)
     num_rows = assumptions.rows or count_rows(recipe)
-    row = sample_rows(recipe) or RowSize.assume(
-        config,
-        assumptions.text_tokens,
-        assumptions.images,
-        num_branches=2 if isinstance(recipe, DpoRecipe) else 0,
+    row = _find_row(
+        recipe, config, assumptions, num_branches=min(num_generations, -(-units // num_gpus))
     )
     image_bytes = assumptions.image_kb * 1000 * assumptions.images
     stage = _Stage(recipe, config, num_gpus, row)
@@ -179,6 +182,7 @@ def build_plan(recipe: AnyRecipe, assumptions: Assumptions) -> Plan:
     memory = stage.memory()
     if memory.total > usable:
         raise ConfigError(_refusal(stage, gpu, memory, usable))
+    # A GPU has whole prompts, or part of one's completions.
     rows_of_a_gpu = -(-recipe.global_batch_size // num_gpus)
     num_steps = -(-num_rows // recipe.global_batch_size)
     rows_at_once = max(1, int(recipe.token_budget / row.num_tokens))
@@ -199,7 +203,11 @@ def build_plan(recipe: AnyRecipe, assumptions: Assumptions) -> Plan:
     )
     share = num_gpus if recipe.zero_stage > 0 else 1
     update_s = UPDATE_BYTES * stage.parameters.num_trained / share / (gpu.bandwidth_gb_per_s * GB)
-    rows_per_s = recipe.global_batch_size / (max(compute_s, network.seconds) + update_s)
+    rollout_s = 0.0
+    if is_grpo:
+        rollout_s = rollout_seconds(config, row, rows_of_a_gpu, gpu, mfu=assumptions.mfu)
+    step_s = max(compute_s, network.seconds) + update_s + rollout_s
+    rows_per_s = recipe.global_batch_size / step_s
     return Plan(
         stage=recipe.stage,
         gpu=gpu,
@@ -223,6 +231,7 @@ def build_plan(recipe: AnyRecipe, assumptions: Assumptions) -> Plan:
         tflop_of_a_row=stage.flops(gradient_checkpointing=False) / 1e12,
         compute_s=compute_s,
         update_s=update_s,
+        rollout_s=rollout_s,
         network=network,
         checkpoints=_checkpoints(recipe, stage.parameters, num_gpus, num_steps, assumptions),
         loading=Loading(
@@ -232,6 +241,22 @@ def build_plan(recipe: AnyRecipe, assumptions: Assumptions) -> Plan:
             total_bytes=float(num_rows) * image_bytes,
         ),
     )
+
+
+def _find_row(
+    recipe: AnyRecipe, config: FlashVLConfig, assumptions: Assumptions, num_branches: int
+) -> RowSize:
+    """The mean row of a stage, as a GPU computes it.
+
+    Args:
+        num_branches: completions of a prompt on a GPU, for a stage that samples them.
+    """
+    text, images = assumptions.text_tokens, assumptions.images
+    if isinstance(recipe, GrpoRecipe):
+        prompt = sample_rows(recipe) or RowSize.assume(config, 0, images)
+        return prompt.with_branches(min(text, recipe.max_completion_length), num_branches)
+    num_answers = 2 if isinstance(recipe, DpoRecipe) else 0
+    return sample_rows(recipe) or RowSize.assume(config, text, images, num_answers)
 
 
 class _Stage:

@@ -5,6 +5,7 @@ from dataclasses import asdict
 
 from flashvl.train.plan.gpus import GIB
 from flashvl.train.plan.plan import GB, Plan, describe_all
+from flashvl.train.plan.rollouts import DECODE_SHARE
 
 REST = "Evaluations, the start of workers and repeated steps come on top."
 """What no plan counts."""
@@ -122,6 +123,7 @@ def _step(plan: Plan) -> list[tuple[str, str]]:
             f" {plan.assumptions.network:g} GB/s",
         ),
         ("update", f"{_seconds(plan.update_s)}"),
+        *_rollouts(plan),
         ("together", f"{_seconds(plan.step_s)}  {plan.rows_per_s_of_a_gpu:.1f} rows/s on each GPU"),
         (
             "feed",
@@ -129,6 +131,17 @@ def _step(plan: Plan) -> list[tuple[str, str]]:
             f" from the store, {plan.loading.cores:.1f} cores to decode and resize",
         ),
     ]
+
+
+def _rollouts(plan: Plan) -> list[tuple[str, str]]:
+    if not plan.rollout_s:
+        return []
+    text = (
+        f"{_seconds(plan.rollout_s)}  {len(plan.row.branches)} completions of"
+        f" {max(plan.row.branches):,.0f} tokens for each prompt on a GPU; a rough figure, with"
+        f" {DECODE_SHARE:.0%} of its memory's {plan.gpu.bandwidth_gb_per_s} GB/s"
+    )
+    return [("rollouts", text)]
 
 
 def _storage(plan: Plan) -> list[tuple[str, str]]:

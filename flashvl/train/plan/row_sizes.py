@@ -1,6 +1,6 @@
 """Sizes of a stage's rows, which its plan is made for: sampled where data and model are there."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -49,14 +49,22 @@ class RowSize:
             num_branches: answers to the same images, each of `text_tokens`; 0: the text is one.
         """
         num_tiles = images * config.tiling_rule.num_tiles(IMAGE_SIZE)
-        text = text_tokens * max(1, num_branches)
-        return cls(
-            text_tokens=text,
+        row = cls(
+            text_tokens=0 if num_branches else text_tokens,
             visual_tokens=num_tiles * config.image_seq_length,
             num_tiles=num_tiles,
-            num_labels=text,
+            num_labels=0 if num_branches else text_tokens,
             source="assumed",
-            branches=(float(text_tokens),) * num_branches,
+        )
+        return row.with_branches(text_tokens, num_branches)
+
+    def with_branches(self, tokens: int, count: int) -> Self:
+        """The row followed by `count` branches of `tokens` each, which are to be learnt."""
+        return replace(
+            self,
+            text_tokens=self.text_tokens + count * tokens,
+            num_labels=self.num_labels + count * tokens,
+            branches=(*self.branches, *[float(tokens)] * count),
         )
 
 

@@ -231,3 +231,36 @@ def test_the_command_prints_a_table_or_json() -> None:
     parts = {name: size for name, size in values["memory"].items() if name != "total"}
     assert values["memory"]["total"] == sum(parts.values())
     assert values["parameters"]["paper_millions"] == 1733.07
+
+
+GRPO = """
+kind: grpo
+stage: grpo
+preset: static
+init_from: runs/static/stage4
+output_dir: runs/static/grpo
+data: {synthetic: {count: 8000}}
+trainable: [multi_modal_projector, language_model]
+lora: {r: 16, alpha: 32}
+token_budget: 8192
+"""
+
+
+def test_completions_take_what_was_computed_by_hand(tmp_path: Path) -> None:
+    """On 40 GPUs 10 prompts of 24 are 6 completions a GPU; each of 400 tokens reads 3.1 GB."""
+    (tmp_path / "grpo.yaml").write_text(GRPO)
+    recipe = load_recipe(tmp_path / "grpo.yaml")
+    made = build_plan(recipe, Assumptions(text_tokens=400, **A100S))
+    assert (made.num_steps, made.rows_of_a_gpu) == (800, 1)
+    assert made.row.branches == (400.0,) * 6
+    assert made.row.num_tokens == 256 + 6 * 400
+    bandwidth = 0.5 * 2039e9
+    assert made.rollout_s == pytest.approx(400 * 1.5437e9 * 2 / bandwidth, rel=0.05)
+    tower = 2 * 0.4115 * 1024 + 27 * 4 * 1024**2 * 1152 / 1e9
+    blocks = 2 * 1.3103 * (256 + 6 * 400)
+    ends = 2 * 0.2334 * 6 * 400 + 2 * 0.0954 * 256
+    assert made.tflop_of_a_row == pytest.approx((tower + 3 * (blocks + ends)) / 1e3, rel=0.05)
+    assert made.step_s == pytest.approx(made.compute_s + made.rollout_s, rel=0.05)
+    assert "rollouts" in describe_plan(made)
+    with pytest.raises(ConfigError, match="241 GPUs are more than the 240 completions of a step"):
+        build_plan(recipe, Assumptions(gpus=241))
