@@ -112,6 +112,10 @@ class FlashVLPreTrainedModel(PreTrainedModel):
 class FlashVLModel(FlashVLPreTrainedModel):
     """Flash-VL without its language modelling head; `AutoModel` loads it."""
 
+    always_encodes = False
+    """Whether tower and adapter run for every batch without images, not for those that are trained
+    alone. The ranks of ZeRO 3 wait for each other in every module, in evaluation as well."""
+
     def __init__(self, config: FlashVLConfig):
         super().__init__(config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
@@ -225,7 +229,7 @@ class FlashVLModel(FlashVLPreTrainedModel):
             tokens_TD = _flatten_features(image_features).to(inputs_embeds)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, tokens_TD)
             inputs_embeds = inputs_embeds.masked_scatter(mask, tokens_TD)
-        elif self.training and torch.is_grad_enabled():
+        elif self.always_encodes or (self.training and torch.is_grad_enabled()):
             inputs_embeds = inputs_embeds + self._no_image().to(inputs_embeds)
 
         kwargs.pop("return_dict", None)
@@ -246,7 +250,7 @@ class FlashVLModel(FlashVLPreTrainedModel):
         )
 
     def _no_image(self) -> torch.Tensor:
-        """Zero, computed by tower and adapter, for a training batch without images.
+        """Zero, computed by tower and adapter, for a batch without images.
 
         Adding it gives their parameters a gradient of zero. Otherwise the ranks of ZeRO, some with
         images and some without, would disagree on what to reduce, and hang or mix up gradients.

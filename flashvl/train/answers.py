@@ -25,6 +25,7 @@ class Answers:
 
     def __init__(self, model: FlashVLForConditionalGeneration, processor: FlashVLProcessor):
         model.set_attn_implementation({"text_config": BY_DOCUMENT})
+        model.model.always_encodes = True
         self.module = model
         self.processor = processor
 

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -65,43 +66,52 @@ class Policy(nn.Module):
             The policy's logits, (labels, vocabulary) in fp32, and the reference's log-probabilities
             of `targets`, (labels,), or None without one.
         """
-        tokens = None
-        if pixel_values is not None and self._shares_tower:
-            _, tokens = self.model.model.encode_tiles(pixel_values)
+        is_text = pixel_values is None
+        if pixel_values is None:
+            side = self.model.config.vision_config.image_size
+            pixel_values = torch.zeros((1, 3, side, side), device=targets.device)
+        tokens = self.model.model.encode_tiles(pixel_values)[1] if self._shares_tower else None
+        images = _Images(pixel_values, tokens, is_text)
         reference = None
         if self._has_reference:
             with torch.no_grad():
-                logits = self._reference_logits(pixel_values, tokens, inputs)
+                logits = self._reference_logits(images, inputs)
                 reference = log_probs_of(logits, targets)
-        return self._logits(self.model, pixel_values, tokens, inputs), reference
+        return self._logits(self.model, images, inputs), reference
 
-    def _reference_logits(
-        self, pixel_values: torch.Tensor | None, tokens: torch.Tensor | None, inputs: dict[str, Any]
-    ) -> torch.Tensor:
+    def _reference_logits(self, images: "_Images", inputs: dict[str, Any]) -> torch.Tensor:
         (adapters,) = self._adapters
         if adapters is None:
             (frozen,) = self._frozen
             weight = self.model.lm_head.weight
             frozen.to(device=weight.device, dtype=weight.dtype)
-            return self._logits(frozen, pixel_values, tokens, inputs)
+            return self._logits(frozen, images, inputs)
         with turned_off(adapters):
-            return self._logits(self.model, pixel_values, tokens, inputs)
+            return self._logits(self.model, images, inputs)
 
     def _logits(
-        self,
-        model: FlashVLForConditionalGeneration,
-        pixel_values: torch.Tensor | None,
-        tokens: torch.Tensor | None,
-        inputs: dict[str, Any],
+        self, model: FlashVLForConditionalGeneration, images: "_Images", inputs: dict[str, Any]
     ) -> torch.Tensor:
-        images: dict[str, Any] = {}
-        if tokens is not None:
-            features = model.model.multi_modal_projector(tokens)
-            encoded = BaseModelOutputWithPooling(pooler_output=features)
-            images = {"mm_encoder_outputs": {"image": encoded}}
-        elif pixel_values is not None:
-            images = {"pixel_values": pixel_values}
-        return self._adjust(model(**inputs, **images).logits[0])
+        tokens = images.tokens
+        if tokens is None:
+            _, tokens = model.model.encode_tiles(images.pixel_values)
+        features = model.model.multi_modal_projector(tokens)
+        if images.is_text:
+            features = features[:, :0]
+        encoded = {"image": BaseModelOutputWithPooling(pooler_output=features)}
+        return self._adjust(model(**inputs, mm_encoder_outputs=encoded).logits[0])
+
+
+@dataclass(frozen=True, slots=True)
+class _Images:
+    """The images of a batch, on their way into policy and reference."""
+
+    pixel_values: torch.Tensor
+    tokens: torch.Tensor | None
+    """Input of the adapter, if policy and reference share it."""
+    is_text: bool
+    """Whether the batch has no images. A black tile stands for them, of which no token is used, so
+    that all ranks of ZeRO 3 pass through the same modules in the same order."""
 
 
 def log_probs_of(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

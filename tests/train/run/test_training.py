@@ -279,6 +279,8 @@ def test_a_worker_that_sees_only_text_keeps_step_with_one_that_sees_images(
         stage(
             init_from=str(tiny_iss_random),
             data={"parquet": str(mixed)},
+            eval_data={"parquet": str(mixed)},
+            eval_steps=2,
             trainable=["vision_tower", "multi_modal_projector", "language_model"],
             zero_stage=zero_stage,
             num_workers=num_workers,
@@ -296,6 +298,7 @@ def test_a_worker_that_sees_only_text_keeps_step_with_one_that_sees_images(
     )
     for result, weights in zip(results[1:], others, strict=True):
         assert losses(result) == pytest.approx(losses(results[0]), abs=1e-5)
+        assert result.eval_loss == pytest.approx(results[0].eval_loss, abs=1e-5)
         for name, weight in weights.items():
             torch.testing.assert_close(weight, truth[name], rtol=1e-3, atol=1e-4)
 
