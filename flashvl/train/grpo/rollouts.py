@@ -48,6 +48,12 @@ class Sampler:
     def max_model_len(self) -> int:
         return self.recipe.max_length + self.recipe.max_completion_length
 
+    @property
+    def max_num_seqs(self) -> int:
+        """Completions of a step that a worker makes at most, as far as it samples them at once."""
+        completions = self.recipe.global_batch_size * self.recipe.num_generations
+        return min(-(-completions // self.recipe.num_workers), MAX_NUM_SEQS)
+
     def sample(
         self, deepspeed_engine: Any, prompts: Sequence[Prompt], step: int
     ) -> list[list[Rollout]]:
@@ -89,7 +95,7 @@ class Sampler:
                     self._engine = Engine(
                         self.model,
                         self.processor,
-                        max_num_seqs=MAX_NUM_SEQS,
+                        max_num_seqs=self.max_num_seqs,
                         max_model_len=self.max_model_len,
                         is_trained=True,
                     )

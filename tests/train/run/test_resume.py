@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 
 from flashvl.data.storage import locate
@@ -19,6 +18,7 @@ from flashvl.train.run.checkpoint import list_checkpoints, remove_folder
 from flashvl.train.run.export import read_log
 from flashvl.train.run.launch import run
 from flashvl.train.run.stage import StageResult
+from tests.support.processes import kill_worker
 from tests.support.stores import s3_bucket
 
 NUM_ROWS, GLOBAL_BATCH = 480, 8
@@ -52,15 +52,6 @@ def stage(ray_cluster: None, tiny_random: Path) -> Callable[..., StageResult]:
         return run(RECIPES["supervised"].model_validate(recipe | changes), on_progress)
 
     return run_stage
-
-
-def kill_worker() -> None:
-    """Kill -9 one process that trains."""
-    for process in psutil.Process().children(recursive=True):
-        if process.name().startswith("ray::RayTrain"):
-            process.kill()
-            return
-    raise AssertionError("no worker is running")
 
 
 def assert_every_row_once(output: Path) -> None:
