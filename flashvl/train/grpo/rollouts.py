@@ -6,8 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from trl.models.utils import add_hooks, remove_hooks
-
 from flashvl.data.features import Tiles
 from flashvl.engine.engine import Engine
 from flashvl.engine.request import Completion, Request
@@ -87,22 +85,31 @@ class Sampler:
     def _at_work(self, deepspeed_engine: Any) -> Iterator[Engine]:
         """The engine, on whole weights; afterwards the model can be trained as before."""
         stage = self.recipe.zero_stage
-        with gathered(self.model, stage):
-            if stage == 3:  # its hooks would split the weights again after each layer
-                remove_hooks(deepspeed_engine)
-            try:
-                if self._engine is None:
-                    self._engine = Engine(
-                        self.model,
-                        self.processor,
-                        max_num_seqs=self.max_num_seqs,
-                        max_model_len=self.max_model_len,
-                        is_trained=True,
-                    )
-                yield self._engine
-            finally:
-                if stage == 3:
-                    add_hooks(deepspeed_engine)
+        with gathered(self.model, stage), _without_hooks(deepspeed_engine, stage):
+            if self._engine is None:
+                self._engine = Engine(
+                    self.model,
+                    self.processor,
+                    max_num_seqs=self.max_num_seqs,
+                    max_model_len=self.max_model_len,
+                    is_trained=True,
+                )
+            yield self._engine
+
+
+@contextmanager
+def _without_hooks(deepspeed_engine: Any, zero_stage: int) -> Iterator[None]:
+    """While the block runs, ZeRO-3 does not split the weights of each layer that was computed."""
+    if zero_stage < 3:
+        yield
+        return
+    from trl.models.utils import add_hooks, remove_hooks  # imports DeepSpeed
+
+    remove_hooks(deepspeed_engine)
+    try:
+        yield
+    finally:
+        add_hooks(deepspeed_engine)
 
 
 def make_seed(seed: int, step: int, row: int, completion: int) -> int:
