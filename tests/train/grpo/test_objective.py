@@ -22,12 +22,6 @@ from tests.support.problems import completion, problems, write_problems
 from tests.support.ranks import run_ranks
 
 NUM_PROMPTS, NUM_GENERATIONS = 3, 4
-HERE = "tests.train.grpo.test_objective"
-
-
-def parity(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
-    """Undefined for some completions."""
-    return [None if len(ids) == 3 else 0.1 * len(ids) + ids[0] % 2 for ids in completion_ids]
 
 
 def build_recipe(folder: Path, work: Path, **changes: Any) -> GrpoRecipe:
@@ -43,7 +37,7 @@ def build_recipe(folder: Path, work: Path, **changes: Any) -> GrpoRecipe:
         "max_completion_length": 10,
         "max_length": 300,
         "token_budget": 2000,
-        "rewards": {f"{HERE}.parity": 1.0},
+        "rewards": {"tests.support.rewards.undefined": 1.0},
         "beta": 0.04,
         "precision": "fp32",
         "use_gpu": False,
@@ -143,7 +137,8 @@ def compute_rank(folder: Path, work: Path) -> None:
     torch.save(compute(groups, batches, NUM_PROMPTS * NUM_GENERATIONS), work / f"rank{rank}.pt")
 
 
-@pytest.mark.parametrize("num_ranks", [2, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", [2, 5])
 def test_ranks_and_split_groups_change_nothing(
     num_ranks: int, tiny_iss_random: Path, work: Path, one_rank: None
 ) -> None:

@@ -21,11 +21,6 @@ NUM_STEPS, GLOBAL_BATCH = 20, 3
 LORA = {"r": 4, "alpha": 8}
 
 
-def early_reward(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
-    """Random models differ in it; undefined for some completions."""
-    return [None if len(ids) == 2 else float(ids[0] % 7) for ids in completion_ids]
-
-
 Stage = Callable[..., StageResult]
 
 
@@ -54,7 +49,7 @@ def stage(ray_cluster: None, tiny_iss_random: Path, tmp_path: Path) -> Stage:
             "max_completion_length": 8,
             "max_length": 300,
             "token_budget": 400,
-            "rewards": {"tests.train.grpo.test_stages.early_reward": 1.0, "format": 1.0},
+            "rewards": {"tests.support.rewards.undefined": 1.0, "format": 1.0},
             "num_workers": 2,
             "use_gpu": False,
             "precision": "fp32",
@@ -66,7 +61,7 @@ def stage(ray_cluster: None, tiny_iss_random: Path, tmp_path: Path) -> Stage:
     return run_stage
 
 
-DRAWN = ("reward", "reward_early_reward", "completion_length", "undefined_share")
+DRAWN = ("reward", "reward_undefined", "completion_length", "undefined_share")
 """Figures that tell which completions were drawn."""
 
 

@@ -26,21 +26,13 @@ from flashvl.train.recipe import GrpoRecipe
 from flashvl.train.run.lora import add_adapters
 from flashvl.train.run.schedule import freeze_all_but
 from flashvl.train.run.worker import prepare_parts
+from tests.support import rewards
 from tests.support.problems import completion, problems, write_problems
 
 NUM_PROMPTS, NUM_GENERATIONS = 3, 6
 BETA = 0.04
 MAX_LENGTHS = {"tiny": 95, "tiny-iss": 160}
 """Tokens of a prompt, so few that its completions do not fit behind one copy of it."""
-HERE = "tests.train.grpo.test_trl"
-
-
-def length_reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
-    return [0.3 * len(ids) for ids in completion_ids]
-
-
-def parity_reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
-    return [float(ids[0] % 2) for ids in completion_ids]
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +62,7 @@ def build_recipe(folder: Path, table: Path, **changes: Any) -> GrpoRecipe:
         "max_completion_length": 10,
         "max_length": MAX_LENGTHS[folder.name.rstrip("0123456789")],
         "token_budget": MAX_LENGTHS[folder.name.rstrip("0123456789")] + 15,
-        "rewards": {f"{HERE}.length_reward": 1.0, f"{HERE}.parity_reward": 0.5},
+        "rewards": {"tests.support.rewards.length": 1.0, "tests.support.rewards.parity": 0.5},
         "beta": BETA,
         "precision": "fp32",
         "use_gpu": False,
@@ -204,7 +196,7 @@ def trl_step(recipe: GrpoRecipe) -> Step:
     trainer = Trainer(
         model=model,
         processing_class=processor,
-        reward_funcs=[length_reward, parity_reward],
+        reward_funcs=[rewards.length, rewards.parity],
         peft_config=peft_config,
         train_dataset=Dataset.from_list([as_example(row) for row in rows]),
         args=GRPOConfig(
@@ -240,7 +232,7 @@ def trl_step(recipe: GrpoRecipe) -> Step:
     metrics = trainer._metrics["train"]
     return Step(
         advantages=dict(zip(tokens, inputs["advantages"].tolist(), strict=True)),
-        loss=float(loss),
+        loss=float(loss.detach()),
         kl=metrics["kl"][-1],
         entropy=metrics["entropy"][-1],
         gradients=gradients_of(trainer.model, strip),
@@ -272,7 +264,7 @@ def check_prompts(recipe: GrpoRecipe, inputs: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize(
     ("preset", "lora"),
     [
-        ("tiny", None),
+        pytest.param("tiny", None, marks=pytest.mark.slow),
         ("tiny-iss", {"r": 4, "alpha": 8}),
         pytest.param("tiny", {"r": 4, "alpha": 8}, marks=pytest.mark.slow),
         pytest.param("tiny-iss", None, marks=pytest.mark.slow),
