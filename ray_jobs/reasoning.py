@@ -27,7 +27,7 @@ from flashvl.entrypoint import report_errors, show_progress, start_ray
 if TYPE_CHECKING:
     from flashvl.eval.reasoning import Preference, Reasoner, Scores
 
-RECIPES = Path(__file__).parent / "configs" / "tiny"
+RECIPES = Path(__file__).parent / "configs" / "tiny-reasoning"
 SEED_STRIDE = 1000
 """Distance between the data seeds of two seeds, so that no two stages draw the same scenes."""
 

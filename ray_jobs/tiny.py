@@ -30,7 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = sorted(path.stem for path in PIPELINES.glob("tiny*.yaml"))
+    names = sorted(TEXTS)
     parser.add_argument("preset", nargs="?", choices=names, default="tiny")
     parser.add_argument("--runs", type=Path, help="folder for the checkpoints (runs/PRESET)")
     parser.add_argument("--output", type=Path, help="folder for the result (inside the package)")

@@ -6,6 +6,7 @@ ray job submit --working-dir . -- python ray_jobs/pipeline.py ray_jobs/configs/p
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 
+from flashvl.data.synthetic import REASONING_TASKS, TASKS
 from flashvl.engine import Engine
 from flashvl.eval.scenes import evaluate_scenes
 from flashvl.progress import ShowProgress
@@ -41,9 +42,12 @@ def run_and_score(
             "seconds": round(result.seconds, 1),
         }
 
+    tasks = (*TASKS, *REASONING_TASKS) if pipeline.evaluation == "problems" else TASKS
+
     def score(model: str) -> Mapping[str, float]:
         with show("asking") as on_progress:
-            scores = evaluate_scenes(Engine.from_pretrained(model), on_progress=on_progress)
+            engine = Engine.from_pretrained(model)
+            scores = evaluate_scenes(engine, on_progress=on_progress, tasks=tasks)
         return {task: round(score.exact_match, 3) for task, score in scores.items()}
 
     return run_pipeline(pipeline, run_stage, score, tell)

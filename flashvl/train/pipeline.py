@@ -60,9 +60,9 @@ class Pipeline(StrictModel):
     """Model that is made in `output_dir`/start, for the first stage to start from."""
     overrides: tuple[str, ...] = ()
     """Values that replace those of every recipe, as `key=value`."""
-    evaluation: Literal["scenes"] | None = None
-    """Evaluation after each stage: `scenes`, the held-out scenes of the procedural world; None:
-    none."""
+    evaluation: Literal["scenes", "problems"] | None = None
+    """Evaluation after each stage: `scenes`, the held-out scenes of the procedural world;
+    `problems`, its held-out problems as well; None: none."""
     stages: tuple[PipelineStage, ...] = Field(min_length=1)
     """Stages, each under a name of its own."""
 
