@@ -15,8 +15,18 @@ from flashvl.data.answers import final_answer
 from flashvl.data.schema import CONVERSATIONS, PREFERENCES, PROMPTS
 from flashvl.data.synthetic import REASONING_TASKS, Sample, Split, Task
 from flashvl.data.synthetic.pairs import Change
-from tests.support.reader import CELL, PALETTE, SHAPES, SIDE, components, enlarged, ink_of, look
-from tests.support.reader import mask_of, name_glyph
+from tests.support.reader import (
+    CELL,
+    PALETTE,
+    SHAPES,
+    SIDE,
+    components,
+    enlarged,
+    ink_of,
+    look,
+    mask_of,
+    name_glyph,
+)
 
 SEEDS = st.integers(0, 2**40)
 INDICES = st.integers(0, 24_000_000)
