@@ -1,4 +1,4 @@
-"""Groups of completions -> micro-batches: a prompt once, followed by its completions as branches."""
+"""Groups of completions -> micro-batches: a prompt once, then its completions as branches."""
 
 import itertools
 from collections.abc import Iterator, Sequence
