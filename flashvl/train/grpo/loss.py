@@ -2,24 +2,30 @@
 
 import torch
 
+ROWS_AT_ONCE = 256
+"""Tokens whose whole distributions are computed at once for their entropies, which saves memory."""
+
 
 def adjust_logits(logits: torch.Tensor, image_token_id: int, temperature: float) -> torch.Tensor:
     """The logits of the distribution that the engine samples from, in fp32: divided by the
     temperature, and without the image's placeholder.
 
     Args:
-        logits: (tokens, vocabulary).
+        logits: (tokens, vocabulary); they may be changed, as they are large.
     """
-    scaled = logits.float() / temperature
-    is_placeholder = torch.arange(scaled.shape[-1], device=scaled.device) == image_token_id
+    scaled = logits.float() / temperature if temperature != 1 else logits.float()
     # Not -inf: the entropy multiplies it by a probability of 0.
-    return scaled.masked_fill(is_placeholder, torch.finfo(scaled.dtype).min / 2)
+    scaled[:, image_token_id] = torch.finfo(scaled.dtype).min / 2
+    return scaled
 
 
 @torch.no_grad()
 def entropies_of(logits: torch.Tensor) -> torch.Tensor:
     """(tokens,): entropy of each token's distribution, in nats."""
-    logprobs = logits.log_softmax(-1)
+    return torch.cat([_entropies(part.log_softmax(-1)) for part in logits.split(ROWS_AT_ONCE)])
+
+
+def _entropies(logprobs: torch.Tensor) -> torch.Tensor:
     return -(logprobs.exp() * logprobs).sum(-1)
 
 

@@ -127,7 +127,7 @@ class Groups:
         targets = batch["targets"]
         logits, reference = engine(targets=targets, **model_inputs(batch, self.processor))
         logprobs = log_probs_of(logits, targets)
-        importance = self._compare_with_engine(logits.detach(), batch)
+        importance = self._compare_with_engine(logits.detach(), logprobs.detach(), batch)
         losses = token_losses(
             logprobs,
             batch["advantages"][branches],
@@ -182,10 +182,13 @@ class Groups:
                 self._count_rewards(np.concatenate(pieces), rewards)
         return totals, advantages
 
-    def _compare_with_engine(self, logits: torch.Tensor, batch: Tensors) -> torch.Tensor:
+    def _compare_with_engine(
+        self, logits: torch.Tensor, logprobs: torch.Tensor, batch: Tensors
+    ) -> torch.Tensor:
         """(tokens,): importance ratios, by log-probabilities at temperature 1, as the engine's."""
         sampled = batch["sampled_logprobs"]
-        logprobs = log_probs_of(logits * self.recipe.temperature, batch["targets"])
+        if self.recipe.temperature != 1:
+            logprobs = log_probs_of(logits * self.recipe.temperature, batch["targets"])
         self._add("logprob_difference", float((logprobs - sampled).abs().sum()), len(sampled))
         return importance_ratios(logprobs, sampled, self.recipe.importance_sampling_cap)
 

@@ -20,7 +20,6 @@ from flashvl.model.loading import load_model, load_processor
 from flashvl.train.feed.feed import build_feed, read_steps
 from flashvl.train.feed.shares import Share, decode_share
 from flashvl.train.grpo import objective
-from flashvl.train.grpo.loss import adjust_logits
 from flashvl.train.grpo.objective import Groups
 from flashvl.train.recipe import GrpoRecipe
 from flashvl.train.run.lora import add_adapters
@@ -101,7 +100,7 @@ def our_step(recipe: GrpoRecipe, monkeypatch: pytest.MonkeyPatch) -> Step:
     adapters = prepare_parts(model, recipe)
     Path(recipe.output_dir).mkdir()
     # TRL gives the image's placeholder a share of the probability, which the engine does not.
-    monkeypatch.setattr(objective, "adjust_logits", lambda x, _, t: adjust_logits(x, -1, t))
+    monkeypatch.setattr(objective, "adjust_logits", lambda logits, _, t: logits.float() / t)
     groups = Groups(model, processor, recipe, adapters, locate(recipe.output_dir))
     perturb(model)
     monkeypatch.setattr(
