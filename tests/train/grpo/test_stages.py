@@ -101,12 +101,19 @@ def test_a_killed_stage_goes_on_with_the_same_completions(
 
 
 @pytest.mark.long
-def test_two_steps_of_a_stage(stage: Stage) -> None:
+def test_two_steps_of_a_stage(stage: Stage, tmp_path: Path) -> None:
     told: list[str] = []
-    result = stage("short", num_steps=2, on_progress=lambda done, total, note="": told.append(note))
+    held_out = write_problems(tmp_path / "held-out", problems(4))
+    result = stage(
+        "short",
+        num_steps=2,
+        on_progress=lambda done, total, note="": told.append(note),
+        eval_data={"parquet": str(held_out)},
+    )
     records = read_log(result.checkpoint)
     assert [record["samples"] for record in records] == [GLOBAL_BATCH] * 2
     assert {"reward", "kl", "entropy", "rollout_s", "update_s", "cut_share"} <= records[0].keys()
     assert records[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert "eval_reward" in records[-1]
     assert any("rollout" in note and "KL" in note for note in told)
     assert (Path(result.checkpoint) / PAGE).is_file()
