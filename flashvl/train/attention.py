@@ -4,8 +4,9 @@ Where transformers finds several documents in a row, its SDPA computes all pairs
 masks those of different documents. Here, as with flash attention, they are not computed at all: the
 time grows with the length of the documents, not with that of the row.
 
-The branches of a document (see `flashvl.train.branches`) see its prompt and themselves. They are
-computed side by side, padded to the longest.
+The branches of a document (see `flashvl.train.branches`) see its prompt and themselves, and are
+computed one after the other as well: padded to the longest and computed side by side, two or 24 of
+them take as long on a CPU if they are alike, and up to 1.8 times as long if they are not.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -46,8 +46,7 @@ def attend_by_document(
         prompt, *branches = pieces[place : place + len(parts)]
         place += len(parts)
         found.append(sdpa_attention_forward(module, *prompt, None, **options)[0])
-        if branches:
-            found.append(_attend_branches(module, prompt, branches, **options))
+        found += [_attend_branch(module, prompt, branch, **options) for branch in branches]
     return torch.cat(found, dim=1), None
 
 
@@ -55,30 +54,14 @@ Piece = tuple[torch.Tensor, ...]
 """Queries, keys and values of a part of a document, (1, heads, L, channels) each."""
 
 
-def _attend_branches(
-    module: nn.Module, prompt: Piece, branches: Sequence[Piece], **options: Any
-) -> torch.Tensor:
-    """Attention of all branches of a document, (1, their tokens, heads, channels).
-
-    A branch that is shorter than others is padded at its end, which causal attention hides.
-    """
-    query, key, value = (_stack(tensors) for tensors in zip(*branches, strict=True))
-    key, value = (
-        torch.cat([shared.expand(len(own), -1, -1, -1), own], dim=2)
-        for shared, own in ((prompt[1], key), (prompt[2], value))
-    )
+def _attend_branch(module: nn.Module, prompt: Piece, branch: Piece, **options: Any) -> torch.Tensor:
+    """Attention of a branch to its prompt and itself, (1, L, heads, channels)."""
+    query = branch[0]
+    key, value = (torch.cat(pair, dim=2) for pair in zip(prompt[1:], branch[1:], strict=True))
     num_queries, num_keys = query.shape[2], key.shape[2]
     mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
     mask = mask.tril(num_keys - num_queries)[None, None]
-    found = sdpa_attention_forward(module, query, key, value, mask, **options)[0]
-    lengths = [branch[0].shape[2] for branch in branches]
-    return torch.cat([row[:length] for row, length in zip(found, lengths, strict=True)])[None]
-
-
-def _stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """(1, heads, L, channels) each -> (branches, heads, longest L, channels)."""
-    rows = [tensor[0].transpose(0, 1) for tensor in tensors]
-    return pad_sequence(rows, batch_first=True).transpose(1, 2)
+    return sdpa_attention_forward(module, query, key, value, mask, **options)[0]
 
 
 AttentionInterface.register(BY_DOCUMENT, attend_by_document)

@@ -154,6 +154,7 @@ def run_sweep(
 
 def _run_all(field: str, left: dict[str, Stage], total: int, on_progress: ShowProgress) -> None:
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # stages write their own
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one prints even if told not to
     on_progress(total - len(left), total, "")
     with tempfile.TemporaryDirectory() as storage:
         results = Tuner(
