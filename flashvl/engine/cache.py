@@ -61,15 +61,23 @@ class KVCache:
             max_rows: rows at most, however short they are.
         """
         self.num_tokens, self.max_rows = _round_up(num_tokens), max_rows
+        self._num_layers, self._dtype, self._device = config.num_hidden_layers, dtype, device
         self._row_shape = (config.num_key_value_heads, head_dim(config))
-        layer_size = self.num_tokens * config.num_key_value_heads * head_dim(config)
-        # Zeroed, since a NaN in uninitialised memory would pass through the mask.
-        self._memory = torch.zeros(
-            2, config.num_hidden_layers, layer_size, dtype=dtype, device=device
-        )
         self._prompts: list[HeldPrompt] = []
         """Shared prompts, from the end of the memory on towards its beginning."""
+        self.allocate()
+
+    def allocate(self) -> None:
+        """Take the memory, as one row; the constructor does so, too."""
+        heads, dim = self._row_shape
+        shape = (2, self._num_layers, self.num_tokens * heads * dim)
+        # Zeroed, since a NaN in uninitialised memory would pass through the mask.
+        self._memory = torch.zeros(shape, dtype=self._dtype, device=self._device)
         self._cut(self.num_tokens)
+
+    def release(self) -> None:
+        """Give the memory back until `allocate`; no row and no prompt may be in use."""
+        self._memory = self.keys = self.values = torch.empty(0)
 
     @property
     def num_rows(self) -> int:
@@ -78,6 +86,11 @@ class KVCache:
     @property
     def row_length(self) -> int:
         return self.keys.shape[3]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the memory now."""
+        return self._memory.nbytes
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -70,7 +70,8 @@ class Engine:
                 other requests waiting.
             is_trained: whether the model is being trained meanwhile. Then no weight is copied into
                 a faster layout, so that each update counts at once, adapters included; and the
-                model is set up for generation only within `borrow_model`.
+                model is set up for generation, and memory taken for the cache, only within
+                `borrow_model`.
         """
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = model.to(self.device)
@@ -92,7 +93,9 @@ class Engine:
             dtype=model.dtype,
             device=self.device,
         )
-        self.is_trained = is_trained
+        self.is_trained, self._is_borrowing = is_trained, False
+        if is_trained:
+            cache.release()
         self.runner = Runner(self.model, processor, cache, is_trained)
         min_group = MIN_GROUP_ON_GPU if self.runner.graphs is not None else 2
         self.scheduler = Scheduler(cache, max_prefill_tokens, min_group)
@@ -130,7 +133,7 @@ class Engine:
         Raises:
             DataError: one of them cannot be answered; all are cancelled.
         """
-        if self.is_trained:
+        if self.is_trained and not self._is_borrowing:
             with self.borrow_model():
                 return self._generate(requests)
         return self._generate(requests)
@@ -139,12 +142,21 @@ class Engine:
     def borrow_model(self) -> Iterator[None]:
         """Set up a model that is being trained for `step`, and put it back as it was at the end.
 
-        Its attention is replaced meanwhile, and no module is in training mode. What was kept of
-        images is forgotten, since the weights may have changed.
+        Its attention is replaced meanwhile, and no module is in training mode. At the end requests
+        that are not answered are cancelled, the memory of the cache is given back, and images are
+        forgotten, as the weights will change.
         """
-        self.image_features.clear()
-        with self.runner.borrow_model():
-            yield
+        self.runner.cache.allocate()
+        self._is_borrowing = True
+        try:
+            with self.runner.borrow_model():
+                yield
+        finally:
+            self._is_borrowing = False
+            for number in list(self._sequences):
+                self.cancel(number)
+            self.image_features.clear()
+            self.runner.cache.release()
 
     def _generate(self, requests: Many[Request]) -> list[Completion]:
         ids: list[int] = []

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -105,11 +106,29 @@ def test_each_update_counts_at_once_and_leaves_no_trace(
         answers.append(found[::3])
         assert found == [tokens for tokens in training.by_generate() for _ in range(3)]
         assert {name: each.training for name, each in training.model.named_modules()} == flags
+        assert engine.runner.cache.num_bytes == 0
+        assert not engine.image_features.kept
         language_model = training.model.model.language_model
         assert language_model.config._attn_implementation == "eager"
         gradients = zip(training.update(), undisturbed.update(), strict=True)
         assert all(torch.equal(one, other) for one, other in gradients)
     assert all(answers[step] != answers[step + 1] for step in range(3))
+
+
+def test_answers_step_by_step_end_when_the_model_is_given_back(tiny_random: Path) -> None:
+    training = Training(tiny_random, has_adapters=False)
+    engine = Engine(training.model, training.processor, is_trained=True)
+    expected = [each.token_ids for each in engine.generate(training.requests())]
+    for _ in range(2):
+        with engine.borrow_model():
+            for request in training.requests():
+                engine.add(replace(request, max_new_tokens=90))
+            found = [each.token_ids for each in engine.generate(training.requests()[:1])]
+            assert found == expected[:1]
+            assert engine.num_running == 9
+        assert engine.is_idle
+        assert engine.runner.cache.num_prompt_tokens == 0
+    assert [each.token_ids for each in engine.generate(training.requests())] == expected
 
 
 def test_a_failure_gives_the_model_back(tiny_random: Path) -> None:
