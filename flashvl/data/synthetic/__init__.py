@@ -1,7 +1,8 @@
 """The procedural world: drawn scenes with questions whose exact answers are known.
 
 Everything follows from a seed. A hash of its content puts a scene in the `train` or the `heldout`
-split, so the two never share a scene, whatever the seeds. Problems are split by their numbers.
+split, so the two never share a scene, whatever the seeds. Problems about digits and bars are split
+by their numbers alone.
 
 This is flashvl's built-in data set: the shipped models are trained on it, and tests and demos use
 it.

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 
 from flashvl.config import DEFAULT_PROMPT
 from flashvl.data.schema import IMAGE_MARKER
-from flashvl.data.synthetic.problems import REASONING_TASKS, ask, hash_numbers, problem_scene
+from flashvl.data.synthetic.problems import REASONING_TASKS, ask, hash_problem, problem_scene
 from flashvl.data.synthetic.scenes import (
     TASKS,
     Pen,
@@ -25,7 +25,7 @@ from flashvl.data.synthetic.scenes import (
 
 Split = Literal["train", "heldout"]
 HELDOUT_SHARE = 10
-"""One scene in this number is held out, and one tuple of numbers of the problems."""
+"""One scene in this number is held out; of problems, see `problems.hash_problem`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ def sample(split: Split, seed: int, index: int, tasks: tuple[Task, ...] = TASKS)
     rng = random.Random(f"{split}/{seed}/{index}")
     while True:
         scene, problem = _draw_scene(rng.choice(tasks), rng)
-        hash_of = _hash_content if problem is None else hash_numbers
+        hash_of = _hash_content if problem is None else hash_problem
         if _split_by(hash_of(scene)) == split:
             break
     if problem is None:
