@@ -53,7 +53,7 @@ def mean_over(scores: Scores, tasks: Sequence[str]) -> float:
 
 def render_preferences(before: Scores, after: Sequence[Preference]) -> str:
     """A Markdown table: held-out pairs and exact match before and after DPO."""
-    items = sum(score.items for score in before.values())
+    items = sum(before[task].items for task in TASKS)
     lines = [
         f"| | accuracy on held-out pairs | margin | exact match, {items} items |",
         "|---|---|---|---|",

@@ -19,6 +19,8 @@ from tests.support.recipes import CONFIGS, RECIPES
 
 RECIPE = CONFIGS / "static" / "stage1.yaml"
 PIPELINES = sorted((CONFIGS / "pipelines").glob("*.yaml"))
+STAGES = [*(f"stage{number}" for number in range(1, 6)), "reasoning_sft", "grpo"]
+"""Stages of the static pipeline."""
 
 
 class Runs:
@@ -52,7 +54,7 @@ def write(folder: Path, text: str) -> Path:
     return path
 
 
-def four_stages(folder: Path, *overrides: str) -> Pipeline:
+def static_stages(folder: Path, *overrides: str) -> Pipeline:
     """The static pipeline in a folder of its own."""
     return load_pipeline(
         CONFIGS / "pipelines" / "static.yaml",
@@ -73,9 +75,9 @@ def test_every_pipeline_in_the_repository_loads(path: Path) -> None:
 
 def test_stages_are_chained_and_scored(tmp_path: Path) -> None:
     runs = Runs()
-    pipeline = four_stages(tmp_path, "overrides=[num_workers=8]", "init_from=/models/mine")
+    pipeline = static_stages(tmp_path, "overrides=[num_workers=8]", "init_from=/models/mine")
     records = runs.of(pipeline)
-    stages = [f"{tmp_path}/run/stage{number}" for number in (1, 2, 3, 4)]
+    stages = [f"{tmp_path}/run/{stage}" for stage in STAGES]
     assert [recipe.init_from for recipe in runs.trained] == ["/models/mine", *stages[:-1]]
     assert [recipe.output_dir for recipe in runs.trained] == runs.scored == stages
     assert all(recipe.num_workers == 8 for recipe in runs.trained)
@@ -90,14 +92,14 @@ def test_a_stopped_pipeline_goes_on_at_the_stage_that_was_not_finished(tmp_path:
     runs = Runs()
     runs.failing = "stage3"
     with pytest.raises(FlashVLError, match="SIGTERM"):
-        runs.of(four_stages(tmp_path))
+        runs.of(static_stages(tmp_path))
     assert runs.told == ["stage1", "stage2"]
     runs.failing = None
-    records = runs.of(four_stages(tmp_path))
-    assert [recipe.stage for recipe in runs.trained] == ["stage1", "stage2", "stage3", "stage4"]
+    records = runs.of(static_stages(tmp_path))
+    assert [recipe.stage for recipe in runs.trained] == STAGES
     assert runs.told == [record["stage"] for record in records]
-    assert runs.of(four_stages(tmp_path)) == records  # nothing is left to do
-    assert len(runs.trained) == 4
+    assert runs.of(static_stages(tmp_path)) == records  # nothing is left to do
+    assert len(runs.trained) == len(STAGES)
 
 
 def test_a_stage_that_cannot_answer_yet_is_not_scored(tmp_path: Path) -> None:
@@ -151,7 +153,7 @@ def test_bad_pipelines_are_refused_in_one_line(tmp_path: Path, text: str, messag
 
 
 def test_a_folder_with_other_stages_scores_is_refused(tmp_path: Path) -> None:
-    Runs().of(four_stages(tmp_path))
+    Runs().of(static_stages(tmp_path))
     other = load_pipeline(
         CONFIGS / "pipelines" / "ablation.yaml", [f"output_dir={tmp_path / 'run'}"]
     )

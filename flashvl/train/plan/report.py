@@ -32,22 +32,22 @@ def compare_plans(plans: Sequence[Plan]) -> str:
     heading = f"{len(plans)} stages on {first.num_gpus} x {first.gpu.name}"
     has_cost = first.cost is not None
     lines = [
-        f"{'stage':<10}{'rows':>12}{'steps':>9}{'trained':>10}{'GiB':>7}{'s/step':>8}"
-        f"{'rows/s/GPU':>12}{'hours':>8}{'GPU-hours':>11}{'cost':>10}"
+        f"{'stage':<14}{'rows':>11}{'steps':>9}{'trained':>10}{'GiB':>7}{'s/step':>8}"
+        f"{'rows/s/GPU':>11}{'hours':>8}{'GPU-hours':>10}{'cost':>10}"
     ]
     for plan in plans:
         lines.append(
-            f"{plan.stage:<10}{plan.num_rows:>12,}{plan.num_steps:>9,}"
+            f"{plan.stage:<14}{plan.num_rows:>11,}{plan.num_steps:>9,}"
             f"{plan.parameters.num_trained / 1e6:>9,.1f}M{plan.memory.total / GIB:>7.1f}"
             f"{plan.step_s:>8.3f}"
-            f"{plan.rows_per_s_of_a_gpu:>12.1f}{plan.hours:>8.1f}{plan.gpu_hours:>11,.0f}"
+            f"{plan.rows_per_s_of_a_gpu:>11.1f}{plan.hours:>8.1f}{plan.gpu_hours:>10,.0f}"
             f"{plan.cost or 0:>10,.0f}"
         )
     sums = describe_all(plans)
     rows, steps = sum(plan.num_rows for plan in plans), sum(plan.num_steps for plan in plans)
     lines.append(
-        f"{'all':<10}{rows:>12,}{steps:>9,}{'':>37}{sums['hours']:>8.1f}"
-        f"{sums['gpu_hours']:>11,.0f}{sums['cost'] or 0:>10,.0f}"
+        f"{'all':<14}{rows:>11,}{steps:>9,}{'':>36}{sums['hours']:>8.1f}"
+        f"{sums['gpu_hours']:>10,.0f}{sums['cost'] or 0:>10,.0f}"
     )
     if not has_cost:
         lines = [line[:-10] for line in lines]
