@@ -36,8 +36,8 @@ class MMVet(JudgedTask):
             "Give a mark to an answer by comparing it with the reference: 0.0 if it is all wrong,"
             " 1.0 if it is all right, and tenths between for answers that are right in part. <AND>"
             " in a reference joins parts that must all be in the answer; <OR> joins parts of which"
-            f" one is enough.\n\nQuestion: {fields['question']}\nReference: {fields['answer']}\nAnswer:"
-            f" {answer}\n\nReply with the mark alone:"
+            f" one is enough.\n\nQuestion: {fields['question']}\nReference: {fields['answer']}"
+            f"\nAnswer: {answer}\n\nReply with the mark alone:"
         )
 
     def judged(self, fields: Fields, answer: str, reply: str) -> Verdict:
