@@ -35,6 +35,7 @@ class DynaMath(JudgedTask):
     name = "dynamath"
     title = "DynaMath"
     file = "DynaMath"
+    figure_name = "average"
     needed = ("question", "answer", "answer_type", "qid")
     rule = "exact match of the letter, the number or the text"
 
@@ -64,9 +65,11 @@ class DynaMath(JudgedTask):
             return Verdict(mark=is_letter, extracted=None, by="judge")
         return Verdict(mark=_is_same(said, fields), extracted=said, by="judge")
 
-    def figures(self, marked: Sequence[Marked]) -> dict[str, float]:
+    def unit(self, fields: Fields) -> str:
+        return fields["qid"]
+
+    def details(self, marked: Sequence[Marked]) -> dict[str, float]:
         return {
-            "average": percent(marked),
             "worst case": percent_whole(group_by(marked, lambda fields: fields["qid"]).values()),
             **by_field(marked, "subject", percent),
             **by_field(marked, "knowledge_level", percent),

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from flashvl.errors import DataError
 from flashvl.eval.tasks.prompts import SHORT
-from flashvl.eval.tasks.task import Marked, group_by, percent, percent_whole
+from flashvl.eval.tasks.score import ratios_of, tally_units
+from flashvl.eval.tasks.task import Marked, Tally, group_by
 from flashvl.eval.tasks.tsv import Fields
 from flashvl.eval.tasks.yes_no import YesNo
 
@@ -21,6 +22,7 @@ class HallusionBench(YesNo):
     name = "hallusionbench"
     title = "HallusionBench"
     file = "HallusionBench"
+    figure_name = "mean"
     needed = ("index", "question", "answer", "l2-category")
 
     def check(self, fields: Fields) -> None:
@@ -34,15 +36,23 @@ class HallusionBench(YesNo):
     def prompt(self, fields: Fields) -> str:
         return f"{fields['question']} Please answer yes or no. {SHORT.strip()}"
 
-    def figures(self, marked: Sequence[Marked]) -> dict[str, float]:
-        accuracies = {
-            "aAcc": percent(marked),
-            "fAcc": percent_whole(group_by(marked, lambda fields: _key(fields, FIGURE)).values()),
-            "qAcc": percent_whole(group_by(marked, lambda fields: _key(fields, QUESTION)).values()),
+    def unit(self, fields: Fields) -> str:
+        return f"{fields['l2-category']} {fields['index'].split('_')[SET]}"
+
+    def tally(self, unit: Sequence[Marked]) -> Tally:
+        rights = [each.is_right for each in unit]
+        return {
+            "aAcc": (sum(rights), len(rights)),
+            "fAcc": _whole(unit, FIGURE),
+            "qAcc": _whole(unit, QUESTION),
         }
-        return {"mean": sum(accuracies.values()) / len(accuracies), **accuracies}
+
+    def details(self, marked: Sequence[Marked]) -> dict[str, float]:
+        ratios = ratios_of(*tally_units(self, marked))
+        return dict(zip(("aAcc", "fAcc", "qAcc"), (100 * ratios).tolist(), strict=True))
 
 
-def _key(fields: Fields, place: int) -> str:
-    numbers = fields["index"].split("_")
-    return f"{fields['l2-category']}_{numbers[SET]}_{numbers[place]}"
+def _whole(unit: Sequence[Marked], place: int) -> tuple[float, float]:
+    """Figures or questions of a set of which all answers are right, and all of them."""
+    groups = group_by(unit, lambda fields: fields["index"].split("_")[place]).values()
+    return sum(all(each.is_right for each in group) for group in groups), len(groups)

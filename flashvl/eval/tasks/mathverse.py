@@ -27,5 +27,5 @@ class MathVerse(FreeForm):
     def judged(self, fields: Fields, answer: str, reply: str) -> Verdict:
         return Verdict(mark=reply.strip() == "1", extracted=answer, by="judge")
 
-    def figures(self, marked: Sequence[Marked]) -> dict[str, float]:
-        return {"accuracy": percent(marked), **by_field(marked, "problem_version", percent)}
+    def details(self, marked: Sequence[Marked]) -> dict[str, float]:
+        return by_field(marked, "problem_version", percent)

@@ -41,5 +41,5 @@ class MathVista(FreeForm):
         except ValueError:
             return False
 
-    def figures(self, marked: Sequence[Marked]) -> dict[str, float]:
-        return {"accuracy": percent(marked), **by_field(marked, "task", percent)}
+    def details(self, marked: Sequence[Marked]) -> dict[str, float]:
+        return by_field(marked, "task", percent)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from flashvl.errors import DataError
 from flashvl.eval.tasks.multiple_choice import MultipleChoice
-from flashvl.eval.tasks.task import Marked, by_field, group_by, percent, percent_whole
+from flashvl.eval.tasks.task import Marked, Tally, by_field, group_by, percent, percent_whole
 from flashvl.eval.tasks.tsv import Fields
 
 ROTATION = 1_000_000
@@ -22,15 +22,21 @@ class MMBench(MultipleChoice):
     """MMBench in one language."""
 
     needed = ("index", "question", "answer")
+    figure_name = "circular"
 
     def check(self, fields: Fields) -> None:
         super().check(fields)
         if not fields["index"].isdigit():
             raise DataError(f"index {fields['index']!r} is not a number; number the questions")
 
-    def figures(self, marked: Sequence[Marked]) -> dict[str, float]:
+    def unit(self, fields: Fields) -> str:
+        return _question(fields)
+
+    def tally(self, unit: Sequence[Marked]) -> Tally:
+        return {"": (all(each.is_right for each in unit), 1)}
+
+    def details(self, marked: Sequence[Marked]) -> dict[str, float]:
         return {
-            "circular": _circular(marked),
             "single": percent(marked),
             **by_field(marked, "category", _circular),
             **by_field(marked, "l2-category", _circular),

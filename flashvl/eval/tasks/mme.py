@@ -5,9 +5,18 @@ percent; MME's is the sum over the categories, 2800 at most.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from flashvl.eval.tasks.prompts import SHORT
-from flashvl.eval.tasks.task import Marked, by_field, group_by, percent, percent_whole
+from flashvl.eval.tasks.task import (
+    Marked,
+    Ratios,
+    Tally,
+    by_field,
+    group_by,
+    percent,
+    percent_whole,
+)
 from flashvl.eval.tasks.tsv import Fields
 from flashvl.eval.tasks.yes_no import YesNo
 
@@ -24,16 +33,28 @@ class MME(YesNo):
     name = "mme"
     title = "MME"
     file = "MME"
+    figure_name = "total"
     needed = ("question", "answer", "category", "image_path")
 
     def prompt(self, fields: Fields) -> str:
         return fields["question"] + " " + SHORT.strip()
 
-    def figures(self, marked: Sequence[Marked]) -> dict[str, float]:
+    def unit(self, fields: Fields) -> str:
+        return f"{fields['category']} {fields['image_path']}"
+
+    def tally(self, unit: Sequence[Marked]) -> Tally:
+        category = unit[0].fields["category"]
+        rights = [each.is_right for each in unit]
+        return {f"{category} acc": (sum(rights), len(rights)), f"{category} acc+": (all(rights), 1)}
+
+    def combine(self, ratios: Ratios) -> Any:
+        return 100 * ratios.sum(axis=-1)
+
+    def details(self, marked: Sequence[Marked]) -> dict[str, float]:
         found = by_field(marked, "category", _category)
         reasoning = sum(found.get(name, 0) for name in REASONING)
         total = sum(found.values())
-        return {"total": total, "perception": total - reasoning, "reasoning": reasoning, **found}
+        return {"perception": total - reasoning, "reasoning": reasoning, **found}
 
 
 def _category(marked: Sequence[Marked]) -> float:

@@ -11,9 +11,8 @@ class MMStar(MultipleChoice):
     title = "MMStar"
     file = "MMStar"
 
-    def figures(self, marked: Sequence[Marked]) -> dict[str, float]:
+    def details(self, marked: Sequence[Marked]) -> dict[str, float]:
         return {
-            "accuracy": percent(marked),
             **by_field(marked, "category", percent),
             **by_field(marked, "l2_category", percent),
         }

@@ -21,6 +21,7 @@ class MMVet(JudgedTask):
     name = "mmvet"
     title = "MMVet"
     file = "MMVet"
+    figure_name = "mean"
     rule = "exact match of the reference's parts"
 
     def prompt(self, fields: Fields) -> str:
@@ -47,8 +48,8 @@ class MMVet(JudgedTask):
             mark = -1.0
         return Verdict(mark=mark if 0 <= mark <= 1 else 0, extracted=answer, by="judge")
 
-    def figures(self, marked: Sequence[Marked]) -> dict[str, float]:
-        found = {"mean": percent(marked)}
+    def details(self, marked: Sequence[Marked]) -> dict[str, float]:
+        found = {}
         for name in CAPABILITIES:
             if those := [each for each in marked if name in each.fields.get("category", "")]:
                 found[name] = percent(those)

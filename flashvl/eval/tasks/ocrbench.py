@@ -4,11 +4,11 @@ An answer is right if any of the listed answers is in it, upper and lower case a
 equal; for handwritten formulas, spaces do not count and cases differ. The figure is out of 1000.
 """
 
-from collections.abc import Sequence
+from typing import Any
 
 from flashvl.data.answers import final_answer
 from flashvl.eval.tasks.prompts import REASON
-from flashvl.eval.tasks.task import Marked, Task, Verdict, by_field, percent
+from flashvl.eval.tasks.task import Ratios, Task, Verdict
 from flashvl.eval.tasks.tsv import Fields, read_list
 
 FORMULAS = "Handwritten Mathematical Expression Recognition"
@@ -18,6 +18,7 @@ class OCRBench(Task):
     name = "ocrbench"
     title = "OCRBench"
     file = "OCRBench"
+    figure_name = "score"
     needed = ("question", "answer", "category")
     rule = "containment of a listed answer"
 
@@ -34,8 +35,8 @@ class OCRBench(Task):
         found = [each for each in read_list(fields["answer"]) if plain(each) in plain(said)]
         return Verdict(mark=bool(found), extracted=found[0] if found else said, by="rule")
 
-    def figures(self, marked: Sequence[Marked]) -> dict[str, float]:
-        return {"score": 10 * percent(marked), **by_field(marked, "category", percent)}
+    def combine(self, ratios: Ratios) -> Any:
+        return 1000 * ratios.mean(axis=-1)
 
 
 def _lower(text: str) -> str:

@@ -9,7 +9,10 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
 
 from flashvl.data.inputs.image_reader import failure
 from flashvl.errors import DataError
@@ -71,35 +74,13 @@ class Marked:
         return self.verdict.mark == 1
 
 
+Tally = dict[str, tuple[float, float]]
+"""Marks and how many they are, by what is counted; a benchmark's figure is made of their ratios."""
+Ratios = npt.NDArray[np.float64]
+"""(..., names of a tally)."""
+
 NO_ANSWER = Verdict(mark=0, extracted=None, by="rule")
 """The verdict on a row that the model could not answer: it counts as wrong."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Score:
-    """A benchmark's figures, and how they came about."""
-
-    task: str
-    figure: float
-    """What the paper's tables have: percent, except for OCRBench (of 1000) and MME (of 2800)."""
-    figures: dict[str, float]
-    """Further figures by name, such as those of the benchmark's categories."""
-    items: int
-    """Questions that were marked."""
-    num_judged: int
-    """Answers that the judge decided."""
-    num_undecided: int
-    """Answers that the rule leaves open, which count as wrong for want of a judge."""
-    num_lost: int
-    """Rows of the file that could not be read, which are not in the figures."""
-    num_left_out: int
-    """Rows without an image, which VLMEvalKit leaves out as well."""
-    rule: str
-    """How answers were marked: the rule, and the judge or that there was none."""
-
-    def __str__(self) -> str:
-        lost = f", {self.num_lost} rows lost" if self.num_lost else ""
-        return f"{self.task}: {self.figure:.2f} of {self.items} items{lost} ({self.rule})"
 
 
 class Task(ABC):
@@ -115,13 +96,15 @@ class Task(ABC):
     """Columns without which a row cannot be asked or marked."""
     rule: ClassVar[str]
     """How an answer is marked, in a few words."""
+    figure_name: ClassVar[str] = "accuracy"
+    """Name of the figure that the paper's tables have."""
 
     def check(self, fields: Fields) -> None:
         """
         Raises:
             DataError: a cell is missing, or not what the benchmark needs.
         """
-        if missing := [name for name in self.needed if name not in fields]:
+        if missing := [name for name in ("index", *self.needed) if name not in fields]:
             raise DataError(f"row has no {missing[0]!r}; fill in the cell")
 
     def is_asked(self, fields: Fields) -> bool:
@@ -136,9 +119,22 @@ class Task(ABC):
     def verdict(self, fields: Fields, answer: str) -> Verdict:
         """What the rule makes of an answer; by `nobody` where it leaves that open."""
 
-    def figures(self, marked: Sequence[Marked]) -> dict[str, float]:
-        """The figures of at least one answer; the first one is what the paper's tables have."""
-        return {"accuracy": percent(marked), **by_field(marked, "category", percent)}
+    def unit(self, fields: Fields) -> str:
+        """What makes an answer one with others, such as the image that they are about: they are
+        counted together, and chance takes or leaves them together."""
+        return fields["index"]
+
+    def tally(self, unit: Sequence[Marked]) -> Tally:
+        """What the answers of one unit add to the benchmark's counts."""
+        return {"": (sum(each.verdict.mark for each in unit), len(unit))}
+
+    def combine(self, ratios: Ratios) -> Any:
+        """The figure from the ratios of the whole tally, along their last axis."""
+        return 100 * ratios.mean(axis=-1)
+
+    def details(self, marked: Sequence[Marked]) -> dict[str, float]:
+        """Further figures by name."""
+        return by_field(marked, "category", percent)
 
 
 class JudgedTask(Task):
@@ -172,40 +168,6 @@ def read_items(task: Task, table: Table) -> Iterator[Item | DeadLetter]:
             images=row.images,
             fields=row.fields,
         )
-
-
-def score(
-    task: Task, marked: Sequence[Marked], *, num_lost: int, num_left_out: int, judge: str | None
-) -> Score:
-    """The score of a benchmark.
-
-    Args:
-        judge: name of the judge model that was asked; None: there was none.
-
-    Raises:
-        DataError: nothing was marked.
-    """
-    if not marked:
-        raise DataError(f"{task.name} has no marked answer; ask its questions first")
-    undecided = sum(each.verdict.by == "nobody" for each in marked)
-    judged = sum(each.verdict.by == "judge" for each in marked)
-    found = task.figures(marked)
-    name = next(iter(found))
-    if judge is None:
-        rule = f"{task.rule}; no judge: {undecided} answers that this leaves open count as wrong"
-    else:
-        rule = f"{task.rule}; {judged} answers judged by {judge}"
-    return Score(
-        task=task.name,
-        figure=found[name],
-        figures=found,
-        items=len(marked),
-        num_judged=judged,
-        num_undecided=undecided,
-        num_lost=num_lost,
-        num_left_out=num_left_out,
-        rule=rule,
-    )
 
 
 def percent(marked: Sequence[Marked]) -> float:

@@ -35,11 +35,13 @@ class WeMath(MultipleChoice):
         if not steps.isdigit() or not (part == "multi" or part.isdigit()):
             raise DataError(f"key is {fields['key']!r}; write it as 2steps_1 or 2steps_multi")
 
-    def figures(self, marked: Sequence[Marked]) -> dict[str, float]:
+    def unit(self, fields: Fields) -> str:
+        return _problem_key(fields)
+
+    def details(self, marked: Sequence[Marked]) -> dict[str, float]:
         problems = [_problem(group) for group in group_by(marked, _problem_key).values()]
         parts = group_by(marked, _part)
         return {
-            "accuracy": percent(marked),
             "strict": _mastery(problems, is_strict=True),
             "loose": _mastery(problems, is_strict=False),
             **{part: percent(parts[part]) for part in sorted(parts)},

@@ -8,7 +8,8 @@ import pytest
 from flashvl.errors import DataError
 from flashvl.eval.tasks.catalogue import GENERAL, REASONING, TASKS
 from flashvl.eval.tasks.multiple_choice import MultipleChoice
-from flashvl.eval.tasks.task import DeadLetter, Item, JudgedTask, Score, Task, score
+from flashvl.eval.tasks.score import Score, score
+from flashvl.eval.tasks.task import DeadLetter, Item, JudgedTask, Task
 from tests.support.benchmarks import encoded, items_of, mark_by_rule, picture, write_tsv
 
 RED = encoded("red")

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from flashvl.eval.tasks.catalogue import TASKS
+from flashvl.eval.tasks.score import figures_of
 from flashvl.eval.tasks.task import JudgedTask, Marked, Task
 from tests.support.benchmarks import encoded, items_of, mark_by_rule, write_tsv
 
@@ -383,7 +384,7 @@ def theirs_by_name(records: list[dict[str, Any]], key: str, value: str) -> dict[
 def test_circles_are_counted_alike(name: str, folder: Path, theirs: dict[str, Any]) -> None:
     exact, _ = ours(TASKS[name], folder)
     (record,) = theirs[TASKS[name].file]["figures"]
-    found = TASKS[name].figures(exact)
+    found = figures_of(TASKS[name], exact)
     assert 0 < found["circular"] < 100
     for mine, other in {"circular": "Overall", "x": "x", "y": "y", "z": "z", "u": "u"}.items():
         assert found[mine] == pytest.approx(100 * float(record[other]))
@@ -393,7 +394,7 @@ def test_the_figures_of_other_benchmarks_are_computed_alike(
     folder: Path, theirs: dict[str, Any]
 ) -> None:
     def figures(name: str, is_judged: bool = False) -> dict[str, float]:
-        return TASKS[name].figures(ours(TASKS[name], folder)[is_judged])
+        return figures_of(TASKS[name], ours(TASKS[name], folder)[is_judged])
 
     for name in ("mmmu", "mmstar", "ai2d", "seedbench", "mmmu_pro"):
         records = theirs[TASKS[name].file]["figures"]

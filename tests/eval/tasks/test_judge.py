@@ -13,17 +13,14 @@ from flashvl.errors import FlashVLError
 from flashvl.eval.tasks import judge as judging
 from flashvl.eval.tasks.catalogue import TASKS
 from flashvl.eval.tasks.judge import Judge, mark_answers
-from flashvl.eval.tasks.task import Marked, score
+from flashvl.eval.tasks.score import score
+from flashvl.eval.tasks.task import Marked
 from flashvl.eval.tasks.tsv import Fields
 
 PETS: Fields = {"question": "What is it?", "A": "a cat", "B": "a dog", "answer": "B"}
+SAID = ["B", "A puppy, I think", "something that barks", "it meows a lot", "who knows", None]
 ANSWERS: list[tuple[Fields, str | None]] = [
-    (PETS, "B"),
-    (PETS, "A puppy, I think"),
-    (PETS, "something that barks"),
-    (PETS, "something that meows"),
-    (PETS, "who knows"),
-    (PETS, None),
+    (PETS | {"index": str(index)}, said) for index, said in enumerate(SAID)
 ]
 REPLIES = {"barks": "B", "meows": " A.", "knows": "well ..."}
 
