@@ -13,6 +13,7 @@ from flashvl.cli import app
 from flashvl.cli.options import field_options
 from flashvl.config import StrictModel
 from flashvl.data.convert.config import ConversionJob
+from flashvl.eval.config import EvaluationJob
 from flashvl.serve.config import ServiceConfig
 from tests.test_words import FRAGMENT, STUMBLES
 
@@ -31,6 +32,7 @@ MIRRORED: dict[str, type[StrictModel]] = {
     "flashvl caption": CaptionJob,
     "flashvl serve": ServiceConfig,
     "flashvl data convert": ConversionJob,
+    "flashvl eval run": EvaluationJob,
 }
 
 

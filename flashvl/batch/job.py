@@ -194,7 +194,9 @@ def run_plan(plan: Plan, on_progress: ShowProgress = ignore_progress) -> Summary
         check_service(job.via_serve, str(plan.fingerprint["model"]), job.dtype)
     with plan.work.begun() as output:
         num_found = output.num_done
-        plan.work.finish_rows(output, functools.partial(_answer, plan), Meter(), on_progress)
+        plan.work.finish_rows(
+            output, functools.partial(answer_rows, job, plan.source), Meter(), on_progress
+        )
         seconds = time.monotonic() - started_s
         summary = Summary(
             input=plan.num_rows,
@@ -212,15 +214,19 @@ def run_plan(plan: Plan, on_progress: ShowProgress = ignore_progress) -> Summary
     return summary
 
 
-def _answer(plan: Plan, is_done: Done) -> tuple[Generator[pa.Table, None, None], Drain]:
+def answer_rows(
+    job: CaptionJob, source: Source, is_done: Done
+) -> tuple[Generator[pa.Table, None, None], Drain]:
     """Begin to caption the rows that are not done; see `flashvl.data.ledger.work.Answer`."""
     gate = ray.remote(num_cpus=0)(Gate).remote()
-    return _captions(plan, is_done, gate), functools.partial(close, gate)
+    return _captions(job, source, is_done, gate), functools.partial(close, gate)
 
 
-def _captions(plan: Plan, is_done: Done, gate: ActorHandle) -> Generator[pa.Table, None, None]:
+def _captions(
+    job: CaptionJob, source: Source, is_done: Done, gate: ActorHandle
+) -> Generator[pa.Table, None, None]:
     """The answered rows, without those that the engines did not take."""
-    with closing(captioned(plan.job, plan.source, is_done, gate)) as tables:
+    with closing(captioned(job, source, is_done, gate)) as tables:
         for rows in tables:
             yield rows.filter(pc.or_(pc.is_valid(rows["caption"]), pc.is_valid(rows["step"])))
     ray.kill(gate)

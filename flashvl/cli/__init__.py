@@ -17,6 +17,7 @@ from flashvl import __version__
 from flashvl.batch.config import CaptionJob
 from flashvl.cli.bench import bench_app
 from flashvl.cli.data import data_app
+from flashvl.cli.evaluation import eval_app
 from flashvl.cli.options import JsonOption, ModelOption, build, options_from, write_json
 from flashvl.cli.plan import plan
 from flashvl.entrypoint import allow_downloads, report_errors, show_progress, start_ray
@@ -29,7 +30,6 @@ app = typer.Typer(
     rich_markup_mode=None,  # would eat square brackets and cut the options' names to fit a panel
     help="Train and run Flash-VL vision-language models on Ray.",
 )
-eval_app = typer.Typer(no_args_is_help=True, help="Measure the quality of a model.")
 app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")
 app.add_typer(data_app, name="data")
@@ -311,50 +311,6 @@ def _sweep(recipe: Path, overrides: Sequence[str], sweep: str, as_json: bool) ->
     with show_progress("trials") as on_progress:
         found = run_sweep(field, stages, on_progress)
     print(json.dumps(found.describe(), indent=2) if as_json else found)
-
-
-@eval_app.command()
-def scenes(
-    model: ModelOption = "tiny",
-    items: Annotated[
-        int, typer.Option(metavar="INTEGER", help="Held-out questions of each task.")
-    ] = 120,
-    task: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="TASK",
-            help="Task to ask about, once for each: caption, count, read, chart, arithmetic, or the"
-            " problems sum, total, difference, area, perimeter. Default: the first five.",
-        ),
-    ] = None,
-    json_file: JsonOption = None,
-) -> None:
-    """Score a model on held-out scenes of the procedural world.
-
-    The score of a task is the share of final answers that match exactly.
-
-    Example: flashvl eval scenes --model tiny --json scores.json
-    """
-    with report_errors():
-        from flashvl.engine import Engine
-        from flashvl.eval.scenes import average, evaluate_scenes, find_tasks
-        from flashvl.model.parts.prepare import prepare_model
-
-        asked = find_tasks(task or ())
-        if json_file is not None:
-            write_json(json_file, {})  # an hour's scores must not be lost to a bad path
-        engine = Engine.from_pretrained(prepare_model(model))
-        with show_progress("asking") as on_progress:
-            scores = evaluate_scenes(engine, items, on_progress, asked)
-        if json_file is not None:
-            tasks = {
-                name: {"items": score.items, "exact_match": score.exact_match}
-                for name, score in scores.items()
-            }
-            write_json(json_file, {"model": model, "tasks": tasks, "average": average(scores)})
-        for name, score in scores.items():
-            print(f"{name:<12}{score.exact_match:6.3f}  of {score.items}")
-        print(f"{'average':<12}{average(scores):6.3f}")
 
 
 @app.command()

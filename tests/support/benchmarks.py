@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 from PIL import Image
 
+from flashvl.data.storage import locate
 from flashvl.eval.tasks.task import NO_ANSWER, DeadLetter, Item, Marked, Task, read_items
 from flashvl.eval.tasks.tsv import open_table
 
@@ -30,7 +31,7 @@ def write_tsv(path: Path, rows: Sequence[Mapping[str, object]]) -> Path:
 
 
 def items_of(task: Task, path: Path) -> tuple[list[Item], list[DeadLetter]]:
-    found = list(read_items(task, open_table(str(path))))
+    found = list(read_items(task, open_table(locate(str(path)))))
     items = [each for each in found if isinstance(each, Item)]
     return items, [each for each in found if isinstance(each, DeadLetter)]
 

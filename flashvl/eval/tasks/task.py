@@ -43,6 +43,8 @@ class DeadLetter:
     step: str
     error: str
     reason: str
+    fields: Fields | None
+    """The row's cells, if they are whole: then the row counts as wrong; else it is lost."""
 
     @property
     def is_left_out(self) -> bool:
@@ -149,17 +151,25 @@ class JudgedTask(Task):
         """What an answer is worth by a judge's reply; a reply that is none of the allowed is 0."""
 
 
-def read_items(task: Task, table: Table) -> Iterator[Item | DeadLetter]:
-    """The questions of a benchmark, and its rows that cannot be asked, in the file's order."""
-    for row in table.rows():
-        if row.problem is None and not task.is_asked(row.fields):
+def read_items(
+    task: Task, table: Table, chosen: Iterable[int] | None = None
+) -> Iterator[Item | DeadLetter]:
+    """The questions of a benchmark, and its rows that cannot be asked.
+
+    Args:
+        chosen: rows to read, in this order; None: all that belong to the benchmark.
+    """
+    for row in table.rows(chosen):
+        if chosen is None and row.problem is None and not task.is_asked(row.fields):
             continue
+        fields: Fields | None = row.fields
+        problem = row.problem
         try:
-            if row.problem is not None:
-                raise row.problem
             task.check(row.fields)
         except DataError as error:
-            yield DeadLetter(row=row.row, id=row.id, **failure("read", error))
+            fields, problem = None, problem or error
+        if problem is not None:
+            yield DeadLetter(row=row.row, id=row.id, fields=fields, **failure("read", problem))
             continue
         yield Item(
             row=row.row,

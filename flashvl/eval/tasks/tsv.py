@@ -16,15 +16,15 @@ import ast
 import csv
 import posixpath
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import BinaryIO
 
 from flashvl.data.fetching import decode_data_url
 from flashvl.data.inputs.compressed import open_plain
 from flashvl.data.limits import DEFAULT_LIMITS, ImageLimits
 from flashvl.data.row_files import read_row_file
-from flashvl.data.storage import Location, is_uri, locate
+from flashvl.data.storage import Location, is_uri
 from flashvl.errors import ConfigError, DataError
 
 Fields = dict[str, str]
@@ -63,6 +63,8 @@ class _Place:
     begin: int
     id: str
     image_id: str | None
+    has_image: bool
+    """Whether a cell names an image, or whether the row is damaged, so that this is unknown."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,7 +76,11 @@ class Table:
     places: list[_Place]
     by_id: dict[str, int]
     """Row by its index; the last one where several have the same."""
-    image_limits: ImageLimits = field(default=DEFAULT_LIMITS)
+    asked: list[int]
+    """The rows that belong to the benchmark and have an image, or are damaged."""
+    num_left_out: int
+    """Rows of the benchmark without an image."""
+    image_limits: ImageLimits
 
     @property
     def num_rows(self) -> int:
@@ -117,8 +123,7 @@ class Table:
                 f"row has {len(cells)} cells and the header {len(self.columns)}; write the file"
                 " anew, with quotes around cells that hold tabs, line breaks or quotes"
             )
-        pairs = zip(self.columns, cells, strict=True)
-        return {name: text for name, text in pairs if text.strip() not in MISSING}
+        return _present(self.columns, cells)
 
     def _images(
         self, row: int, fields: Fields, other: BinaryIO, kept: OrderedDict[str, str]
@@ -173,54 +178,77 @@ class Table:
         return read_row_file(path, self.location.store, self.image_limits.max_image_bytes)
 
 
-def open_table(path: str, image_limits: ImageLimits = DEFAULT_LIMITS) -> Table:
+def open_table(
+    location: Location,
+    image_limits: ImageLimits = DEFAULT_LIMITS,
+    is_asked: Callable[[Fields], bool] = lambda _: True,
+) -> Table:
     """Find the rows of a benchmark's file, on a disk or in a store.
+
+    Args:
+        is_asked: whether a row of these cells belongs to the benchmark.
 
     Raises:
         ConfigError: there is no such file, or it is not a benchmark's.
     """
-    location = locate(path)
     if not location.is_file():
-        raise ConfigError(f"benchmark {path} is not a file; name a TSV file of VLMEvalKit")
+        raise ConfigError(f"benchmark {location} is not a file; name a TSV file of VLMEvalKit")
     with open_plain(location) as (stream, _):
         records = _read_cells(stream)
         header, begin, _ = next(records, ([], 0, None))
         columns = [name if len(name) == 1 else name.lower() for name in header]
-        _check_columns(path, columns)
-        places = []
+        _check_columns(location, columns)
+        places: list[_Place] = []
+        asked, num_left_out = [], 0
         for cells, end, problem in records:
             if cells or problem is not None:
-                places.append(_place(columns, cells if problem is None else [], begin))
+                is_whole = problem is None and len(cells) == len(columns)
+                place = _place(columns, cells if is_whole else cells[:1], begin)
+                if not is_whole or is_asked(_present(columns, cells)):
+                    if place.has_image:
+                        asked.append(len(places))
+                    num_left_out += not place.has_image
+                places.append(place)
             begin = end
     return Table(
         location=location,
         columns=columns,
         places=places,
         by_id={place.id: row for row, place in enumerate(places)},
+        asked=asked,
+        num_left_out=num_left_out,
         image_limits=image_limits,
     )
 
 
-def _check_columns(path: str, columns: list[str]) -> None:
+def _present(columns: list[str], cells: list[str]) -> Fields:
+    """The cells that are there, by their columns."""
+    pairs = zip(columns, cells, strict=False)
+    return {name: text for name, text in pairs if text.strip() not in MISSING}
+
+
+def _check_columns(location: Location, columns: list[str]) -> None:
     shown = ", ".join(columns)[:100]
     if missing := [name for name in ("index", "question") if name not in columns]:
         raise ConfigError(
-            f"benchmark {path} has no column {missing[0]!r}; columns: {shown or 'none'}. Name a TSV"
-            " file of VLMEvalKit"
+            f"benchmark {location} has no column {missing[0]!r}; columns: {shown or 'none'}. Name a"
+            " TSV file of VLMEvalKit"
         )
     if not set(columns).intersection(IMAGE_COLUMNS):
         raise ConfigError(
-            f"benchmark {path} has neither a column 'image' nor 'image_path'; columns: {shown}."
+            f"benchmark {location} has neither a column 'image' nor 'image_path'; columns: {shown}."
             " Name a TSV file of VLMEvalKit"
         )
 
 
 def _place(columns: list[str], cells: list[str], begin: int) -> _Place:
-    fields = dict(zip(columns, cells, strict=False))
+    fields = _present(columns, cells)
     image = fields.get("image", "")
-    is_reference = image.strip() not in MISSING and len(image) <= LONGEST_REFERENCE
     return _Place(
-        begin=begin, id=fields.get("index", ""), image_id=image.strip() if is_reference else None
+        begin=begin,
+        id=fields.get("index", ""),
+        image_id=image.strip() if 0 < len(image) <= LONGEST_REFERENCE else None,
+        has_image=len(cells) != len(columns) or bool(set(IMAGE_COLUMNS) & set(fields)),
     )
 
 

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from flashvl.data.limits import ImageLimits
+from flashvl.data.storage import locate
 from flashvl.errors import ConfigError
 from flashvl.eval.tasks.tsv import MissingImageError, Row, open_table, read_list
 from tests.support.benchmarks import encoded, picture, write_tsv
@@ -16,7 +17,7 @@ RED, BLUE = picture("red"), picture("blue")
 
 
 def rows_of(path: Path) -> list[Row]:
-    return list(open_table(str(path)).rows())
+    return list(open_table(locate(str(path))).rows())
 
 
 def test_cells_come_back_as_pandas_wrote_them(tmp_path: Path) -> None:
@@ -119,7 +120,7 @@ def test_broken_rows_are_told_and_others_stay(tmp_path: Path) -> None:
 def test_files_that_are_no_benchmark_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "t.tsv"
     with pytest.raises(ConfigError, match="not a file"):
-        open_table(str(path))
+        open_table(locate(str(path)))
     for text, reason in (
         ("", "no column 'index'"),
         ("index\tanswer\timage\n", "no column 'question'"),
@@ -127,7 +128,7 @@ def test_files_that_are_no_benchmark_are_refused(tmp_path: Path) -> None:
     ):
         path.write_text(text)
         with pytest.raises(ConfigError, match=reason):
-            open_table(str(path))
+            open_table(locate(str(path)))
 
 
 def test_words_for_missing_values_are_options_and_empty_cells_are_not(tmp_path: Path) -> None:
@@ -144,7 +145,7 @@ def test_a_large_file_is_read_in_little_memory(tmp_path: Path) -> None:
         for index in range(24):
             file.write(f"{index}\t?\t{image}\n")
     tracemalloc.start()
-    assert sum(len(row.images[0]) for row in open_table(str(path)).rows()) > 24 * 2**20
+    assert sum(len(row.images[0]) for row in open_table(locate(str(path))).rows()) > 24 * 2**20
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 12 * len(image)
@@ -152,9 +153,9 @@ def test_a_large_file_is_read_in_little_memory(tmp_path: Path) -> None:
 
 def test_chosen_rows_come_in_the_order_given(tmp_path: Path) -> None:
     rows = [{"index": n, "question": "?", "image": encoded("red")} for n in range(5)]
-    table = open_table(str(write_tsv(tmp_path / "t.tsv", rows)))
+    table = open_table(locate(str(write_tsv(tmp_path / "t.tsv", rows))))
     assert [row.row for row in table.rows([3, 1])] == [3, 1]
-    small = open_table(str(tmp_path / "t.tsv"), ImageLimits(max_image_bytes=8))
+    small = open_table(locate(str(tmp_path / "t.tsv")), ImageLimits(max_image_bytes=8))
     assert "max_image_bytes=8" in str(next(small.rows()).problem)
 
 
