@@ -21,9 +21,13 @@ from flashvl.eval.tasks.tsv import Table, open_table
 
 ENDINGS = tuple(f".tsv{end}" for end in ("", ".gz", ".bz2", ".xz"))
 _PIECE = pa.schema(
-    [("benchmark", pa.int32()), ("first", pa.int64()), ("places", pa.list_(pa.int64()))]
+    [
+        ("benchmark", pa.int32()),
+        ("rows", pa.list_(pa.int64())),
+        ("places", pa.list_(pa.int64())),
+    ]
 )
-"""Some rows of a benchmark's file, and the number of the first one among the job's rows."""
+"""Some questions of a benchmark: their numbers in the job, and in the benchmark's file."""
 KEPT = pa.schema([("task", pa.string()), ("fields", pa.string())])
 """Columns that an answer keeps: the benchmark, and the question's cells as JSON."""
 
@@ -71,14 +75,15 @@ class Questions(Source):
         first = 0
         for number, benchmark in enumerate(self.benchmarks):
             places = np.array(benchmark.table.asked, np.int64)
-            for start in range(0, len(places), ROWS_PER_READ):
-                done = is_done[first + start : first + start + ROWS_PER_READ]
-                chosen = places[start : start + ROWS_PER_READ]
-                # Places that are done are -1: the others keep their numbers.
-                piece = {"benchmark": number, "first": first + start}
-                if not done.all():
-                    left = np.where(done, -1, chosen).tolist()
-                    yield pa.Table.from_pylist([piece | {"places": left}], schema=_PIECE)
+            left = np.flatnonzero(~is_done[first : first + len(places)])
+            for start in range(0, len(left), ROWS_PER_READ):
+                chosen = left[start : start + ROWS_PER_READ]
+                piece = {
+                    "benchmark": number,
+                    "rows": (first + chosen).tolist(),
+                    "places": places[chosen].tolist(),
+                }
+                yield pa.Table.from_pylist([piece], schema=_PIECE)
             first += len(places)
 
     def locate(self, row: int) -> tuple[Benchmark, int]:
@@ -142,10 +147,9 @@ def _read_pieces(
     num_bytes = 0
     for piece in pieces.to_pylist():
         benchmark = benchmarks[piece["benchmark"]]
-        left = [(n, place) for n, place in enumerate(piece["places"]) if place >= 0]
-        items = read_items(benchmark.task, benchmark.table, [place for _, place in left])
-        for (number, _), item in zip(left, items, strict=True):
-            row = _as_row(benchmark, item, max_images) | {"row": piece["first"] + number}
+        items = read_items(benchmark.task, benchmark.table, piece["places"])
+        for number, item in zip(piece["rows"], items, strict=True):
+            row = _as_row(benchmark, item, max_images) | {"row": number}
             size = sum(len(image["image"]) for image in row["images"] or ())
             if rows and (len(rows) == ROWS_PER_READ or num_bytes + size > BYTES_PER_READ):
                 yield as_table(rows, KEPT, [IMAGES], True)
