@@ -57,9 +57,6 @@ class Groups:
         Args:
             model: made for training, before DeepSpeed splits its weights.
             output: folder of the gallery, which rank 0 writes.
-
-        Raises:
-            ConfigError: a reward function cannot be imported, or the lengths exceed the model's.
         """
         config = model.config
         self.module = Policy(
@@ -73,7 +70,6 @@ class Groups:
         self.recipe = recipe
         self.sampler = Sampler(model, processor, recipe)
         self.scorer = Scorer(recipe.rewards)
-        self.scorer.check()
         self.gallery = Gallery(stage=recipe.stage, reward_names=self.scorer.names)
         self.output = output
         self._prepared_s = 0.0

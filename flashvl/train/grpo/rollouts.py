@@ -9,7 +9,6 @@ from typing import Any
 from flashvl.data.features import Tiles
 from flashvl.engine.engine import Engine
 from flashvl.engine.request import Completion, Request
-from flashvl.errors import ConfigError
 from flashvl.model import FlashVLForConditionalGeneration, FlashVLProcessor
 from flashvl.train.grpo.groups import Prompt, Rollout
 from flashvl.train.recipe import GrpoRecipe
@@ -28,23 +27,8 @@ class Sampler:
         processor: FlashVLProcessor,
         recipe: GrpoRecipe,
     ):
-        """
-        Raises:
-            ConfigError: a prompt and its completion may be longer than the model allows.
-        """
         self.model, self.processor, self.recipe = model, processor, recipe
         self._engine: Engine | None = None
-        longest = model.config.text_config.max_position_embeddings
-        if self.max_model_len > longest:
-            raise ConfigError(
-                f"max_length ({recipe.max_length}) and max_completion_length"
-                f" ({recipe.max_completion_length}) exceed {longest}, the tokens that"
-                f" {recipe.init_from} takes; lower one of them"
-            )
-
-    @property
-    def max_model_len(self) -> int:
-        return self.recipe.max_length + self.recipe.max_completion_length
 
     @property
     def max_num_seqs(self) -> int:
@@ -91,7 +75,7 @@ class Sampler:
                     self.model,
                     self.processor,
                     max_num_seqs=self.max_num_seqs,
-                    max_model_len=self.max_model_len,
+                    max_model_len=self.recipe.max_length + self.recipe.max_completion_length,
                     is_trained=True,
                 )
             yield self._engine

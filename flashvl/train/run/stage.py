@@ -12,6 +12,7 @@ from flashvl.model.loading import hash_folder, load_processor, resolve_checkpoin
 from flashvl.model.parts.prepare import prepare_model
 from flashvl.train.feed.feed import Feed, build_feed
 from flashvl.train.feed.mixture import TrainingData
+from flashvl.train.grpo.checks import check_rollouts
 from flashvl.train.parameters import Parameters, count_parameters
 from flashvl.train.recipe import AnyRecipe, GrpoRecipe
 from flashvl.train.run.export import CONFIG, read_totals
@@ -120,7 +121,10 @@ def check_stage(recipe: AnyRecipe) -> Stage:
     # Workers have another working directory.
     output_dir = output.path if output.is_local else recipe.output_dir
     recipe = recipe.model_copy(update={"init_from": str(init_from), "output_dir": output_dir})
-    parameters = _count_parameters(recipe)
+    config = FlashVLConfig.from_pretrained(init_from)
+    parameters = _count_parameters(recipe, config)
+    if isinstance(recipe, GrpoRecipe):
+        check_rollouts(recipe, config)
     feed = _build_feed(recipe, recipe.data)
     settings = recipe.model_dump(mode="json", exclude=set(MAY_DIFFER))
     stage = Stage(
@@ -135,12 +139,11 @@ def check_stage(recipe: AnyRecipe) -> Stage:
     return stage
 
 
-def _count_parameters(recipe: AnyRecipe) -> Parameters:
+def _count_parameters(recipe: AnyRecipe, config: FlashVLConfig) -> Parameters:
     """
     Raises:
         ConfigError: another number of parameters would be trained than the recipe says.
     """
-    config = FlashVLConfig.from_pretrained(recipe.init_from)
     counts = count_parameters(config, recipe.trainable, recipe.lora.r if recipe.lora else None)
     check_count(counts.num_trained, recipe)
     return counts
