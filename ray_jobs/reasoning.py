@@ -3,9 +3,10 @@
     make reasoning
     python ray_jobs/reasoning.py --seeds 0 1 2 --runs runs/reasoning
 
-tiny -> DPO on pairs of captions, for each seed. tiny -> a little training on problems, which makes
-the base; and from the base, for each seed: SFT on worked solutions, GRPO, and GRPO after SFT. Each
-model is asked held-out questions. RUNS then holds
+tiny -> DPO on pairs of captions, for each seed. tiny -> problems, how they are worked out, and then
+short answers to them, which makes the base: it can reason, and mostly does not. From the base, for
+each seed: SFT on worked solutions in words, GRPO, and GRPO after SFT. Each model is asked held-out
+questions. RUNS then holds
 
     preference.md, reasoning.md     a table each
     preference.png, reasoning.png   the curves of the training
@@ -67,7 +68,8 @@ class Miniature:
 
         self.runs.mkdir(parents=True, exist_ok=True)
         before = self.score("tiny")
-        base = self.score(self.train("introduction", "introduction", "tiny"))
+        self.train("introduction", "introduction", "tiny")
+        base = self.score(self.train("base", "short_answers", self.runs / "introduction"))
         after, trained = [], []
         for seed in seeds:
             after.append(self.prefer(seed))
@@ -111,7 +113,7 @@ class Miniature:
         """SFT, GRPO and both from the base."""
         from flashvl.eval.reasoning import Reasoner
 
-        base = self.runs / "introduction"
+        base = self.runs / "base"
         sft = self.train(f"seed-{seed}/sft", "reasoning_sft", base, seed)
         rl = self.train(f"seed-{seed}/rl", "grpo", base, seed)
         both = self.train(f"seed-{seed}/sft-rl", "grpo", sft, seed)

@@ -1,7 +1,7 @@
 """What preference training and reasoning gain in miniature: tables over several seeds.
 
-The models of `make reasoning`: `tiny` after DPO; and the base, which has met problems a little,
-after supervised training on worked solutions (SFT), after GRPO (RL), and after both.
+The models of `make reasoning`: `tiny` after DPO; and the base, which mostly answers problems at
+once, after supervised training on worked solutions (SFT), after GRPO (RL), and after both.
 """
 
 import statistics

@@ -108,7 +108,7 @@ def test_the_recipes_draw_other_scenes_in_each_stage_and_evaluate_held_out_ones(
     recipes = load_pipeline(CONFIGS / "pipelines" / "tiny-reasoning.yaml").recipes()
     found = [recipe.data.synthetic for recipe in recipes]
     data = [each for each in found if each is not None]
-    assert len({each.seed for each in data}) == len(recipes) == 4
+    assert len({each.seed for each in data}) == len(recipes) == 5
     assert all(each.split == "train" for each in data)
     assert recipes[0].eval_data is not None
     assert recipes[0].eval_data.synthetic is not None
@@ -143,7 +143,7 @@ def test_the_miniature_resumes_and_writes_its_tables(starts_ray: None, tmp_path:
     assert {each["way"] for each in figures["reasoning"]} == set(GAINS)
     last = runs / "seed-0" / "sft-rl"
     made = {path: path.stat().st_mtime_ns for path in runs.rglob("model.safetensors")}
-    assert len(made) == 5
+    assert len(made) == 6
     shutil.rmtree(last)  # as if the run had been interrupted before this stage
     second = run()
     remade = {path for path, time in made.items() if path.stat().st_mtime_ns != time}
