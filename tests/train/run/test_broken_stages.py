@@ -12,7 +12,7 @@ from flashvl.data.storage import locate
 from flashvl.errors import FlashVLError
 from flashvl.train.feed.shares import Share
 from flashvl.train.recipe import RECIPES
-from flashvl.train.run import attempts, supervised
+from flashvl.train.run import attempts, worker
 from flashvl.train.run.checkpoint import list_checkpoints
 from flashvl.train.run.export import read_log
 from flashvl.train.run.failures import RankError
@@ -68,7 +68,7 @@ def worker_in_which(happen: Happen) -> Callable[[dict[str, Any]], None]:
 
         Loop._make_step = make_step_after  # type: ignore[method-assign]
         try:
-            supervised.train_worker(config)
+            worker.train_worker(config)
         finally:
             Loop._make_step = make_step  # type: ignore[method-assign]
 
