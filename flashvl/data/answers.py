@@ -34,6 +34,8 @@ _SEPARATORS = re.compile(r"\s*(?:,|;|\bor\b|\band\b|\u6216\u8005|\u6216|\u548c|\
 _UNIT = re.compile(r"^[-+]?[\d.,/ ]*\d\s*([a-zA-Z\u03bc]+)\s*\^?\s*([23])?$")
 _UNITS = {"mm", "cm", "dm", "m", "km", "mg", "g", "kg", "ml", "l", "s", "min", "h"}
 """Units that are compared; others are left out of a comparison."""
+_TERM = re.compile(r"(?<![A-Za-z])(?:\d\s*[a-cknx-z]|[a-cknx-z]\s*\*\s*\d)(?![A-Za-z])")
+"""A number times a variable, which math-verify takes for the number alone outside of formulas."""
 _IS_LATEX = re.compile(r"\\[A-Za-z({[]|\^|_")
 
 
@@ -142,7 +144,9 @@ def _as_mathematics(text: str) -> str:
         return rf"$\{{{', '.join(numbers)}\}}$"
     if re.fullmatch(r"[(\[][^()\[\]]*,[^()\[\]]*[)\]]", text):  # a point, or an interval
         return f"${text}$"
-    if _IS_LATEX.search(text) and not re.search(r"\$|\\\(|\\\[|\\boxed", text):
+    if (_IS_LATEX.search(text) or _TERM.search(text)) and not re.search(
+        r"\$|\\\(|\\\[|\\boxed", text
+    ):
         return f"${text}$"
     return text
 
