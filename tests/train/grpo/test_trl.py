@@ -75,11 +75,15 @@ def noise_like(weight: torch.Tensor, name: str) -> torch.Tensor:
 
 
 def perturb(model: torch.nn.Module, strip: str = "") -> None:
-    """Change what is trained, by noise that depends on the names of the weights alone."""
+    """Change what is trained, by noise that depends on the names of the weights alone.
+
+    Adapters begin at random, so noise takes their place.
+    """
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.requires_grad:
-                weight += noise_like(weight, name.removeprefix(strip))
+                kept = 0.0 if ".lora_" in name else 1.0
+                weight.mul_(kept).add_(noise_like(weight, name.removeprefix(strip)))
 
 
 @dataclass(kw_only=True)
