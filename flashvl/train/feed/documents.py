@@ -182,11 +182,13 @@ def draw(data: SyntheticData, row: int, kind: Kind) -> Raw:
     `cells`."""
     if kind == "dpo":
         return synthetic.preference(synthetic.pair(data.split, data.seed, row), row)
-    if random.Random(f"replay/{data.seed}/{row}").random() < data.replay_share:
-        return synthetic.conversation(synthetic.sample(data.split, data.seed, row), row)
-    sample = synthetic.sample(data.split, data.seed, row, data.tasks)
+    is_replayed = random.Random(f"replay/{data.seed}/{row}").random() < data.replay_share
+    tasks = synthetic.TASKS if is_replayed else data.tasks
+    sample = synthetic.sample(data.split, data.seed, row, tasks)
     if kind == "grpo":
         return synthetic.problem(sample, row)
+    if is_replayed:
+        return synthetic.conversation(sample, row)
     conversation = synthetic.conversation(sample, row, data.words_share, data.worked_share)
     if kind == "cells":
         conversation["cells"] = synthetic.cell_labels(sample.scene)

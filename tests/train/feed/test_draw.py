@@ -47,6 +47,13 @@ def test_shares_are_those_asked_for() -> None:
     assert worked / len(of_problems) == pytest.approx(0.3, abs=0.1)
 
 
+def test_prompts_are_replayed_too() -> None:
+    found = rows("grpo", tasks=PROBLEMS, replay_share=0.3)
+    questions = [row["prompt"][0]["content"].splitlines()[-1] for row in found]
+    is_problem = [question in synthetic.problems.QUESTIONS.values() for question in questions]
+    assert sum(is_problem) / COUNT == pytest.approx(0.7, abs=0.07)
+
+
 def test_splits_share_no_problem_and_no_pair() -> None:
     for kind in ("grpo", "dpo"):
         found = [
