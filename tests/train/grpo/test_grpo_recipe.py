@@ -1,10 +1,14 @@
 """GRPO's recipes: the paper's numbers, and refusals in one line."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from flashvl.errors import ConfigError
 from flashvl.train.feed.mixture import load_tables
 from flashvl.train.recipe import GrpoRecipe, load_recipe
+from flashvl.train.run.stage import check_stage
 from tests.support.recipes import CONFIGS
 
 
@@ -40,3 +44,22 @@ def test_bad_recipes_are_refused_in_one_line(override: str, message: str) -> Non
         load_recipe(CONFIGS / "static" / "grpo.yaml", overrides)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_length": 1020}, "max_length (1020) and max_completion_length (40) exceed 1024"),
+        ({"rewards": {"no.such.reward": 1.0}}, "rewards: no.such.reward cannot be imported"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_anything_is_started(
+    changes: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    overrides = [f"{name}={json.dumps(value)}" for name, value in changes.items()]
+    overrides += ["init_from=tiny", f"output_dir={tmp_path / 'out'}"]
+    recipe = load_recipe(CONFIGS / "tiny-reasoning" / "grpo.yaml", overrides)
+    with pytest.raises(ConfigError) as error:
+        check_stage(recipe)
+    assert message in str(error.value)
+    assert not (tmp_path / "out").exists()
