@@ -11,7 +11,10 @@ from PIL import Image, ImageDraw
 
 from flashvl.data.schema import PROMPTS
 from flashvl.model import FlashVLProcessor
+from flashvl.train.feed.feed import build_feed, read_steps
+from flashvl.train.feed.shares import Share, decode_share
 from flashvl.train.grpo.groups import Rollout
+from flashvl.train.recipe import GrpoRecipe
 from tests.support.images import encode
 
 
@@ -58,3 +61,20 @@ def completion(processor: FlashVLProcessor, row: int, number: int) -> Rollout:
     tokens = ids if is_cut else [*ids, tokenizer.eos_token_id]
     logprobs = [-rng.random() for _ in tokens]
     return Rollout(token_ids=tokens, logprobs=logprobs, text=tokenizer.decode(ids), is_cut=is_cut)
+
+
+def read_share(recipe: GrpoRecipe, rank: int = 0, num_ranks: int = 1) -> Share:
+    """A worker's share of the first step, in which every row can be used."""
+    feed = build_feed(
+        recipe.data,
+        model=recipe.init_from,
+        global_batch_size=recipe.global_batch_size,
+        max_length=recipe.max_length,
+        token_budget=recipe.token_budget,
+        seed=0,
+        kind="grpo",
+        num_generations=recipe.num_generations,
+    )
+    share = decode_share(list(read_steps(feed, range(1), num_ranks))[rank])
+    assert not share.dead
+    return share

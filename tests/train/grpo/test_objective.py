@@ -11,14 +11,13 @@ from torch import distributed, nn
 
 from flashvl.data.storage import locate
 from flashvl.model.loading import load_model, load_processor
-from flashvl.train.feed.feed import build_feed, read_steps
-from flashvl.train.feed.shares import MicroBatch, Share, decode_share
+from flashvl.train.feed.shares import MicroBatch
 from flashvl.train.grpo.gallery import PAGE
 from flashvl.train.grpo.objective import Groups, read_prompts
 from flashvl.train.grpo.rollouts import make_seed
 from flashvl.train.recipe import GrpoRecipe
 from flashvl.train.run.worker import prepare_parts
-from tests.support.problems import completion, problems, write_problems
+from tests.support.problems import completion, problems, read_share, write_problems
 from tests.support.ranks import run_ranks
 
 NUM_PROMPTS, NUM_GENERATIONS = 3, 4
@@ -70,22 +69,6 @@ def fix_completions(groups: Groups) -> None:
         ]
 
     groups.sampler.sample = sample  # type: ignore[method-assign]
-
-
-def read_share(recipe: GrpoRecipe, rank: int = 0, num_ranks: int = 1) -> Share:
-    feed = build_feed(
-        recipe.data,
-        model=recipe.init_from,
-        global_batch_size=NUM_PROMPTS,
-        max_length=recipe.max_length,
-        token_budget=recipe.token_budget,
-        seed=0,
-        kind="grpo",
-        num_generations=NUM_GENERATIONS,
-    )
-    share = decode_share(list(read_steps(feed, range(1), num_ranks))[rank])
-    assert not share.dead
-    return share
 
 
 Step = tuple[dict[str, float], float, torch.Tensor, dict[str, tuple[float, float]]]

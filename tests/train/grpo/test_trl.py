@@ -17,8 +17,6 @@ from trl import GRPOConfig, GRPOTrainer
 from flashvl.data.images import decode_image
 from flashvl.data.storage import locate
 from flashvl.model.loading import load_model, load_processor
-from flashvl.train.feed.feed import build_feed, read_steps
-from flashvl.train.feed.shares import Share, decode_share
 from flashvl.train.grpo import objective
 from flashvl.train.grpo.objective import Groups
 from flashvl.train.recipe import GrpoRecipe
@@ -26,7 +24,7 @@ from flashvl.train.run.lora import add_adapters
 from flashvl.train.run.schedule import freeze_all_but
 from flashvl.train.run.worker import prepare_parts
 from tests.support import rewards
-from tests.support.problems import completion, problems, write_problems
+from tests.support.problems import completion, problems, read_share, write_problems
 
 NUM_PROMPTS, NUM_GENERATIONS = 3, 6
 BETA = 0.04
@@ -137,24 +135,6 @@ def our_step(recipe: GrpoRecipe, monkeypatch: pytest.MonkeyPatch) -> Step:
         entropy=figures["entropy"],
         gradients=gradients_of(model),
     )
-
-
-def read_share(recipe: GrpoRecipe) -> Share:
-    """The share of the only worker in the first step."""
-    feed = build_feed(
-        recipe.data,
-        model=recipe.init_from,
-        global_batch_size=NUM_PROMPTS,
-        max_length=recipe.max_length,
-        token_budget=recipe.token_budget,
-        seed=0,
-        kind="grpo",
-        num_generations=NUM_GENERATIONS,
-    )
-    (table,) = read_steps(feed, range(1), 1)
-    share = decode_share(table)
-    assert not share.dead
-    return share
 
 
 def gradients_of(model: torch.nn.Module, strip: str = "") -> dict[str, torch.Tensor]:
