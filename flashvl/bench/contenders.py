@@ -95,7 +95,7 @@ class GenerateContender:
 
     def count_work(self, jpeg: bytes) -> Work:
         prepared = self.prepare(jpeg)
-        with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+        with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter:
             generate(self.model, prepared, 1)
         layers = [m for m in self.model.get_decoder().modules() if isinstance(m, nn.Linear)]
         return Work(
@@ -180,5 +180,10 @@ def _attention_flops(query: torch.Size, key: torch.Size, *_: Any, **__: Any) -> 
     return 4 * batch * heads * num_queries * key[2] * head_dim
 
 
-# torch has a formula for the GPU version of this operator alone.
-_CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+# torch has no formula for the CPU's operator, and those for a GPU's refuse heads that share keys.
+_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention: _attention_flops,
+    torch.ops.aten._scaled_dot_product_efficient_attention: _attention_flops,
+    torch.ops.aten._scaled_dot_product_cudnn_attention: _attention_flops,
+}

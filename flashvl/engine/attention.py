@@ -42,11 +42,12 @@ class AttentionMetadata:
     length: int = 0
     """Decoding: positions to attend to, at least those of the longest row with its new token."""
     mask: torch.Tensor | None = None
-    """Decoding: (rows, 1, 1, length), True where a row has a token; with `groups`, 0 there and -inf
-    elsewhere. Prefill from a `start` above 0: (1, 1, tokens, start + tokens), True up to each
-    token's own position. None: causal."""
+    """What is added to the scores: 0, or -inf where a token must not be seen. Decoding: (rows, 1,
+    1, length). Prefill from a `start` above 0: (1, 1, tokens, start + tokens). None: causal."""
     groups: tuple[PromptGroup, ...] = ()
     """Decoding: the shared prompts to which rows attend as well, besides their own tokens."""
+    is_recorded: bool = False
+    """Whether the pass is recorded as a CUDA graph."""
 
 
 def cached_attention(
@@ -86,14 +87,14 @@ def cached_attention(
     end = metadata.start + query.shape[2]
     keys[:, :, metadata.start : end] = key
     values[:, :, metadata.start : end] = value
-    groups = query.shape[1] // key.shape[1]
     attended = F.scaled_dot_product_attention(
         query,
-        keys[:, :, :end].repeat_interleave(groups, 1),
-        values[:, :, :end].repeat_interleave(groups, 1),
+        keys[:, :, :end],
+        values[:, :, :end],
         attn_mask=metadata.mask,
         is_causal=metadata.mask is None,
         scale=scaling,
+        enable_gqa=True,
     )
     return attended.transpose(1, 2), None
 

@@ -60,7 +60,7 @@ class KVCache:
             num_tokens: tokens in all rows together, rounded up to a multiple of `ROW_STEP`.
             max_rows: rows at most, however short they are.
         """
-        self.num_tokens, self.max_rows = _round_up(num_tokens), max_rows
+        self.num_tokens, self.max_rows = round_up(num_tokens, ROW_STEP), max_rows
         self._num_layers, self._dtype, self._device = config.num_hidden_layers, dtype, device
         self._row_shape = (config.num_key_value_heads, head_dim(config))
         self._prompts: list[HeldPrompt] = []
@@ -104,12 +104,12 @@ class KVCache:
             prompt_tokens: tokens of one more shared prompt for which room is to be left.
         """
         room = self.num_tokens - self.num_prompt_tokens - prompt_tokens
-        return min(self.max_rows, max(room, 0) // _round_up(length))
+        return min(self.max_rows, max(room, 0) // round_up(length, ROW_STEP))
 
     def can_hold(self, prompt_tokens: int, length: int, num_rows: int) -> bool:
         """Whether an empty cache had room for a shared prompt and rows of `length` tokens."""
         room = self.num_tokens - prompt_tokens
-        return num_rows <= min(self.max_rows, room // _round_up(length))
+        return num_rows <= min(self.max_rows, room // round_up(length, ROW_STEP))
 
     def resize_rows(self, length: int, used: Sequence[int], prompt_tokens: int = 0) -> None:
         """Cut the memory into as many rows of `length` tokens, or a little more, as have room.
@@ -119,7 +119,7 @@ class KVCache:
             prompt_tokens: tokens of one more shared prompt for which room is left.
         """
         before, old_length = (self.keys, self.values), self.row_length
-        self._cut(_round_up(length), prompt_tokens)
+        self._cut(round_up(length, ROW_STEP), prompt_tokens)
         # Rows are moved in an order that overwrites none which is still to be moved.
         rows = range(len(used)) if self.row_length < old_length else reversed(range(len(used)))
         for row in rows:
@@ -164,8 +164,9 @@ class KVCache:
         self.keys, self.values = used.unflatten(-1, (num_rows, heads, row_length, dim))
 
 
-def _round_up(length: int) -> int:
-    return -(-length // ROW_STEP) * ROW_STEP
+def round_up(length: int, step: int) -> int:
+    """The least multiple of `step` that is not below `length`."""
+    return -(-length // step) * step
 
 
 def bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:

@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 
 from flashvl.config import Dtype
-from flashvl.data.features import Tiles, encode_prompt, make_tiles
+from flashvl.data.features import Tiles, ask_about_image, encode_prompt, make_tiles
 from flashvl.engine.cache import KVCache, bytes_per_token
 from flashvl.engine.grammars import Grammar, Grammars
 from flashvl.engine.images import ImageFeatures
@@ -36,9 +37,6 @@ MAX_LENGTH = 4096
 """Tokens of a conversation: an ISS image of 2,880, a long question and a long answer."""
 CACHE_SHARE = 0.25
 """Share of the free memory that the cache takes."""
-MIN_GROUP_ON_GPU = 8
-"""Requests with the same prompt that share it on a GPU, where a batch with a shared prompt decodes
-without CUDA graphs; on a CPU two do."""
 IMAGE_CACHE_BYTES = 256 * 2**20
 """Bytes of visual tokens that are kept: those of 300 images of the static preset."""
 
@@ -97,8 +95,10 @@ class Engine:
         if is_trained:
             cache.release()
         self.runner = Runner(self.model, processor, cache, is_trained)
-        min_group = MIN_GROUP_ON_GPU if self.runner.graphs is not None else 2
-        self.scheduler = Scheduler(cache, max_prefill_tokens, min_group)
+        # A step with a shared prompt is not recorded: each would lose more than one prefill saves.
+        self.scheduler = Scheduler(
+            cache, max_prefill_tokens, shares_prompts=self.runner.graphs is None
+        )
         self.image_features = ImageFeatures(self.runner.encode_tiles, IMAGE_CACHE_BYTES)
         self.num_steps = 0
         """Steps so far; if the count stands still while requests wait, the engine hangs."""
@@ -114,6 +114,8 @@ class Engine:
         self._outbox: dict[int, list[Delta]] = {}
         self._errors: dict[int, DataError] = {}
         """Errors that ended requests, by the requests' numbers, until `take` raises them."""
+        if self.runner.graphs is not None:
+            self._warm_up()
 
     @classmethod
     def from_pretrained(
@@ -126,6 +128,17 @@ class Engine:
         """
         loaded = load_model(model, inference_dtype() if dtype == "auto" else getattr(torch, dtype))
         return cls(loaded, load_processor(model), max_num_seqs=max_num_seqs)
+
+    def _warm_up(self) -> None:
+        """Answer one request and then two: a GPU compiles what they need for ten seconds."""
+        picture = Image.new("RGB", (64, 64))
+        for count in (1, 2):
+            requests = [
+                Request(messages=ask_about_image(question), images=[picture], max_new_tokens=8)
+                for question in ("What?", "Where?")[:count]
+            ]
+            self.generate(requests)
+        self.image_features.clear()
 
     def generate(self, requests: Many[Request]) -> list[Completion]:
         """Answer all `requests`, in their order; borrows a model that is being trained.

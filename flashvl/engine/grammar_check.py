@@ -57,7 +57,7 @@ def checked(kind: str, text: str) -> str:
     """
     if len(text) > MAX_CHARACTERS:
         raise GrammarError(f"{len(text)} characters are more than {MAX_CHARACTERS}; shorten it")
-    command = [sys.executable, "-I", __file__]
+    command = [sys.executable, "-P", __file__]  # without this folder, whose modules it would find
     asked = json.dumps({"kind": kind, "text": text})
     with _one_at_a_time:
         try:

@@ -19,13 +19,13 @@ class Scheduler:
     those that come or are admitted later join.
     """
 
-    def __init__(self, cache: KVCache, max_prefill_tokens: int, min_group: int = 2):
+    def __init__(self, cache: KVCache, max_prefill_tokens: int, shares_prompts: bool = True):
         """
         Args:
-            min_group: sequences with the same prompt that must wait together to share it.
+            shares_prompts: whether sequences with the same prompt share it.
         """
         self.cache, self.max_prefill_tokens = cache, max_prefill_tokens
-        self.min_group = min_group
+        self.shares_prompts = shares_prompts
         self.waiting: deque[Sequence] = deque()
         self.decoding: list[Sequence] = []
         self.prefilling: list[Sequence] = []
@@ -71,7 +71,8 @@ class Scheduler:
         if prompt.shared is not None:
             return True
         length = sequence.request.max_new_tokens
-        return counts[prompt] >= self.min_group and cache.can_hold(len(prompt), length, 2)
+        is_group = self.shares_prompts and counts[prompt] > 1
+        return is_group and cache.can_hold(len(prompt), length, 2)
 
     def _admit_group(self, first: Sequence) -> list[Sequence]:
         """The sequences with the prompt of `first` for which there are rows, shared by them."""

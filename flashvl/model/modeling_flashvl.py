@@ -119,6 +119,9 @@ class FlashVLModel(FlashVLPreTrainedModel):
     def __init__(self, config: FlashVLConfig):
         super().__init__(config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
+        # Else the sums of all its layers would have the memory layout of the convolution's output,
+        # channels first, which took a fifth of the tower's time on a GPU.
+        self.vision_tower.embeddings.register_forward_hook(_make_contiguous)
         self.multi_modal_projector = FlashVLMultiModalProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
@@ -258,6 +261,10 @@ class FlashVLModel(FlashVLPreTrainedModel):
         side = self.config.vision_config.image_size
         pixel_values = torch.zeros((1, 3, side, side), device=self.device)
         return 0.0 * self.get_image_features(pixel_values).pooler_output.sum()
+
+
+def _make_contiguous(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+    return output.contiguous()
 
 
 def _flatten_features(features: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:

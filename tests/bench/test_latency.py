@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from flashvl.bench.contenders import build_flashvl, make_photo
+from flashvl.bench.contenders import _ATTENTION, build_flashvl, make_photo
 from flashvl.bench.figures import plot_latencies
 from flashvl.bench.latency import measure_latency
 from flashvl.bench.machine import Machine
@@ -74,6 +75,18 @@ def test_the_work_is_what_the_layers_sizes_say() -> None:
     assert work.step_bytes(100) == pytest.approx(
         work.weight_bytes + (prompt + 50) * work.cache_bytes_per_token
     )
+
+
+@pytest.mark.parametrize("kind", ["flash", "efficient", "cudnn"])
+def test_attention_on_a_gpu_counts_for_every_query_head(kind: str) -> None:
+    """Two key heads serve twelve; without a GPU's memory the operators compute shapes alone."""
+    query = torch.empty(1, 12, 30, 64, device="meta", dtype=torch.bfloat16)
+    keys = torch.empty(1, 2, 50, 64, device="meta", dtype=torch.bfloat16)
+    attend = getattr(torch.ops.aten, f"_scaled_dot_product_{kind}_attention")
+    options = {"flash": (), "efficient": (None, False), "cudnn": (None, False)}[kind]
+    with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter:
+        attend(query, keys, keys, *options)
+    assert counter.get_total_flops() == 4 * 12 * 30 * 50 * 64
 
 
 def test_models_of_random_weights_share_their_memory() -> None:

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from flashvl.data import synthetic
 from flashvl.data.features import make_tiles
 from flashvl.engine import AsyncEngine, Completion, Engine, Request, StructuredOutputs
+from flashvl.engine.grammar_check import GrammarError, checked
 from flashvl.errors import DataError
 
 QUESTION = [{"role": "user", "content": "<image>\nDescribe the image."}]
@@ -52,6 +54,17 @@ def ask(picture: Any, **options: Any) -> Request:
 
 def under(schema: Any) -> StructuredOutputs:
     return StructuredOutputs(json=json.dumps(schema))
+
+
+def test_a_grammar_is_checked_where_packages_come_from_pythonpath(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on clusters whose administrators install packages beside Python."""
+    (tmp_path / "llguidance").mkdir()
+    (tmp_path / "llguidance" / "__init__.py").write_text("raise SystemExit(7)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(GrammarError):
+        checked("regex", "only here")
 
 
 # Schemas, each of which bounds the length of its answers

@@ -222,6 +222,15 @@ def test_pixel_shuffle_is_the_plain_loop(
     assert torch.equal(pixel_shuffle(grid, 1 / factor), shuffle_by_loops(grid, factor))
 
 
+@pytest.mark.parametrize("preset", ["tiny", "dynamic"])
+def test_the_layers_of_a_tower_get_patches_that_lie_channel_by_channel(preset: str) -> None:
+    with torch.device("meta"):
+        model = FlashVLModel(build_config(preset))
+    side = model.config.vision_config.image_size
+    patches = model.vision_tower.embeddings(torch.empty(2, 3, side, side, device="meta"))
+    assert patches.is_contiguous()
+
+
 def test_column_major_order_is_the_transposed_grid() -> None:
     grid = torch.rand(2, 6, 4, 3)
     rows = pixel_shuffle(grid, 0.5).unflatten(1, (3, 2))
