@@ -1,6 +1,7 @@
 """`flashvl caption` as a job for a Ray cluster.
 
-ray job submit --working-dir . -- python ray_jobs/caption.py /data/images --output /data/out
+ray job submit --working-dir . --entrypoint-num-cpus 1 -- \\
+    python ray_jobs/caption.py /data/images --output /data/out
 """
 
 import sys

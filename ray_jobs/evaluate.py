@@ -1,6 +1,7 @@
 """`flashvl eval run` as a job for a Ray cluster.
 
-ray job submit --working-dir . -- python ray_jobs/evaluate.py /data/LMUData --output /data/scores
+ray job submit --working-dir . --entrypoint-num-cpus 1 -- \\
+    python ray_jobs/evaluate.py /data/LMUData --output /data/scores
 """
 
 import sys

@@ -1,6 +1,7 @@
 """Runs a chain of stages as one job, and prints the table of scores after each of them.
 
-ray job submit --working-dir . -- python ray_jobs/pipeline.py ray_jobs/configs/pipelines/static.yaml
+ray job submit --working-dir . --entrypoint-num-cpus 1 -- \\
+    python ray_jobs/pipeline.py ray_jobs/configs/pipelines/static.yaml
 
 The same command again does what is left. KEY=VALUE replaces values of the file, as in:
 overrides=[num_workers=8].

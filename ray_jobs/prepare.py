@@ -1,6 +1,7 @@
 """`flashvl data convert` as a job for a Ray cluster.
 
-ray job submit --working-dir . -- python ray_jobs/prepare.py llava /data/mix665k.json --output OUT
+ray job submit --working-dir . --entrypoint-num-cpus 1 -- \\
+    python ray_jobs/prepare.py llava /data/mix665k.json --output OUT
 """
 
 import sys

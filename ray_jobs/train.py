@@ -1,6 +1,7 @@
 """`flashvl train` as a job for a Ray cluster.
 
-ray job submit --working-dir . -- python ray_jobs/train.py ray_jobs/configs/static/stage1.yaml
+ray job submit --working-dir . --entrypoint-num-cpus 1 -- \\
+    python ray_jobs/train.py ray_jobs/configs/static/stage1.yaml
 """
 
 import sys

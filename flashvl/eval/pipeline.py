@@ -1,6 +1,7 @@
 """Runs the stages of a pipeline, and scores the model of each.
 
-ray job submit --working-dir . -- python ray_jobs/pipeline.py ray_jobs/configs/pipelines/tiny.yaml
+ray job submit --working-dir . --entrypoint-num-cpus 1 -- \\
+    python ray_jobs/pipeline.py ray_jobs/configs/pipelines/tiny.yaml
 """
 
 from collections.abc import Callable, Mapping

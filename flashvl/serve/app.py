@@ -6,6 +6,7 @@ replaces or removes a replica, it lets its requests end within `graceful_shutdow
 """
 
 import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ray
@@ -27,6 +28,8 @@ from flashvl.serve.traffic import Traffic
 TARGET_SHARE = 0.75
 """Share of an engine's slots that the autoscaler tries to keep in use: a full batch is the best
 throughput, and some room keeps the queue short until the next replica has started."""
+HEAD = "node:__internal_head__"
+"""Resource that Ray gives to a cluster's head node."""
 UNBOUNDED = 100_000
 """Requests that Serve sends to a replica at once; the replica itself refuses those for which it has
 no room."""
@@ -53,7 +56,7 @@ def build_app(config: ServiceConfig) -> serve.Application:
     """The application for one model; `serve.run` and the files in `serve_configs/` use it."""
     config = config.model_copy(update={"model": str(prepare_model(config.model))})
     least, most = pool_of(config.replicas)
-    num_nodes = sum(node["Alive"] for node in ray.nodes())
+    nodes = [node for node in ray.nodes() if node["Alive"]]
     num_gpus = gpus_per_engine(config.gpus_per_replica)
     warn_of_missing_gpus(num_gpus)
     scaling: dict[str, Any] = {"num_replicas": least}
@@ -95,9 +98,29 @@ def build_app(config: ServiceConfig) -> serve.Application:
     ingress = serve.deployment(
         name="Ingress",
         max_ongoing_requests=UNBOUNDED,
-        ray_actor_options={"num_cpus": 0},
         graceful_shutdown_timeout_s=config.graceful_shutdown_timeout_s,
         graceful_shutdown_wait_loop_s=0.5,
-        max_surge_percent=100,
+        **place_ingress(node["Resources"] for node in nodes),
     )(Ingress)
-    return ingress.bind(config, engines.bind(config, math.ceil(most / num_nodes)))
+    return ingress.bind(config, engines.bind(config, math.ceil(most / len(nodes))))
+
+
+def place_ingress(nodes: Iterable[Mapping[str, float]]) -> dict[str, Any]:
+    """The deployment options that decide where the ingress runs.
+
+    Where the head has no CPUs, as in the clusters of `cluster/`, two replicas run on different
+    workers, and clients are answered while the head or one of the workers is lost. A replica that
+    is replaced stops first, as a third would need a third node. Elsewhere, as on a single machine,
+    one replica takes no CPU from the engines.
+
+    Args:
+        nodes: resources of each node.
+    """
+    if any(HEAD in resources and not resources.get("CPU") for resources in nodes):
+        return {
+            "num_replicas": 2,
+            "max_replicas_per_node": 1,
+            "max_surge_percent": 0,
+            "ray_actor_options": {"num_cpus": 0.1},  # without any, the head could have them too
+        }
+    return {"num_replicas": 1, "max_surge_percent": 100, "ray_actor_options": {"num_cpus": 0}}

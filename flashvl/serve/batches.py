@@ -32,6 +32,9 @@ logger = logging.getLogger("ray.serve")
 
 SUBMIT_S = 30.0
 """Seconds within which the cluster must accept a job."""
+DRIVER_CPUS = 0.1
+"""Logical CPUs of a job's driver. With any, it runs on a node that has CPUs: where the head has
+none, it survives the head."""
 
 BATCH_ID = re.compile(r"batch-[0-9a-f]{32}")
 
@@ -147,6 +150,7 @@ class Batches:
                 self._client.submit_job(
                     entrypoint=entrypoint,
                     submission_id=batch_id,
+                    entrypoint_num_cpus=DRIVER_CPUS,
                     metadata={"flashvl": description},
                 )
                 return

@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 import requests
 import yaml
+from ray import serve
 from ray.serve.schema import ServeDeploySchema
 
 from flashvl.config import load_config, pool_of
 from flashvl.errors import ConfigError
-from flashvl.serve.app import build_app
+from flashvl.serve.app import build_app, place_ingress
 from flashvl.serve.config import ServiceConfig
 from tests.support.images import encode, noise
 from tests.support.serving import deploying
@@ -65,3 +66,28 @@ def test_tiny_is_deployed_by_serves_own_command() -> None:
             f"{deployment.url}/v1/captions", files={"image": encode(noise(0))}, timeout=30
         )
         assert answer.json()["caption"]
+
+
+ON_ONE_MACHINE = {"node:__internal_head__": 1.0, "CPU": 8.0}
+HEAD_WITHOUT_CPUS = {"node:__internal_head__": 1.0, "memory": 1e9}
+WORKER = {"CPU": 16.0, "GPU": 1.0}
+
+
+@pytest.mark.parametrize("workers", [[], [WORKER], [WORKER] * 5], ids=len)
+def test_a_head_without_cpus_gets_no_ingress(workers: list[dict[str, float]]) -> None:
+    """Also while no worker has joined: KubeRay deploys as soon as the head answers."""
+    options = place_ingress([*workers, HEAD_WITHOUT_CPUS])
+    deployment = serve.deployment(**options)(object)
+    replica = deployment._replica_config
+    assert (deployment.num_replicas, replica.max_replicas_per_node) == (2, 1)
+    assert replica.ray_actor_options["num_cpus"] > HEAD_WITHOUT_CPUS.get("CPU", 0)
+    # A surplus replica would have no node, and a roll-out would wait for it for ever.
+    assert deployment._deployment_config.max_surge_percent == 0
+
+
+@pytest.mark.parametrize("workers", [[], [WORKER]], ids=len)
+def test_one_machine_gets_one_ingress(workers: list[dict[str, float]]) -> None:
+    options = place_ingress([ON_ONE_MACHINE, *workers])
+    deployment = serve.deployment(**options)(object)
+    assert (deployment.num_replicas, deployment._replica_config.max_replicas_per_node) == (1, None)
+    assert deployment._replica_config.ray_actor_options["num_cpus"] == 0
