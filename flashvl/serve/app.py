@@ -28,11 +28,11 @@ from flashvl.serve.traffic import Traffic
 TARGET_SHARE = 0.75
 """Share of an engine's slots that the autoscaler tries to keep in use: a full batch is the best
 throughput, and some room keeps the queue short until the next replica has started."""
-HEAD = "node:__internal_head__"
-"""Resource that Ray gives to a cluster's head node."""
 UNBOUNDED = 100_000
 """Requests that Serve sends to a replica at once; the replica itself refuses those for which it has
 no room."""
+HEAD = "node:__internal_head__"
+"""Resource that Ray gives to a cluster's head node."""
 
 
 @serve.ingress()
@@ -56,7 +56,7 @@ def build_app(config: ServiceConfig) -> serve.Application:
     """The application for one model; `serve.run` and the files in `serve_configs/` use it."""
     config = config.model_copy(update={"model": str(prepare_model(config.model))})
     least, most = pool_of(config.replicas)
-    nodes = [node for node in ray.nodes() if node["Alive"]]
+    num_nodes = sum(node["Alive"] for node in ray.nodes())
     num_gpus = gpus_per_engine(config.gpus_per_replica)
     warn_of_missing_gpus(num_gpus)
     scaling: dict[str, Any] = {"num_replicas": least}
@@ -100,9 +100,9 @@ def build_app(config: ServiceConfig) -> serve.Application:
         max_ongoing_requests=UNBOUNDED,
         graceful_shutdown_timeout_s=config.graceful_shutdown_timeout_s,
         graceful_shutdown_wait_loop_s=0.5,
-        **place_ingress(node["Resources"] for node in nodes),
+        **place_ingress(node["Resources"] for node in ray.nodes() if node["Alive"]),
     )(Ingress)
-    return ingress.bind(config, engines.bind(config, math.ceil(most / len(nodes))))
+    return ingress.bind(config, engines.bind(config, math.ceil(most / num_nodes)))
 
 
 def place_ingress(nodes: Iterable[Mapping[str, float]]) -> dict[str, Any]:
