@@ -20,7 +20,8 @@ def build(folder: Path) -> list[Resource]:
     """The resources of a kustomization.
 
     Raises:
-        ValueError: something is missing, has no target, or is not supported here.
+        ValueError: a patch has no target, or something is not supported here.
+        OSError: a file is missing.
     """
     return _apply(folder, [])
 
@@ -39,7 +40,7 @@ def _apply(folder: Path, resources: list[Resource]) -> list[Resource]:
         targets = [each for each in resources if _is_target(each, patch["target"])]
         if not targets:
             raise ValueError(f"{folder}: no resource is {patch['target']}")
-        change = yaml.safe_load(text)
+        change = yaml.load(text, Loader=yaml.CSafeLoader)
         if isinstance(change, dict):
             if change.get("$patch") != "delete":
                 raise ValueError(f"{folder}: only JSON patches and deletions are supported")
@@ -69,9 +70,8 @@ def containers(node: Any) -> list[Resource]:
 
 
 def _read(path: Path) -> list[Resource]:
-    if not path.is_file():
-        raise ValueError(f"{path} is missing")
-    return [each for each in yaml.safe_load_all(path.read_text()) if each is not None]
+    documents = yaml.load_all(path.read_text(), Loader=yaml.CSafeLoader)
+    return [each for each in documents if each is not None]
 
 
 def _is_target(resource: Resource, target: dict[str, str]) -> bool:
@@ -105,7 +105,7 @@ def _change(resource: Resource, operation: Resource) -> None:
 
 
 def _rename(container: Resource, image: dict[str, str]) -> None:
-    name, tag = re.fullmatch(r"(.+?)(?::([^/:]+))?", container["image"]).groups()  # type: ignore[union-attr]
+    name, tag = re.fullmatch(r"(.+?)(?::([^/:]+))?", container["image"]).groups()
     if name == image["name"]:
         tag = image.get("newTag", tag)
         container["image"] = image.get("newName", name) + (f":{tag}" if tag else "")

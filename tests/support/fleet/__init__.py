@@ -1,0 +1,1 @@
+"""Checks of cluster/: each function returns what is wrong, one line each."""
