@@ -1,4 +1,4 @@
-"""The script for Slurm, run with stand-ins for Slurm and Ray that write down how they are called."""
+"""The script for Slurm, run with stand-ins for Slurm and Ray that note how they are called."""
 
 import os
 import shutil
@@ -96,7 +96,9 @@ def test_ray_understands_what_it_is_told(allocation: Allocation) -> None:
     assert not check_command(COMMAND)
 
 
-@pytest.mark.parametrize("environment", [{"JOB_STATUS": "1"}, {"RAY_DOES_NOT_START": "yes"}], ids=str)
+@pytest.mark.parametrize(
+    "environment", [{"JOB_STATUS": "1"}, {"RAY_DOES_NOT_START": "yes"}], ids=str
+)
 def test_a_job_that_does_not_succeed_fails_the_allocation(
     allocation: Allocation, environment: dict[str, str]
 ) -> None:
@@ -122,7 +124,9 @@ def test_the_job_is_stopped_before_slurm_kills_it() -> None:
     assert patience_s < notice_s
 
 
-@pytest.mark.parametrize("path", [SCRIPT, SCRIPT.parents[1] / "docker" / "drain"], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path", [SCRIPT, SCRIPT.parents[1] / "docker" / "drain"], ids=lambda p: p.name
+)
 def test_shellcheck_finds_nothing(path: Path) -> None:
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck is not installed")

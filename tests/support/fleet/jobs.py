@@ -48,7 +48,8 @@ def submit_lines(path: Path) -> list[str]:
     text = path.read_text()
     if path.suffix == ".py":
         text = ast.get_docstring(ast.parse(text)) or ""
-    return [line.replace("\\\n", " ") for line in LINE.findall(text) if " -- " in line]
+    lines = LINE.findall(text.replace("`", "\n"))
+    return [line.replace("\\\n", " ") for line in lines if " -- " in line]
 
 
 def check_submit_line(line: str) -> list[str]:

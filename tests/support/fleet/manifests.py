@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-
-from ray.serve.schema import ServeDeploySchema
+from ray.serve.schema import DeploymentSchema, ServeApplicationSchema, ServeDeploySchema
 
 from flashvl.config import pool_of
 from flashvl.serve.config import ServiceConfig
@@ -22,6 +21,8 @@ SIZE = re.compile(r"(\d+)(Mi|Gi|Ti)")
 UNITS = {"Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 AGENT_PORT = 52365
 """Port at which Ray's agent of a node tells its health."""
+PROXY_HEALTH = "/-/healthz"
+"""Path at which Serve's proxy of a node tells its health."""
 DEPLOYMENTS = {"EngineReplica", "Ingress"}
 """What flashvl.serve.app:build_app deploys."""
 OUTSIDE = {
@@ -141,10 +142,11 @@ def _check_references(pod: Pod, by_kind: dict[str, Any], runbook: str) -> Iterat
         if probe not in pod.container:
             yield f"no {probe}"
         elif "httpGet" in pod.container[probe]:
-            port = pod.container[probe]["httpGet"]["port"]
-            named = {each["containerPort"] for each in pod.container["ports"]}
-            if port not in named | {AGENT_PORT}:
-                yield f"{probe} asks port {port}, where nothing listens"
+            asked = pod.container[probe]["httpGet"]
+            ports = {each["name"]: each["containerPort"] for each in pod.container["ports"]}
+            right = ports.get("serve") if asked["path"] == PROXY_HEALTH else AGENT_PORT
+            if asked["port"] != right:
+                yield f"{probe} asks for {asked['path']} at {asked['port']}, not at {right}"
 
 
 def _secrets(node: Any) -> Iterator[tuple[str, str | None]]:
@@ -177,11 +179,15 @@ def _check_rights(pod: Pod) -> Iterator[str]:
     if context.get("seccompProfile") != {"type": "RuntimeDefault"}:
         yield "has no seccomp profile"
     for container in containers(pod.spec):
-        allowed = container.get("securityContext", {})
-        if allowed.get("allowPrivilegeEscalation") is not False:
-            yield f"{container['name']} may raise its privileges"
-        if allowed.get("capabilities") != {"drop": ["ALL"]}:
-            yield f"{container['name']} has capabilities"
+        yield from _check_container_rights(container)
+
+
+def _check_container_rights(container: Resource) -> Iterator[str]:
+    allowed = container.get("securityContext", {})
+    if allowed.get("allowPrivilegeEscalation") is not False:
+        yield "a container may raise its privileges"
+    if allowed.get("capabilities") != {"drop": ["ALL"]}:
+        yield "a container has capabilities"
 
 
 def _check_image(pod: Pod) -> Iterator[str]:
@@ -212,8 +218,9 @@ def _check_ray(pod: Pod) -> Iterator[str]:
     memory = _bytes(pod.container["resources"]["limits"]["memory"])
     if not store < _bytes(shm["sizeLimit"]) < memory / 2:
         yield f"object store {store}, /dev/shm {shm['sizeLimit']} and memory {memory} do not fit"
-    if pod.container["resources"]["requests"]["memory"] != (
-        pod.container["resources"]["limits"]["memory"]
+    if (
+        pod.container["resources"]["requests"]["memory"]
+        != (pod.container["resources"]["limits"]["memory"])
     ):
         yield "may use memory that it has not requested, and be killed for it"
     (mount,) = [each for each in pod.container["volumeMounts"] if each["name"] == "shm"]
@@ -252,6 +259,7 @@ def _check_cluster(spec: Resource, by_kind: dict[str, Any], runbook: str) -> Ite
             for secret, key in _secrets(storage)
             for wrong in _check_secret(secret, key, runbook)
         )
+    yield from _check_container_rights(spec["autoscalerOptions"])
     for group in spec["workerGroupSpecs"]:
         if not group["minReplicas"] <= group["maxReplicas"]:
             yield f"minReplicas of {group['groupName']} exceed maxReplicas"
@@ -268,7 +276,6 @@ def _check_service(by_kind: dict[str, Any], pods: list[Pod]) -> Iterator[str]:
     (name,) = by_kind["RayService"]
     spec = by_kind["RayService"][name]["spec"]
     deployed = yaml.safe_load(spec["serveConfigV2"])
-    ServeDeploySchema.model_validate(deployed)
     port = deployed["http_options"]["port"]
     for pod in pods:
         if pod.labels["app.kubernetes.io/component"] == name:
@@ -284,12 +291,8 @@ def _check_service(by_kind: dict[str, Any], pods: list[Pod]) -> Iterator[str]:
                 yield f"the route leads to {backend}, which KubeRay does not make"
     if not spec["excludeHeadPodFromServeSvc"]:
         yield "requests go through the head"
-    (application,) = deployed["applications"]
-    if application["import_path"] != "flashvl.serve.app:build_app":
-        yield f"no application {application['import_path']}"
-    if unknown := {each["name"] for each in application.get("deployments", [])} - DEPLOYMENTS:
-        yield f"no deployments {sorted(unknown)}"
-    config = ServiceConfig.model_validate(application["args"])
+    yield from check_serve_config(deployed)
+    config = ServiceConfig.model_validate(deployed["applications"][0]["args"])
     if spec["rayClusterDeletionDelaySeconds"] <= config.request_timeout_s:
         yield "the old cluster is removed before its requests have ended"
     folder = {each["mountPath"] for each in _workers(by_kind)[0]["volumeMounts"]}
@@ -306,6 +309,31 @@ def _check_service(by_kind: dict[str, Any], pods: list[Pod]) -> Iterator[str]:
         yield f"{group['maxReplicas']} workers have no room for {most} replicas and one more"
     if group["minReplicas"] < 2:
         yield "fewer than two workers for the two ingress replicas"
+
+
+def check_serve_config(config: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with a file for `serve deploy`, which ignores what it does not know."""
+    ServeDeploySchema.model_validate(config)
+    (application,) = config["applications"]
+    deployments = application.get("deployments", [])
+    for model, given in (
+        (ServeDeploySchema, config),
+        (ServeApplicationSchema, application),
+        *((DeploymentSchema, each) for each in deployments),
+    ):
+        if unknown := given.keys() - model.model_fields.keys():
+            yield f"Serve knows no {sorted(unknown)}"
+    if application["import_path"] != "flashvl.serve.app:build_app":
+        yield f"no application {application['import_path']}"
+    for each in deployments:
+        if each["name"] not in DEPLOYMENTS:
+            yield f"no deployment {each['name']}"
+        if each["name"] == "Ingress":
+            placed = (each["max_replicas_per_node"], each["max_surge_percent"])
+            if each["num_replicas"] < 2 or placed != (1, 0):
+                yield "the ingress is not spread, or waits for a node more when it is replaced"
+            if not each["ray_actor_options"]["num_cpus"]:
+                yield "the ingress may run on the head"
 
 
 def _workers(by_kind: dict[str, Any]) -> list[Resource]:
@@ -326,7 +354,9 @@ def _check_budgets(by_kind: dict[str, Any], pods: list[Pod]) -> Iterator[str]:
             yield f"the budget {name} needs a number as minAvailable"
         elif not 2 <= spec["minAvailable"] <= group["minReplicas"]:
             yield f"the budget {name} does not fit {group['minReplicas']} workers"
-    online, offline = (by_kind["PriorityClass"][f"flashvl-{each}"] for each in ("online", "offline"))
+    online, offline = (
+        by_kind["PriorityClass"][f"flashvl-{each}"] for each in ("online", "offline")
+    )
     if online["value"] <= offline["value"]:
         yield "offline work does not make room for the service"
     for pod in pods:
@@ -377,9 +407,10 @@ def _check_policies(by_kind: dict[str, Any], pods: list[Pod]) -> Iterator[str]:
 
 
 def _selects(selector: Resource, labels: dict[str, str]) -> bool:
-    is_equal = all(labels.get(key) == value for key, value in selector.get("matchLabels", {}).items())
+    is_equal = all(
+        labels.get(key) == value for key, value in selector.get("matchLabels", {}).items()
+    )
     return is_equal and all(
         each["operator"] == "In" and labels.get(each["key"]) in each["values"]
         for each in selector.get("matchExpressions", [])
     )
-
