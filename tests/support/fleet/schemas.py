@@ -44,7 +44,7 @@ def _schemas() -> dict[str, Any]:
 
 
 def _close(schema: Any) -> Any:
-    """Refuse fields that are not listed, as `kubectl apply` does, although the schema admits them."""
+    """Refuse fields that are not listed, as `kubectl apply` does; the schema itself admits them."""
     if isinstance(schema, list):
         return [_close(each) for each in schema]
     if not isinstance(schema, dict):
