@@ -21,6 +21,8 @@ SIZE = re.compile(r"(\d+)(Mi|Gi|Ti)")
 UNITS = {"Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 AGENT_PORT = 52365
 """Port at which Ray's agent of a node tells its health."""
+DRAIN = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
+"""Variable with the seconds that Ray drains a node before it ends."""
 PROXY_HEALTH = "/-/healthz"
 """Path at which Serve's proxy of a node tells its health."""
 DEPLOYMENTS = {"EngineReplica", "Ingress"}
@@ -31,7 +33,7 @@ OUTSIDE = {
     *(
         ("monitoring", cluster, port)
         for cluster in ("online", "offline")
-        for port in (8080, 44217, 44227)
+        for port in (8080, 8265, 44217, 44227)
     ),
 }
 """Who may reach what from other namespaces: the service's route, KubeRay, Prometheus."""
@@ -226,12 +228,9 @@ def _check_ray(pod: Pod) -> Iterator[str]:
     (mount,) = [each for each in pod.container["volumeMounts"] if each["name"] == "shm"]
     if mount["mountPath"] != "/dev/shm":
         yield "the volume shm is not /dev/shm"
-    if not pod.is_head:
-        command, seconds = pod.container["lifecycle"]["preStop"]["exec"]["command"]
-        if not (ROOT / "cluster" / "docker" / command).is_file():
-            yield f"the images have no command {command}"
-        if int(seconds) >= pod.spec.get("terminationGracePeriodSeconds", 30):
-            yield f"is killed before it is drained ({seconds} s)"
+    drain_s = {each["name"]: each.get("value") for each in pod.container["env"]}[DRAIN]
+    if int(drain_s) >= pod.spec.get("terminationGracePeriodSeconds", 30):
+        yield f"is killed before it is drained ({drain_s} s)"
 
 
 def _bytes(size: str) -> int:
