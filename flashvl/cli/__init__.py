@@ -19,7 +19,7 @@ from flashvl.cli.bench import bench_app
 from flashvl.cli.data import data_app
 from flashvl.cli.evaluation import eval_app
 from flashvl.cli.options import JsonOption, ModelOption, build, options_from, write_json
-from flashvl.cli.plan import plan
+from flashvl.cli.plan import plan_app
 from flashvl.entrypoint import allow_downloads, report_errors, show_progress, start_ray
 from flashvl.serve.config import ServiceConfig
 
@@ -33,7 +33,7 @@ app = typer.Typer(
 app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")
 app.add_typer(data_app, name="data")
-app.command()(plan)
+app.add_typer(plan_app, name="plan")
 
 
 def _print_version(is_asked: bool) -> None:

@@ -1,18 +1,41 @@
-"""`flashvl plan`: what a stage will take."""
+"""`flashvl plan`: what training or inference will take, before it is started."""
 
 import json
 from pathlib import Path
 from typing import Annotated, Any
 
+import click
 import typer
+from typer.core import TyperGroup
 
 from flashvl.cli.options import build, options_from
 from flashvl.entrypoint import report_errors
+from flashvl.plan.config import CaptioningDemand, ServingDemand
 from flashvl.train.plan.assumptions import Assumptions
 
+AsJsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
+
+class _PlanGroup(TyperGroup):
+    """`flashvl plan RECIPE` is `flashvl plan train RECIPE`."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args[0] not in self.commands:
+            args = ["train", *args]
+        return super().resolve_command(ctx, args)
+
+
+plan_app = typer.Typer(
+    cls=_PlanGroup,
+    no_args_is_help=True,
+    help="Print what a training, a service or a captioning job takes.\n\nNeither Ray nor a GPU is"
+    " needed. The word train may be left out before the file of a recipe.",
+)
+
+
+@plan_app.command()
 @options_from(Assumptions, metavars={"gpu": "NAME"})
-def plan(
+def train(
     recipe: Annotated[
         Path,
         typer.Argument(
@@ -24,7 +47,7 @@ def plan(
         list[str] | None,
         typer.Argument(metavar="KEY=VALUE", help="Values that replace the file's."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: AsJsonOption = False,
     **options: Any,
 ) -> None:
     """Print the time, memory and money of a training.
@@ -48,3 +71,56 @@ def plan(
         else:
             found, text = describe_all(plans), compare_plans(plans)
         print(json.dumps(found, indent=2) if as_json else text)
+
+
+METAVARS = {"preset": "PRESET", "gpu": "NAME", "prices": "FILE", "measured": "FILE"}
+
+
+@plan_app.command()
+@options_from(ServingDemand, metavars=METAVARS | {"trace": "FILE", "replicas": "MIN:MAX"})
+def serve(as_json: AsJsonOption = False, **options: Any) -> None:
+    """Print the replicas, GPUs and money of a service.
+
+    A number of requests a second needs a fixed number of replicas; a trace, as many as Serve's
+    autoscaler runs with flashvl's settings. The speed of an engine is measured by flashvl bench, or
+    follows from the GPU's peaks.
+
+    Example: flashvl plan serve --requests-per-s 100 --ttft-ms 500 --gpu h100
+
+    Example: flashvl plan serve --trace day.csv --replicas 2:40 --prices cluster/prices.yaml
+    """
+    with report_errors():
+        demand = build(ServingDemand, options, command="plan serve")
+        from flashvl.plan.plan import plan_serving
+        from flashvl.plan.report import describe_serving
+
+        plans = plan_serving(demand)
+        print(
+            json.dumps([plan.describe() for plan in plans], indent=2)
+            if as_json
+            else describe_serving(plans, demand)
+        )
+
+
+@plan_app.command()
+@options_from(CaptioningDemand, arguments=("rows",), metavars=METAVARS | {"rows": "ROWS"})
+def caption(as_json: AsJsonOption = False, **options: Any) -> None:
+    """Print the GPUs, hours and money of a captioning job.
+
+    The speed of an engine is measured by flashvl bench, or follows from the GPU's peaks.
+
+    Example: flashvl plan caption 50000000 --hours 24 --prices cluster/prices.yaml
+
+    Example: flashvl plan caption 1000000 --gpus 8 --gpu l40s --preset iss
+    """
+    with report_errors():
+        demand = build(CaptioningDemand, options, command="plan caption")
+        from flashvl.plan.plan import plan_captioning
+        from flashvl.plan.report import describe_captioning
+
+        plans = plan_captioning(demand)
+        print(
+            json.dumps([plan.describe() for plan in plans], indent=2)
+            if as_json
+            else describe_captioning(plans, demand)
+        )

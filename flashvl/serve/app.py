@@ -19,15 +19,13 @@ from flashvl.batch.gpus import engine_environment, gpus_per_engine, warn_of_miss
 from flashvl.config import pool_of
 from flashvl.engine.remote import DEPLOYMENT
 from flashvl.model.parts.prepare import prepare_model
+from flashvl.serve import scaling
 from flashvl.serve.api import make_api
 from flashvl.serve.config import ServiceConfig
 from flashvl.serve.dispatch import Engines
 from flashvl.serve.replica import EngineReplica
 from flashvl.serve.traffic import Traffic
 
-TARGET_SHARE = 0.75
-"""Share of an engine's slots that the autoscaler tries to keep in use: a full batch is the best
-throughput, and some room keeps the queue short until the next replica has started."""
 UNBOUNDED = 100_000
 """Requests that Serve sends to a replica at once; the replica itself refuses those for which it has
 no room."""
@@ -59,17 +57,19 @@ def build_app(config: ServiceConfig) -> serve.Application:
     num_nodes = sum(node["Alive"] for node in ray.nodes())
     num_gpus = gpus_per_engine(config.gpus_per_replica)
     warn_of_missing_gpus(num_gpus)
-    scaling: dict[str, Any] = {"num_replicas": least}
+    number: dict[str, Any] = {"num_replicas": least}
     if least < most:
-        scaling["num_replicas"] = None
-        scaling["autoscaling_config"] = AutoscalingConfig(
+        number["num_replicas"] = None
+        number["autoscaling_config"] = AutoscalingConfig(
             min_replicas=least,
             max_replicas=most,
-            target_ongoing_requests=TARGET_SHARE * config.max_num_seqs,
+            target_ongoing_requests=scaling.TARGET_SHARE * config.max_num_seqs,
             metrics_interval_s=1.0,
-            look_back_period_s=5.0,
-            upscale_delay_s=3.0,
-            downscale_delay_s=60.0,
+            look_back_period_s=scaling.LOOK_BACK_PERIOD_S,
+            upscale_delay_s=scaling.UPSCALE_DELAY_S,
+            upscaling_factor=scaling.UPSCALING_FACTOR,
+            downscale_delay_s=scaling.DOWNSCALE_DELAY_S,
+            downscaling_factor=scaling.DOWNSCALING_FACTOR,
         )
     largest_request = (
         config.max_images * config.image_limits.max_image_bytes + config.max_body_bytes
@@ -93,7 +93,7 @@ def build_app(config: ServiceConfig) -> serve.Application:
         graceful_shutdown_timeout_s=config.graceful_shutdown_timeout_s,
         graceful_shutdown_wait_loop_s=0.5,
         max_surge_percent=100,
-        **scaling,
+        **number,
     )(EngineReplica)
     ingress = serve.deployment(
         name="Ingress",

@@ -6,6 +6,7 @@ import pytest
 import requests
 import yaml
 from ray import serve
+from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import ServeDeploySchema
 
 from flashvl.config import load_config, pool_of
@@ -42,8 +43,9 @@ def test_each_builds_an_application(path: Path, ray_cluster: None) -> None:
         assert deployment.num_replicas == least
     else:
         told = application.deployments[0].autoscaling_config
-        assert (told["min_replicas"], told["max_replicas"]) == (least, most)
-        assert told["target_ongoing_requests"] == 0.75 * config.max_num_seqs
+        built = deployment._deployment_config.autoscaling_config
+        assert AutoscalingConfig(**told) == built
+        assert (built.min_replicas, built.max_replicas) == (least, most)
     for each in (ingress._bound_deployment, deployment):
         assert each._deployment_config.max_surge_percent > 0
     named = {override.name for override in application.deployments}

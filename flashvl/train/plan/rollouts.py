@@ -30,9 +30,15 @@ def rollout_seconds(
         num_rows * sum(part.total for part in parts.values()) / (mfu * gpu.bf16_tflops * 1e12)
     )
     cached = num_rows * (prompt + sum(row.branches) / 2)  # half of the branches, on average
+    read = step_bytes(config, cached)
+    return prefill_s + longest * read / (DECODE_SHARE * gpu.bandwidth_gb_per_s * 1e9)
+
+
+def step_bytes(config: FlashVLConfig, num_cached: float) -> float:
+    """Bytes that a decoding step reads in bf16: the language model's weights, and the keys and
+    values of `num_cached` tokens of all answers together."""
     text = config.text_config
-    cache = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim(text) * cached
+    cache = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim(text) * num_cached
     token = forward_flops(config, 1, 0, num_labels=1)  # two operations for each weight
     weights = (token["language_model"].linear + token["lm_head"].linear) / 2
-    read = NUMBER_BYTES * (weights + cache)
-    return prefill_s + longest * read / (DECODE_SHARE * gpu.bandwidth_gb_per_s * 1e9)
+    return NUMBER_BYTES * (weights + cache)
