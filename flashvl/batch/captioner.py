@@ -12,6 +12,7 @@ from ray.actor import ActorHandle
 
 from flashvl.batch.config import CaptionJob
 from flashvl.batch.gate import enter
+from flashvl.batch.metrics import EngineMetrics
 from flashvl.batch.service import ServedEngine
 from flashvl.data.features import Tiles, ask_about_image, tiles_from_bytes
 from flashvl.data.inputs.image_reader import append_columns, failure, without_kept
@@ -92,18 +93,22 @@ class Captioner:
             # An error that an actor raises while it starts reaches the driver as text only; raised
             # with the first batch, it keeps its class.
             self.engine = error
+        self.metrics = EngineMetrics()
 
     async def __call__(self, rows: pa.Table) -> pa.Table:
         if isinstance(self.engine, CheckpointError):
             raise self.engine
+        self.metrics.begin()
         if await enter(self.gate, rows.num_rows):
             results = await asyncio.gather(
                 *(self._answer(self.engine, row) for row in without_kept(rows).to_pylist())
             )
         else:
             results = [{}] * rows.num_rows
-        occupancy = {"occupancy": self.engine.occupancy()}
-        answers = pa.Table.from_pylist([each | occupancy for each in results], schema=ANSWERED)
+        occupancy = self.engine.occupancy()
+        self.metrics.end(occupancy)
+        found = [each | {"occupancy": occupancy} for each in results]
+        answers = pa.Table.from_pylist(found, schema=ANSWERED)
         keys = rows.select([name for name in ("id", "row", "kept") if name in rows.column_names])
         return append_columns(keys, answers)
 

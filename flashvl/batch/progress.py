@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from flashvl.batch.metrics import JobMetrics
 from flashvl.data.ledger.rates import RateWindow
 
 
@@ -34,14 +35,16 @@ class Rates:
 
 
 class Meter:
-    """Measures rates of captioned rows."""
+    """Measures rates of captioned rows, and counts them for Prometheus."""
 
     def __init__(self) -> None:
         self._window = RateWindow()
+        self._metrics = JobMetrics()
         self._occupancy = math.nan
 
     def add(self, rows: pa.Table) -> None:
         """Count rows of `captioner.CAPTIONED`."""
+        self._metrics.count(rows)
         self._window.add(rows.num_rows, pc.sum(rows["completion_tokens"]).as_py() or 0)
         occupancy = pc.mean(rows["occupancy"]).as_py()
         if occupancy is not None:

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from typer.core import TyperGroup
 
@@ -19,7 +18,7 @@ AsJsonOption = Annotated[bool, typer.Option("--json", help="Print the result as 
 class _PlanGroup(TyperGroup):
     """`flashvl plan RECIPE` is `flashvl plan train RECIPE`."""
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args[0] not in self.commands:
             args = ["train", *args]
         return super().resolve_command(ctx, args)

@@ -18,6 +18,7 @@ from flashvl.progress import ShowProgress
 from flashvl.train.run.checkpoint import Checkpoint, list_checkpoints, remove_incomplete
 from flashvl.train.run.consumed import Consumed
 from flashvl.train.run.failures import is_of_ray, what_was_lost
+from flashvl.train.run.goodput import Goodput
 from flashvl.train.run.monitor import Watch, start_monitor
 from flashvl.train.run.parts import remove_later
 from flashvl.train.run.reservations import give_back, list_reservations
@@ -41,12 +42,16 @@ def run_attempts(stage: Stage, resources: dict[str, float], on_progress: ShowPro
         RankError: a worker has failed; the message holds its traceback.
     """
     num_failures, last_step = 0, -1
+    goodput: Goodput | None = None
     while True:
         newest = _newest(stage)
         step = newest.state.step if newest is not None else 0
+        seconds = newest.state.seconds if newest is not None else 0.0
+        goodput = goodput or Goodput(stage.recipe.stage, seconds)
+        goodput.show(seconds)
         num_failures = 0 if step > last_step else num_failures
         last_step = step
-        lost = _run_attempt(stage, step, resources, on_progress)
+        lost = _run_attempt(stage, step, resources, on_progress, goodput)
         if lost is None:
             return
         num_failures += 1
@@ -72,7 +77,11 @@ def _newest(stage: Stage) -> Checkpoint | None:
 
 
 def _run_attempt(
-    stage: Stage, first_step: int, resources: dict[str, float], on_progress: ShowProgress
+    stage: Stage,
+    first_step: int,
+    resources: dict[str, float],
+    on_progress: ShowProgress,
+    goodput: Goodput,
 ) -> str | None:
     """Run the workers once.
 
@@ -82,11 +91,12 @@ def _run_attempt(
     recipe, num_steps = stage.recipe, stage.feed.num_steps
     others = list_reservations()
     monitor = start_monitor()
-    watch = Watch(
-        monitor,
-        recipe.hang_timeout_s,
-        show=lambda record: on_progress(record["step"], num_steps, _describe(record)),
-    )
+
+    def show(record: dict[str, Any]) -> None:
+        on_progress(record["step"], num_steps, _describe(record))
+        goodput.show(record["seconds"])
+
+    watch = Watch(monitor, recipe.hang_timeout_s, show)
     assignment = Assignment(
         recipe=recipe,
         feed=stage.feed,

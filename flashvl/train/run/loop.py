@@ -355,10 +355,16 @@ class Loop:
         if pending is None:
             self.writer.complete(None)
             return
-        if self.boards is not None:
-            self.boards.write_to(self.output)
-        keep = self.recipe.save_total_limit
-        self.writer.complete(lambda: pending.write(self.output, keep))
+        boards, keep = self.boards, self.recipe.save_total_limit
+        if boards is not None:
+            boards.write_to(self.output)
+
+        def complete() -> None:
+            pending.write(self.output, keep)
+            if boards is not None:
+                boards.note_checkpoint()
+
+        self.writer.complete(complete)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -207,6 +207,7 @@ class Meter:
             "padding_share": 1 - sums.tokens / sums.capacity,
             "imbalance": totals.imbalance,
         }
+        record["tflops"] = sums.flops / step_s / num_ranks / TERA
         if self.peak_flops is not None:
             record["mfu"] = sums.flops / step_s / num_ranks / self.peak_flops
         if len(set(rates)) > 1:
@@ -235,6 +236,12 @@ class Boards:
         self._writer = SummaryWriter(folder, purge_step=first_step)
         self._stage = stage
         self._gauges: dict[str, Gauge] = {}
+        self._checkpoint = Gauge(
+            "flashvl_train_checkpoint_timestamp_seconds",
+            description="Time of the last complete checkpoint, or else of the workers' start.",
+            tag_keys=("stage",),
+        )
+        self.note_checkpoint()
 
     def show(self, record: Record) -> None:
         step = record["step"]
@@ -246,6 +253,10 @@ class Boards:
             elif isinstance(value, int | float):
                 self._writer.add_scalar(f"train/{name}", value, step)
                 self._gauge(name).set(value, {"stage": self._stage})
+
+    def note_checkpoint(self) -> None:
+        """Tell Prometheus that a checkpoint is complete."""
+        self._checkpoint.set(time.time(), {"stage": self._stage})
 
     def close(self) -> None:
         self._writer.close()

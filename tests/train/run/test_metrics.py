@@ -40,6 +40,7 @@ def check_gathered() -> None:
     assert record["learning_rates"] == [1e-3, 1e-4]
     step_s = record["seconds"] - 10
     assert record["mfu"] == pytest.approx(3e12 / step_s / 2 / 1e15)
+    assert record["tflops"] == pytest.approx(3 / step_s / 2)
     assert record["tokens_per_s"] == pytest.approx(120 / step_s)
 
 
