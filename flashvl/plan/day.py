@@ -28,9 +28,8 @@ def read_trace(file: Path) -> list[float]:
         if file.suffix in (".yaml", ".yml"):
             found = [float(each) for each in yaml.safe_load(text)]
         else:
-            rows = [row for row in csv.reader(text.splitlines()) if row]
-            is_named = not rows[0][-1].strip().replace(".", "", 1).isdigit()
-            found = [float(row[-1]) for row in rows[is_named:]]
+            cells = [row[-1] for row in csv.reader(text.splitlines()) if row]
+            found = [float(cell) for cell in cells[not _is_number(cells[0]) :]]
     except OSError as error:
         raise ConfigError(f"cannot read {file}: {error.strerror}; name a trace") from None
     except (ValueError, TypeError, IndexError, yaml.YAMLError):
@@ -43,9 +42,17 @@ def read_trace(file: Path) -> list[float]:
     return found
 
 
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
 def rates_of_minutes(requests_of_hours: Sequence[float]) -> list[float]:
-    """Requests a second in each minute, between which and the next hour they change evenly; the
-    trace begins anew after its end."""
+    """Requests a second in each minute. They change evenly from the middle of one hour to that of
+    the next; the trace begins anew after its end."""
     hours = len(requests_of_hours)
     middles = np.arange(hours) + 0.5
     minutes = (np.arange(hours * MINUTES) + 0.5) / MINUTES

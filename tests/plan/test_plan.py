@@ -132,7 +132,7 @@ def test_the_load_changes_evenly_between_the_hours() -> None:
     ("name", "text"),
     [
         ("a.csv", "hour,requests\n0,100\n1,200.5\n"),
-        ("a.csv", "100\n200.5\n"),
+        ("a.csv", "1e2\n200.5\n"),
         ("a.yaml", "[100, 200.5]"),
     ],
 )
