@@ -14,6 +14,7 @@ from flashvl.cli.options import field_options
 from flashvl.config import StrictModel
 from flashvl.data.convert.config import ConversionJob
 from flashvl.eval.config import EvaluationJob
+from flashvl.eval.contamination.config import ContaminationJob
 from flashvl.serve.config import ServiceConfig
 from tests.test_words import FRAGMENT, STUMBLES
 
@@ -33,6 +34,7 @@ MIRRORED: dict[str, type[StrictModel]] = {
     "flashvl serve": ServiceConfig,
     "flashvl data convert": ConversionJob,
     "flashvl eval run": EvaluationJob,
+    "flashvl eval contamination": ContaminationJob,
 }
 
 

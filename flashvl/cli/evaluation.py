@@ -8,6 +8,7 @@ import typer
 from flashvl.cli.options import JsonOption, ModelOption, build, options_from, write_json
 from flashvl.entrypoint import report_errors, show_progress, start_ray
 from flashvl.eval.config import EvaluationJob
+from flashvl.eval.contamination.config import ContaminationJob
 
 eval_app = typer.Typer(no_args_is_help=True, help="Measure the quality of a model.")
 
@@ -86,6 +87,60 @@ def compare(
 
         for difference in comparison.compare(locate(first), locate(second)):
             print(difference)
+
+
+@eval_app.command()
+@options_from(
+    ContaminationJob,
+    arguments=("tables",),
+    metavars={
+        "tables": "TABLE",
+        "benchmarks": "FOLDER",
+        "output": "FOLDER",
+        "tasks": "NAME",
+    },
+)
+def contamination(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    **options: Any,
+) -> None:
+    """Tell which questions of the benchmarks are in tables for training.
+
+    A picture counts as found if its copy is in a table, even if it was encoded anew, resized, made
+    grey or cropped by some percent; a question, if one row of a table holds 70 % of its 8-grams
+    (13-grams of characters in Chinese). Drawings that differ little may be taken for copies: look
+    at them in the report. Flat pictures and short questions cannot be compared, and are counted.
+
+    The same command again resumes a job that was stopped or killed.
+
+    Every match is written to OUTPUT/matches.parquet, each question and whether it was found to
+    OUTPUT/items.parquet, the counts to OUTPUT/contamination.json, and pictures side by side to
+    OUTPUT/report.html.
+
+    Example: flashvl eval contamination tables/stage4/ tables/stage5/ --benchmarks LMUData/ --output
+    contamination/
+    """
+    with report_errors():
+        job = build(ContaminationJob, options, command="eval contamination")
+        from flashvl.eval.contamination.job import (
+            check_contamination,
+            compare_tables,
+            read_questions,
+        )
+
+        plan = check_contamination(job)
+        found = plan.finished()
+        if found is None:
+            start_ray()
+            with show_progress("reading benchmarks") as on_progress:
+                benchmarks = read_questions(plan, on_progress)
+            with show_progress("comparing") as on_progress:
+                found = compare_tables(plan, benchmarks, on_progress)
+        if as_json:
+            print(json.dumps(found.as_dict(), indent=2))
+            return
+        print(found)
+        print(f"Open {plan.output / 'report.html'} to see what was found.")
 
 
 @eval_app.command()

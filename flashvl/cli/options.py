@@ -163,7 +163,8 @@ def _parameter(
     kind, default = option.kind, option.default
     help_text = _as_help(option.field.description or "", options)
     if option.is_repeated:
-        kind, default = types.GenericAlias(list, (kind,)), list(default)
+        kind = types.GenericAlias(list, (kind,))
+        default = default if option.field.is_required() else list(default)
         help_text = f"{help_text} May be repeated."
     elif default is None:
         kind |= None
