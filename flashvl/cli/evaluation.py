@@ -33,10 +33,10 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     **options: Any,
 ) -> None:
-    """Score a model on the paper's benchmarks, from VLMEvalKit's files.
+    """Score a model on the paper's benchmarks.
 
-    The same command again resumes an evaluation that was stopped or killed, and marks a finished
-    one anew.
+    The questions are read from VLMEvalKit's files. The same command again resumes an evaluation
+    that was stopped or killed, and marks a finished one anew.
 
     Answers and their verdicts are written to OUTPUT/verdicts.parquet, questions that could not be
     answered to OUTPUT/dead_letters, the figures to OUTPUT/scores.json, and the table and wrong
@@ -104,12 +104,13 @@ def contamination(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     **options: Any,
 ) -> None:
-    """Tell which questions of the benchmarks are in tables for training.
+    """Find the benchmarks' questions in tables for training.
 
-    A picture counts as found if its copy is in a table, even if it was encoded anew, resized, made
-    grey or cropped by some percent; a question, if one row of a table holds 70 % of its 8-grams
-    (13-grams of characters in Chinese). Drawings that differ little may be taken for copies: look
-    at them in the report. Flat pictures and short questions cannot be compared, and are counted.
+    The benchmarks are VLMEvalKit's files. A picture counts as found if its copy is in a table, even
+    if it was encoded anew, resized, made grey or cropped by some percent; a question, if one row of
+    a table holds 70 % of its 8-grams (13-grams of characters in Chinese). Drawings that differ
+    little may be taken for copies: look at them in the report. Flat pictures and short questions
+    cannot be compared, and are counted.
 
     The same command again resumes a job that was stopped or killed.
 

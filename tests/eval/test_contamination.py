@@ -23,6 +23,7 @@ from flashvl.data.schema import CONVERSATIONS, PREFERENCES
 from flashvl.errors import ConfigError
 from flashvl.eval.contamination import job as contamination
 from flashvl.eval.contamination.config import ContaminationJob
+from flashvl.eval.contamination.outcome import Counts
 from flashvl.eval.contamination.pictures import (
     CUTS,
     MAX_DISTANCE,
@@ -320,7 +321,7 @@ def test_the_job_finds_what_was_planted_and_resumes(
     found = contamination.compare_tables(plan, benchmarks)
     assert (found.rows, found.dead) == (NUM_CONVERSATIONS, 1)
     assert found.benchmarks == {
-        "mmstar": contamination.Counts(
+        "mmstar": Counts(
             items=7,
             pictures_found=3,
             questions_found=2,

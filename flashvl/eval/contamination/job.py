@@ -17,10 +17,11 @@ report.html               the counts, and pictures that were found side by side
 import functools
 import io
 import json
+import math
 import time
 from collections import defaultdict
 from collections.abc import Generator, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -29,12 +30,12 @@ import pyarrow.parquet as pq
 import ray
 
 from flashvl import __version__
-from flashvl.data.convert.job import Meter
 from flashvl.data.inputs.image_reader import failure
 from flashvl.data.inputs.source import FAILURE, KEYS, Done
 from flashvl.data.ledger.apart import check_apart
 from flashvl.data.ledger.manifest import Fingerprint, hash_listed
 from flashvl.data.ledger.outputs import OutputFolder, check_output
+from flashvl.data.ledger.rates import RateWindow
 from flashvl.data.ledger.stopping import Drain, begin_nothing
 from flashvl.data.ledger.streaming import stream_tables
 from flashvl.data.ledger.tables import OutputTable, TableSpec
@@ -44,11 +45,11 @@ from flashvl.data.storage import Location, locate
 from flashvl.errors import DataError
 from flashvl.eval.contamination.benchmarks import MANY_IMAGES, Benchmarks, read_benchmarks
 from flashvl.eval.contamination.config import ContaminationJob
+from flashvl.eval.contamination.outcome import Contamination, Counts
 from flashvl.eval.contamination.pictures import Fingerprints, read_fingerprints
 from flashvl.eval.contamination.report import build_page
 from flashvl.eval.contamination.tables import TrainingTables, find_tables
 from flashvl.eval.questions import Questions, find_questions
-from flashvl.eval.tasks.catalogue import TASKS
 from flashvl.progress import ShowProgress, ignore_progress
 
 _MATCH = pa.struct(
@@ -108,6 +109,22 @@ class Summary(Audit):
     """Rows that the run that finished the job compared each second."""
 
 
+class Meter:
+    """Measures the rate of compared rows."""
+
+    def __init__(self) -> None:
+        self._window = RateWindow()
+
+    def add(self, rows: pa.Table) -> None:
+        """Count compared rows."""
+        self._window.add(rows.num_rows)
+
+    def read(self, *, num_dead: int) -> str:
+        """The rate at the moment, as text."""
+        (rows_per_s,) = self._window.read()
+        return f"{num_dead} dead" if math.isnan(rows_per_s) else f"{rows_per_s:.0f} rows/s"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     """A comparison whose tables, benchmarks and output have been checked."""
@@ -121,57 +138,13 @@ class Plan:
     def output(self) -> Location:
         return self.work.output
 
-    def finished(self) -> "Contamination | None":
+    def finished(self) -> Contamination | None:
         """The outcome of a finished job; None where rows are left to compare."""
         if self.work.read_audit(Summary) is None:
             return None
         found = json.loads((self.output / "contamination.json").read())
         counts = {name: Counts(**each) for name, each in found["benchmarks"].items()}
         return Contamination(**(found | {"benchmarks": counts}))
-
-
-@dataclass(kw_only=True, slots=True)
-class Counts:
-    """Questions of a benchmark."""
-
-    items: int = 0
-    pictures_found: int = 0
-    """Questions with a picture that is in a table."""
-    questions_found: int = 0
-    """Questions whose text is in a table."""
-    found_together: int = 0
-    """Questions whose picture and text are in one row, which is as good as proof."""
-    pictures_not_compared: int = 0
-    """Questions without a picture that has enough detail to be compared."""
-    questions_not_compared: int = 0
-    """Questions whose text is too short, or as others', to tell where it is from."""
-    unreadable: int = 0
-    """Questions of which an image, or the row, could not be read."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Contamination:
-    """The outcome of a comparison."""
-
-    rows: int
-    """Rows of the tables that were compared."""
-    dead: int
-    """Rows of the tables that could not be read or decoded."""
-    benchmarks: dict[str, Counts]
-    """Counts by benchmark, in the order of the paper's tables."""
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def __str__(self) -> str:
-        names = ("picture", "question", "both", "no picture", "no question", "unreadable")
-        head = f"{'':<16}{'items':>8}" + "".join(f"{name:>13}" for name in names)
-        lines = [f"{self.rows} rows compared, {self.dead} dead letters", head]
-        for name, counts in self.benchmarks.items():
-            items, *others = asdict(counts).values()
-            title = TASKS[name].title
-            lines.append(f"{title:<16}{items:>8}" + "".join(f"{count:>13}" for count in others))
-        return "\n".join(lines)
 
 
 def check_contamination(job: ContaminationJob) -> Plan:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,13 +11,11 @@ from flashvl.batch.report import THUMBNAIL_SIDE, render_page
 from flashvl.data.images import decode_image, make_thumbnail
 from flashvl.data.limits import ImageLimits
 from flashvl.errors import DataError
+from flashvl.eval.contamination.outcome import Contamination
 from flashvl.eval.contamination.tables import TrainingTables
 from flashvl.eval.contamination.texts import split_words
 from flashvl.eval.questions import Questions
 from flashvl.eval.tasks.catalogue import TASKS
-
-if TYPE_CHECKING:
-    from flashvl.eval.contamination.job import Contamination
 
 NUM_PAIRS = 24
 """Pictures, and questions, that are shown: from the least sure to the surest, at even distances."""
@@ -46,7 +44,7 @@ class Pair:
 def build_page(
     tables: TrainingTables,
     questions: Questions,
-    contamination: "Contamination",
+    contamination: Contamination,
     matches: Sequence[Match],
     image_limits: ImageLimits,
 ) -> str:
