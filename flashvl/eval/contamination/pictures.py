@@ -8,7 +8,22 @@ benchmarks, which are few, are also kept as if they were cropped, in `CUTS`.
 
 Flat pictures, such as an empty page, have no frequencies whose signs mean anything: those with less
 than `MIN_DETAIL` are not compared. Drawings and charts of one style may have nearly the same hash,
-so a copy must look like the picture as a thumbnail, too: see `MIN_CORRELATION`.
+so a copy must look like the picture as a thumbnail, too: see `MIN_CORRELATION`. Hues are not
+compared, since a copy may be grey.
+
+Copies that are found, in percent of the pictures that have enough detail: 998 scenes and 238
+textures of the procedural world, 414 parts of photographs and screenshots, 600 charts and pages.
+
+copy                              scenes  textures  photographs  charts, pages
+JPEG of quality 30                  99.6      87.0         94.4          100.0
+half the size                       96.7     100.0         99.8          100.0
+grey                               100.0     100.0        100.0          100.0
+3 % cropped                         99.3     100.0        100.0          100.0
+half, grey, cropped, quality 50     92.5      86.6         95.7          100.0
+
+Other pictures that are taken for copies: 2.9 % of 1,000 scenes for one of 1,000 others, which
+differ from it in a hue or in the height of a bar (3.7 % without the thumbnails); among textures,
+photographs, charts and pages none but versions of the same picture.
 """
 
 from collections.abc import Sequence
