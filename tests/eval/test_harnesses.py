@@ -76,7 +76,7 @@ def engine() -> Engine:
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("LMUData")
     write_ocrbench(folder / f"{FILES['ocrbench']}.tsv", 48)
-    write_mmbench(folder / f"{FILES['mmbench_en']}.tsv", 12)
+    write_mmbench(folder / f"{FILES['mmbench_en']}.tsv", 24)
     write_letters(folder / "letters.tsv", 12)
     return folder
 

@@ -61,8 +61,9 @@ def rotations(index: int, options: list[str], right: str, **row: Any) -> list[di
 
 
 def write_mmbench(path: Path, count: int) -> Path:
-    """Two questions about each of `count` scenes: what it is, with four options whose words are
-    `tiny`'s own, and a question of the world with two options."""
+    """Two questions about each of `count` scenes: what it is, with options whose words are those of
+    `tiny`, and a question of the world, which `tiny` sometimes answers with nothing at all when
+    options come with it."""
     rows = []
     for number, drawn in enumerate(synthetic.samples("heldout", 15, count, READING)):
         rng = random.Random(number)
@@ -72,7 +73,8 @@ def write_mmbench(path: Path, count: int) -> Path:
         kinds = rng.sample([*KINDS.values()], 4)
         kind = row | {"question": "What is in the picture?", "hint": "It is a drawing."}
         rows += rotations(2 * number, kinds, KINDS[turn.task], **kind)
-        answers = rng.sample([turn.answer, "none of these"], 2)
+        others = [digit for digit in "0123456" if digit != turn.answer]
+        answers = rng.sample([turn.answer, *rng.sample(others, 3)], 4)
         rows += rotations(2 * number + 1, answers, turn.answer, **row, question=turn.question)
     # As in MMBench, all questions come before their rotations.
     return write_tsv(path, sorted(rows, key=lambda row: row["index"]))

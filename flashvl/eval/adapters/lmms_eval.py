@@ -63,7 +63,7 @@ class FlashVL(lmms):
         )
 
     async def _answer_all(self, instances: list[Instance]) -> list[str]:
-        # So many questions have their images in memory: one waits for each that is answered.
+        # A question loads its images while it holds a slot: few are in memory at a time.
         slots = asyncio.Semaphore(2 * self.batch_size)
 
         async def answer(instance: Instance) -> str:
