@@ -15,7 +15,7 @@ from flashvl.plan.day import forecast_day, rates_of_minutes, read_trace
 from flashvl.plan.speed import find_speed
 from flashvl.serve import scaling
 from flashvl.train.plan.gpus import GPUS
-from tests.support.fleet import Work, replay
+from tests.support.simulated_fleet import Work, replay
 
 RATES_PER_S = rates_of_minutes(read_trace(Path(__file__).with_name("day.csv")))
 SLOTS = 32

@@ -8,7 +8,7 @@ from ray.serve.config import AutoscalingConfig
 
 from flashvl.plan.queueing import solve_queue
 from flashvl.plan.speed import Speed
-from tests.support.fleet import Work, replay
+from tests.support.simulated_fleet import Work, replay
 
 
 def servers(count: int, rate: float = 1.0) -> Speed:
