@@ -1,7 +1,8 @@
 """`flashvl eval contamination` as a job for a Ray cluster.
 
-ray job submit --working-dir . -- python ray_jobs/contamination.py /data/tables/stage4
-    --benchmarks /data/LMUData --output /data/contamination
+ray job submit --working-dir . --entrypoint-num-cpus 1 -- \\
+    python ray_jobs/contamination.py /data/tables/stage4 --benchmarks /data/LMUData \\
+    --output /data/contamination
 """
 
 import sys
