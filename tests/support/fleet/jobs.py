@@ -17,7 +17,12 @@ from tests.support.kustomize import Resource
 ROOT = Path(__file__).parents[3]
 IMAGE_ROOT = "/opt/flashvl/"
 """Folder of the images that holds ray_jobs/."""
-COMMANDS = {"caption": ["caption"], "evaluate": ["eval", "run"], "prepare": ["data", "convert"]}
+COMMANDS = {
+    "caption": ["caption"],
+    "contamination": ["eval", "contamination"],
+    "evaluate": ["eval", "run"],
+    "prepare": ["data", "convert"],
+}
 """Commands of flashvl that the scripts in ray_jobs/ run."""
 LINE = re.compile(r"^ *(?:- )?(ray job submit .*?)(?<!\\)$", re.MULTILINE | re.DOTALL)
 
