@@ -18,7 +18,7 @@ TEST_ENV := OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 MPLBACKEND=Agg RAY_USAGE_ST
 .DELETE_ON_ERROR:
 # The lines of one target build on those of the one before: `make -j` must not mix them.
 .NOTPARALLEL:
-.PHONY: help demo test test-fast test-slow lint format tiny tiny-dynamic tiny-iss reasoning install clean
+.PHONY: help demo test test-fast test-slow lint format tiny tiny-dynamic tiny-iss miniature install clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,8 +57,8 @@ tiny-dynamic: $(STAMP) ## Train tiny's variant with dynamic tiling
 tiny-iss: $(STAMP) ## Train tiny's variant with Implicit Semantic Stitching
 	@$(RUN) $(BIN)/python ray_jobs/tiny.py $@ $(ARGS)
 
-reasoning: $(STAMP) ## Train preferences and reasoning in miniature; write tables and curves (an hour on two cores)
-	@$(RUN) $(BIN)/python ray_jobs/reasoning.py $(ARGS)
+miniature: $(STAMP) ## Show the paper's comparisons in miniature, as ARGS=table6 (two hours on two cores)
+	@$(RUN) $(BIN)/python ray_jobs/miniature.py $(ARGS)
 
 install: $(STAMP) ## Make .venv and install flashvl into it
 

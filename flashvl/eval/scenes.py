@@ -5,7 +5,7 @@ flashvl eval scenes --model tiny --json scores.json
 
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from PIL import Image
@@ -61,17 +61,23 @@ def evaluate_scenes(
     done, total = 0, items_per_task * len(tasks)
     for task in tasks:
         correct = 0
-        items = held_out_items(task, items_per_task)
-        while batch := list(itertools.islice(items, BATCH_SIZE)):
-            completions = engine.generate([_request(item) for item in batch])
-            correct += sum(
-                _is_right(completion.text, item)
-                for completion, item in zip(completions, batch, strict=True)
-            )
-            done += len(batch)
-            on_progress(done, total, task)
+        answers = enumerate(ask(engine, held_out_items(task, items_per_task)), 1)
+        for number, is_right in answers:
+            correct += is_right
+            done += 1
+            if number % BATCH_SIZE == 0 or number == items_per_task:
+                on_progress(done, total, task)
         scores[task] = TaskScore(items=items_per_task, exact_match=correct / items_per_task)
     return scores
+
+
+def ask(engine: Engine, items: Iterable[Item]) -> Iterator[bool]:
+    """Whether the engine's answer to each question is right."""
+    items = iter(items)
+    while batch := list(itertools.islice(items, BATCH_SIZE)):
+        completions = engine.generate([_request(item) for item in batch])
+        for completion, item in zip(completions, batch, strict=True):
+            yield _is_right(completion.text, item)
 
 
 def _is_right(text: str, item: Item) -> bool:

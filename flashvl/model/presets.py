@@ -133,7 +133,7 @@ def _flash_vl(
 
 
 def _tiny(
-    mode: TilingMode = "static", overlap: dict[str, int] | None = None
+    mode: TilingMode = "static", overlap: dict[str, int] | None = None, **options: Any
 ) -> Callable[[], FlashVLConfig]:
     """A builder of the architecture at 1/400 of its size, for the procedural world on a CPU."""
 
@@ -166,8 +166,11 @@ def _tiny(
             pad_token_id=0,
         )
 
-    options: dict[str, Any] = {} if overlap is None else {"tiling": {"mode": mode, **overlap}}
-    return _flash_vl(tower, llm, mode, image_token_id=3, projector_hidden_size=512, **options)
+    if overlap is not None:
+        options["tiling"] = {"mode": mode, **overlap}
+    return _flash_vl(
+        tower, llm, mode, **{"image_token_id": 3, "projector_hidden_size": 512} | options
+    )
 
 
 # The tiles of a square picture meet at the borders of the world's cells: a cell is 24 pixels (two
@@ -199,6 +202,11 @@ PRESETS: dict[str, Callable[[], FlashVLConfig]] = {
     "tiny-dynamic": _tiny("dynamic"),
     "tiny-overlap": _tiny("overlap", _TINY_OVERLAP),
     "tiny-iss": _tiny("iss", _TINY_OVERLAP),
+    # The paper's comparisons in miniature (`make miniature`).
+    "tiny-patches": _tiny(downsample_ratio=1.0),
+    "tiny-overlap-narrow": _tiny("overlap"),  # the paper's margin
+    "tiny-iss-narrow": _tiny("iss"),
+    "tiny-two-linear": _tiny(projector_num_layers=2, projector_hidden_size=192),
 }
 
 

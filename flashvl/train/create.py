@@ -40,10 +40,14 @@ def create_random(preset: str, output: Path, seed: int = 0) -> None:
     save_pretrained(model, processor, output)
 
 
-def create_variant(model: str | Path, preset: str, output: Path, seed: int = 0) -> None:
+def create_variant(
+    model: str | Path, preset: str, output: Path, seed: int = 0, *, keeps_adapter: bool = True
+) -> None:
     """Write a model of `preset` with the tower, the LLM and the tokenizer of `model` to `output`.
 
-    The adapter comes from `model` too, if it has the preset's shapes; else it is random.
+    Args:
+        keeps_adapter: the adapter comes from `model` too, if it has the preset's shapes; else it is
+            random.
 
     Raises:
         CheckpointError: `model` cannot be loaded.
@@ -67,7 +71,7 @@ def create_variant(model: str | Path, preset: str, output: Path, seed: int = 0) 
             " use a preset with the model's tower and LLM"
         )
     adapter = {name for name in wanted if ADAPTER in name}
-    if not adapter <= fitting.keys():
+    if not (keeps_adapter and adapter <= fitting.keys()):
         fitting = {name: weight for name, weight in fitting.items() if name not in adapter}
     variant.load_state_dict(fitting, strict=False)
     tokenizer = load_processor(model).tokenizer

@@ -20,7 +20,8 @@ TASKS: tuple[ReadingTask, ...] = ("caption", "count", "read", "chart", "arithmet
 """Tasks whose answer stands in the picture, or is one step away; `tiny` is trained on them."""
 
 GRID = 4
-"""Cells on each side of a picture; one visual token of `tiny` covers one cell."""
+"""Cells on each side of a picture; one visual token of `tiny` covers one cell. A large picture has
+more, and its scenes may use them all (`samples.Layout`)."""
 COLORS = {
     "red": (208, 36, 40),
     "green": (40, 150, 60),
@@ -179,16 +180,18 @@ class ChartScene:
         return turns
 
     def draw(self, draw: ImageDraw.ImageDraw, pen: "Pen") -> None:
+        left, top = pen.origin
+        right = left + pen.size
         unit = pen.size / (MAX_BAR + 1)
-        base = pen.size - 0.25 * unit
+        base = top + pen.size - 0.25 * unit
         for value in range(1, MAX_BAR + 1):
             y = base - value * unit
-            draw.line((0, y, pen.size, y), fill=(176, 176, 176), width=max(1, pen.size // 160))
+            draw.line((left, y, right, y), fill=(176, 176, 176), width=max(1, pen.size // 160))
         for offset, (color, value) in enumerate(self.bars):
             x, _ = pen.center((0, self.first_column + offset))
             half = 0.09 * pen.size
             draw.rectangle((x - half, base - value * unit, x + half, base), fill=pen.ink(color))
-        draw.line((0, base, pen.size, base), fill=(0, 0, 0), width=max(1, pen.size // 80))
+        draw.line((left, base, right, base), fill=(0, 0, 0), width=max(1, pen.size // 80))
 
     def cells(self) -> dict[Cell, tuple[str, str, str]]:
         labels = {}
@@ -286,31 +289,43 @@ CELL_CLASSES = (
 def cell_labels(scene: Scene) -> npt.NDArray[np.int64]:
     """(GRID * GRID, 3): the cells in reading order, each as indices into `CELL_CLASSES`."""
     labels = np.zeros((GRID, GRID, len(CELL_CLASSES)), np.int64)
-    for cell, names in scene.cells().items():
-        labels[cell] = [classes.index(n) for classes, n in zip(CELL_CLASSES, names, strict=True)]
+    for cell, label in label_cells(scene).items():
+        labels[cell] = label
     return labels.reshape(GRID * GRID, -1)
 
 
-def scene_for(task: ReadingTask, rng: random.Random) -> Scene:
-    """A scene that fits a reading task."""
+def label_cells(scene: Scene) -> dict[Cell, list[int]]:
+    """The cells in which something lies, each as indices into `CELL_CLASSES`."""
+    return {
+        cell: [classes.index(name) for classes, name in zip(CELL_CLASSES, names, strict=True)]
+        for cell, names in scene.cells().items()
+    }
+
+
+def scene_for(task: ReadingTask, rng: random.Random, grid: int = GRID) -> Scene:
+    """A scene that fits a reading task.
+
+    Args:
+        grid: cells on each side, among which words and shapes lie anywhere.
+    """
     if task == "caption":
         kind = rng.choices(("shapes", "read", "arithmetic", "chart", "photo"), (8, 2, 1, 2, 1))[0]
         if kind == "photo":
             return PhotoScene(rng.getrandbits(32))
         if kind == "shapes":
-            return shapes_scene(rng.choice((1, 2, 2, 3, 3, 4, 5, 6)), rng)
-        return scene_for(kind, rng)  # type: ignore[arg-type]
+            return shapes_scene(rng.choice((1, 2, 2, 3, 3, 4, 5, 6)), rng, grid)
+        return scene_for(kind, rng, grid)  # type: ignore[arg-type]
     if task == "count":
-        return shapes_scene(rng.randint(1, MAX_SHAPES), rng)
+        return shapes_scene(rng.randint(1, MAX_SHAPES), rng, grid)
     if task == "read":
         text = "".join(rng.choices(LETTERS, k=rng.randint(2, 4)))
-        return TextScene("sign", text, start_of(len(text), rng), rng.choice(list(COLORS)))
+        return TextScene("sign", text, start_of(len(text), rng, grid), rng.choice(list(COLORS)))
     if task == "arithmetic":
         left, right, operator = rng.randint(0, 9), rng.randint(0, 9), rng.choice("+-")
         if operator == "-" and left < right:
             left, right = right, left
         return TextScene(
-            "board", f"{left}{operator}{right}", start_of(3, rng), rng.choice(list(COLORS))
+            "board", f"{left}{operator}{right}", start_of(3, rng, grid), rng.choice(list(COLORS))
         )
     return chart_scene(rng)
 
@@ -324,9 +339,9 @@ def chart_scene(rng: random.Random) -> ChartScene:
     return ChartScene(tuple(bars), first_column=rng.randint(0, GRID - count))
 
 
-def shapes_scene(count: int, rng: random.Random) -> ShapesScene:
+def shapes_scene(count: int, rng: random.Random, grid: int = GRID) -> ShapesScene:
     """`count` shapes in as many cells."""
-    places = sorted(rng.sample([(row, col) for row in range(GRID) for col in range(GRID)], count))
+    places = sorted(rng.sample([(row, col) for row in range(grid) for col in range(grid)], count))
     # A scene has few colours and shapes, so that there is something to count.
     colors = rng.sample(list(COLORS), min(count, 3))
     shapes = rng.sample(SHAPES, min(count, 3))
@@ -334,9 +349,9 @@ def shapes_scene(count: int, rng: random.Random) -> ShapesScene:
     return ShapesScene(tuple(zip(places, drawn, strict=True)))
 
 
-def start_of(length: int, rng: random.Random) -> Cell:
+def start_of(length: int, rng: random.Random, grid: int = GRID) -> Cell:
     """A cell where a text of `length` glyphs can begin."""
-    return rng.randrange(GRID), rng.randint(0, GRID - length)
+    return rng.randrange(grid), rng.randint(0, grid - length)
 
 
 @dataclass(slots=True)
@@ -344,7 +359,10 @@ class Pen:
     """The random style of a drawing: its paper, its tints, and the place of a thing in its cell."""
 
     size: int
+    """Side of `GRID` cells, in pixels."""
     rng: random.Random
+    origin: tuple[float, float] = (0, 0)
+    """Pixels to the left of the cells, and above them."""
     _inks: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def paper(self) -> tuple[int, ...]:
@@ -359,9 +377,10 @@ class Pen:
     def center(self, cell: Cell) -> tuple[float, float]:
         row, column = cell
         x, y = (column + 0.5) / GRID, (row + 0.5) / GRID
+        left, top = self.origin
         return (
-            (x + self.rng.uniform(-0.016, 0.016)) * self.size,
-            (y + self.rng.uniform(-0.016, 0.016)) * self.size,
+            left + (x + self.rng.uniform(-0.016, 0.016)) * self.size,
+            top + (y + self.rng.uniform(-0.016, 0.016)) * self.size,
         )
 
 

@@ -184,14 +184,17 @@ def draw(data: SyntheticData, row: int, kind: Kind) -> Raw:
         return synthetic.preference(synthetic.pair(data.split, data.seed, row), row)
     is_replayed = random.Random(f"replay/{data.seed}/{row}").random() < data.replay_share
     tasks = synthetic.TASKS if is_replayed else data.tasks
-    sample = synthetic.sample(data.split, data.seed, row, tasks)
+    sample = synthetic.sample(data.split, data.seed, row, tasks, data.cells_across)
     if kind == "grpo":
         return synthetic.problem(sample, row)
     if is_replayed:
         return synthetic.conversation(sample, row)
     conversation = synthetic.conversation(sample, row, data.words_share, data.worked_share)
     if kind == "cells":
-        conversation["cells"] = synthetic.cell_labels(sample.scene)
+        is_large = data.cells_across is not None
+        conversation["cells"] = (
+            synthetic.patch_labels(sample) if is_large else synthetic.cell_labels(sample.scene)
+        )
     return conversation
 
 

@@ -98,7 +98,8 @@ class Feed:
         order = hashlib.blake2b(self.order.starts.tobytes(), digest_size=16)
         order.update(self.order.ends.tobytes())
         if isinstance(self.source, SyntheticData):
-            files = self.source.model_dump_json()
+            # A setting that is not there leaves no trace, so that older runs are still known.
+            files = self.source.model_dump_json(exclude_none=True)
         else:
             files = " ".join(f"{table.name}@{hash_listed(table.files)}" for table in self.source)
         return {"data": files, "num_rows": self.num_rows, "order": order.hexdigest()}
