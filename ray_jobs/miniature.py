@@ -44,8 +44,15 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     with report_errors():
-        from flashvl.eval.miniature.answers import Examiner
         from flashvl.eval.miniature.designs import find_tables
+
+        overrides = [name for name in arguments.names if "=" in name]
+        named = [name for name in arguments.names if "=" not in name]
+        tables = [] if named == [FIGURE] else find_tables([n for n in named if n != FIGURE])
+        if tables:
+            start_ray(include_dashboard=True)  # first, as it says how torch's threads wait
+
+        from flashvl.eval.miniature.answers import Examiner
         from flashvl.eval.miniature.report import write_report
         from flashvl.eval.miniature.results import make_table
         from flashvl.eval.miniature.stages import Trainer
@@ -59,8 +66,6 @@ def main() -> None:
         runs.mkdir(parents=True, exist_ok=True)
         trainer = Trainer(runs=runs, recipes=CONFIGS, overrides=overrides, show=show_progress)
         examiner = Examiner(file=runs / "answers.json", items=arguments.items)
-        if tables:
-            start_ray(include_dashboard=True)
         results = [make_table(name, trainer, examiner, arguments.seeds) for name in tables]
         timed = time_tilings(runs / f"{FIGURE}.json") if FIGURE in named or not named else []
         print(write_report(results, timed, trainer))

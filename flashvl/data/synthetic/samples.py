@@ -24,6 +24,7 @@ from flashvl.data.synthetic.scenes import (
     Task,
     Turn,
     cell_labels,
+    crowd_scene,
     draw_texture,
     label_cells,
     scene_for,
@@ -58,9 +59,7 @@ class Sample:
 
     def image(self) -> Image.Image:
         """The RGB picture, with sides of `size` pixels, or of `LARGE_SIDE`."""
-        origin, side = (
-            ((0, 0), self.size) if self.origin is None else (self.origin, LARGE_SIDE)
-        )
+        origin, side = ((0, 0), self.size) if self.origin is None else (self.origin, LARGE_SIDE)
         pen = Pen(size=self.size, rng=random.Random(self.style_seed), origin=origin)
         if isinstance(self.scene, PhotoScene):
             return draw_texture(self.scene.texture_seed, side)
@@ -99,11 +98,28 @@ def sample(
     style_seed = rng.getrandbits(32)
     if cells is None:
         return Sample(scene, chosen, style_seed, size=rng.randrange(96, 161, 8))
+    return _place(scene, chosen, style_seed, cells, rng)
+
+
+def crowd(split: Split, seed: int, index: int, cells_across: CellsAcross) -> Sample:
+    """Sample `index` of a series of large pictures that are full of shapes and glyphs."""
+    rng = random.Random(f"crowd/{split}/{seed}/{index}")
+    cells = rng.uniform(*cells_across)
+    while True:
+        scene = crowd_scene(rng, int(cells))
+        if split_of(scene) == split:
+            return _place(scene, (), rng.getrandbits(32), cells, rng)
+
+
+def _place(
+    scene: Scene, turns: tuple[Turn, ...], style_seed: int, cells: float, rng: random.Random
+) -> Sample:
+    """A scene anywhere in a large picture with `cells` across."""
     size = int(GRID * LARGE_SIDE / cells)
     # A chart has no cells beyond its own.
-    used = size if isinstance(scene, ChartScene) else grid * LARGE_SIDE / cells
+    used = (GRID if isinstance(scene, ChartScene) else int(cells)) * size / GRID
     origin = rng.uniform(0, LARGE_SIDE - used), rng.uniform(0, LARGE_SIDE - used)
-    return Sample(scene, chosen, style_seed, size, origin)
+    return Sample(scene, turns, style_seed, size, origin)
 
 
 def samples(

@@ -275,7 +275,34 @@ class RectangleScene:
         )
 
 
-Scene = ShapesScene | TextScene | ChartScene | RectangleScene | PhotoScene
+@dataclass(frozen=True, slots=True)
+class CrowdScene:
+    """Many shapes and glyphs, from which a tower learns to see; nothing is asked about it."""
+
+    shapes: ShapesScene
+    glyphs: tuple[TextScene, ...]
+
+    def caption(self) -> str:
+        return "a crowd"
+
+    def describe(self) -> str:
+        return "crowd"
+
+    def turns(self, rng: random.Random) -> list[Turn]:
+        return []
+
+    def draw(self, draw: ImageDraw.ImageDraw, pen: "Pen") -> None:
+        for part in self._parts():
+            part.draw(draw, pen)
+
+    def cells(self) -> dict[Cell, tuple[str, str, str]]:
+        return {cell: label for part in self._parts() for cell, label in part.cells().items()}
+
+    def _parts(self) -> tuple[ShapesScene | TextScene, ...]:
+        return (*self.glyphs, self.shapes)
+
+
+Scene = ShapesScene | TextScene | ChartScene | RectangleScene | PhotoScene | CrowdScene
 
 
 CELL_CLASSES = (
@@ -347,6 +374,22 @@ def shapes_scene(count: int, rng: random.Random, grid: int = GRID) -> ShapesScen
     shapes = rng.sample(SHAPES, min(count, 3))
     drawn = [Shape(rng.choice(list(SIZES)), rng.choice(colors), rng.choice(shapes)) for _ in places]
     return ShapesScene(tuple(zip(places, drawn, strict=True)))
+
+
+def crowd_scene(rng: random.Random, grid: int) -> CrowdScene:
+    """A scene in which two of three cells hold a shape or a glyph."""
+    shapes, glyphs = [], []
+    for cell in ((row, col) for row in range(grid) for col in range(grid)):
+        color = rng.choice(list(COLORS))
+        match rng.randrange(3):
+            case 0:
+                shape = Shape(rng.choice(list(SIZES)), color, rng.choice(SHAPES))
+                shapes.append((cell, shape))
+            case 1:
+                kind: Literal["sign", "board"] = rng.choice(("sign", "board"))
+                text = rng.choice(LETTERS if kind == "sign" else "0123456789+-")
+                glyphs.append(TextScene(kind, text, cell, color))
+    return CrowdScene(ShapesScene(tuple(shapes)), tuple(glyphs))
 
 
 def start_of(length: int, rng: random.Random, grid: int = GRID) -> Cell:

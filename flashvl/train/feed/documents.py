@@ -182,6 +182,10 @@ def draw(data: SyntheticData, row: int, kind: Kind) -> Raw:
     `cells`."""
     if kind == "dpo":
         return synthetic.preference(synthetic.pair(data.split, data.seed, row), row)
+    if kind == "cells" and data.cells_across is not None:
+        crowd = synthetic.crowd(data.split, data.seed, row, data.cells_across)
+        cells = {"cells": synthetic.patch_labels(crowd)}
+        return synthetic.conversation(crowd, row) | cells
     is_replayed = random.Random(f"replay/{data.seed}/{row}").random() < data.replay_share
     tasks = synthetic.TASKS if is_replayed else data.tasks
     sample = synthetic.sample(data.split, data.seed, row, tasks, data.cells_across)
@@ -191,10 +195,7 @@ def draw(data: SyntheticData, row: int, kind: Kind) -> Raw:
         return synthetic.conversation(sample, row)
     conversation = synthetic.conversation(sample, row, data.words_share, data.worked_share)
     if kind == "cells":
-        is_large = data.cells_across is not None
-        conversation["cells"] = (
-            synthetic.patch_labels(sample) if is_large else synthetic.cell_labels(sample.scene)
-        )
+        conversation["cells"] = synthetic.cell_labels(sample.scene)
     return conversation
 
 
