@@ -177,6 +177,9 @@ def _tiny(
 # patches) wide in them, as the tower has learnt it. So tiles overlap by more than in the paper.
 _TINY_OVERLAP = {"margin": 24, "grid_size": 48}
 
+# As many tiles as show a picture of 192 pixels at its own size: 3 x 3 overlapping, 4 x 4 of ISS.
+_MANY_TILES = {"margin": 24, "max_tiles": 16}
+
 
 PRESETS: dict[str, Callable[[], FlashVLConfig]] = {
     # The published models (Table 2).
@@ -203,9 +206,8 @@ PRESETS: dict[str, Callable[[], FlashVLConfig]] = {
     "tiny-overlap": _tiny("overlap", _TINY_OVERLAP),
     "tiny-iss": _tiny("iss", _TINY_OVERLAP),
     # The paper's comparisons in miniature (`make miniature`).
-    "tiny-patches": _tiny(downsample_ratio=1.0),
-    "tiny-overlap-narrow": _tiny("overlap"),  # the paper's margin
-    "tiny-iss-narrow": _tiny("iss"),
+    "tiny-many-overlap": _tiny("overlap", _MANY_TILES | {"grid_size": 64}),
+    "tiny-many-iss": _tiny("iss", _MANY_TILES | {"grid_size": 48}, downsample_ratio=0.5),
     "tiny-two-linear": _tiny(projector_num_layers=2, projector_hidden_size=192),
 }
 

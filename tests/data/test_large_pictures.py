@@ -1,6 +1,7 @@
-"""Large pictures: exact answers, things on the seams of tiles, and labels of patches."""
+"""Large pictures: exact answers, and things on the seams of tiles."""
 
 import dataclasses
+import io
 import random
 
 import numpy as np
@@ -10,14 +11,12 @@ from PIL import Image
 from flashvl.config import validate
 from flashvl.data import synthetic
 from flashvl.data.synthetic import (
-    CELL_CLASSES,
     LARGE_SIDE,
     Sample,
     Shape,
     ShapesScene,
     TextScene,
     is_cut,
-    patch_labels,
 )
 from flashvl.errors import ConfigError
 from flashvl.model.tiling import Tiling
@@ -25,11 +24,9 @@ from flashvl.train.feed.documents import draw
 from flashvl.train.feed.mixture import SyntheticData, TrainingData
 from tests.support.reader import answer, components, enlarged, ink_of, look
 
-ACROSS = (8.0, 10.0)
-
 
 def large(task: synthetic.Task, count: int, seed: int = 3) -> list[Sample]:
-    return list(synthetic.samples("heldout", seed, count, (task,), ACROSS))
+    return list(synthetic.samples("heldout", seed, count, (task,), is_large=True))
 
 
 @pytest.mark.parametrize("task", ["chart", "read", "arithmetic"])
@@ -100,23 +97,13 @@ def test_large_pictures_have_things_on_seams_and_others() -> None:
         assert 10 < cut < 75
 
 
-def test_labels_name_the_patch_in_which_a_thing_has_its_middle() -> None:
-    labels = patch_labels(shape_at(100, 55)).reshape(8, 8, 3)
-    row, column = 55 // 24, 100 // 24
-    names = [classes[n] for classes, n in zip(CELL_CLASSES, labels[row, column], strict=True)]
-    assert names == ["square", "blue", "large"]
-    assert labels.any(axis=-1).sum() == 1
-
-
-def test_a_crowd_has_a_label_for_each_of_its_things_and_ink_there() -> None:
-    for index in range(10):
-        drawn = synthetic.crowd("train", 5, index, (4, 8))
-        labels = patch_labels(drawn)[:, 0]
-        assert np.count_nonzero(labels) == len(drawn.scene.cells()) > 4
-        ink = ink_of(np.asarray(drawn.image().resize((96, 96), Image.Resampling.BOX)))
-        patches = ink.reshape(8, 12, 8, 12).any(axis=(1, 3)).reshape(-1)
-        minus = CELL_CLASSES[0].index("-")
-        assert all(patches[(labels > 0) & (labels != minus)])
+def test_cells_keep_their_size_and_begin_at_half_cells() -> None:
+    origins = set()
+    for drawn in large("read", 60):
+        assert drawn.size == 4 * 24
+        assert drawn.origin is not None
+        origins.add(drawn.origin)
+    assert origins == {(left, top) for left in (0, 12, 24) for top in (0, 12, 24)}
 
 
 def test_small_pictures_are_as_they_were() -> None:
@@ -131,24 +118,15 @@ def test_small_pictures_are_as_they_were() -> None:
 
 
 def test_training_rows_are_large_if_the_recipe_says_so() -> None:
-    data = SyntheticData(count=1, tasks=("read",), cells_across=ACROSS)
-    for kind in ("supervised", "cells"):
-        row = draw(data, 0, kind)  # type: ignore[arg-type]
-        assert isinstance(row, dict)
-        assert ("cells" in row) == (kind == "cells")
-    assert len(row["cells"]) == 64
-    # An older run's manifest has no trace of a setting that is not there.
-    assert "cells_across" not in SyntheticData(count=1).model_dump_json(exclude_none=True)
+    row = draw(SyntheticData(count=1, tasks=("read",), is_large=True), 0, "supervised")
+    assert isinstance(row, dict)
+    with Image.open(io.BytesIO(row["images"][0])) as image:
+        assert image.size == (LARGE_SIDE, LARGE_SIDE)
+    # The manifests of runs that are older than the setting are those of today.
+    assert "is_large" not in SyntheticData(count=1).model_dump_json(exclude_none=True)
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"cells_across": [3, 8]}, "from 4 up"),
-        ({"cells_across": [8, 6]}, "from 4 up"),
-        ({"cells_across": [4, 8], "tasks": ["sum"]}, "reading tasks, not sum"),
-    ],
-)
-def test_wrong_numbers_of_cells_are_refused(fields: dict[str, object], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        validate(TrainingData, {"synthetic": {"count": 1, **fields}}, source="recipe")
+def test_large_pictures_have_no_problems() -> None:
+    data = {"synthetic": {"count": 1, "is_large": True, "tasks": ["sum"]}}
+    with pytest.raises(ConfigError, match="reading tasks, not sum"):
+        validate(TrainingData, data, source="recipe")

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
+from flashvl.data.synthetic import LARGE_SIDE
 from flashvl.errors import ConfigError
 from flashvl.eval.miniature.answers import COLUMNS, CUT, Answers, large_items, question_groups
-from flashvl.eval.miniature.designs import STAGES, TABLES, TILINGS, NewAdapter, find_tables
+from flashvl.eval.miniature.designs import STAGES, TABLES, TILINGS, Variant, find_tables
 from flashvl.eval.miniature.latency import CLAIMS, Timed, compare_latencies
 from flashvl.eval.miniature.markdown import render_latency, render_table
 from flashvl.eval.miniature.plots import as_picture, plot_preferences, plot_reasoning
@@ -88,8 +89,7 @@ def test_a_table_compares_models_that_it_makes(name: str) -> None:
     assert {stage for stage in table.rows.values() if stage in STAGES} <= set(chain)
     for place, stage in enumerate(chain):
         after = STAGES[stage].after
-        before = after.parts_of if isinstance(after, NewAdapter) else after
-        assert before in ("tiny", *chain[:place])
+        assert isinstance(after, Variant) or after in ("tiny", *chain[:place])
         assert load_recipe(CONFIGS / f"{STAGES[stage].recipe}.yaml")
 
 
@@ -100,14 +100,19 @@ def test_no_two_recipes_draw_the_same_scenes_and_all_draw_for_training() -> None
     assert all(each and each.split == "train" and each.seed < 1000 for each in data)
 
 
-def test_tilings_differ_in_their_tiles_alone() -> None:
+def test_tilings_show_large_pictures_at_their_own_size_and_differ_in_their_tiles_alone() -> None:
     configs = {name: build_config(preset) for name, preset in TILINGS.items()}
-    assert len({str(each.vision_config.to_dict()) for each in configs.values()}) == 1
-    assert len({str(each.text_config.to_dict()) for each in configs.values()}) == 1
+    for part in ("vision_config", "text_config", "projector_input_size"):
+        assert len({str(getattr(config, part)) for config in configs.values()}) == 1
     rules = {name: config.tiling_rule for name, config in configs.items()}
-    assert [rule.num_tiles((192, 192)) for rule in rules.values()] == [1, 5, 5, 5]
-    margins = {name: rule.margin for name, rule in rules.items()}
-    assert margins == {"static": 0, "dynamic": 0, "overlap": 96 / 8, "ISS": 96 / 8}
+    size = (LARGE_SIDE, LARGE_SIDE)
+    assert {name: rule.num_tiles(size) for name, rule in rules.items()} == {
+        "static": 1,
+        "dynamic": 1 + 4,
+        "overlap": 1 + 9,
+        "ISS": 1 + 16,
+    }
+    assert all(rules[name].views(size)[-1].resized == size for name in rules if name != "static")
 
 
 def test_tables_are_found_by_name() -> None:

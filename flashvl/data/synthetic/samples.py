@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image, ImageDraw
 
 from flashvl.config import DEFAULT_PROMPT
@@ -23,10 +22,7 @@ from flashvl.data.synthetic.scenes import (
     Scene,
     Task,
     Turn,
-    cell_labels,
-    crowd_scene,
     draw_texture,
-    label_cells,
     scene_for,
 )
 
@@ -35,14 +31,12 @@ HELDOUT_SHARE = 10
 """One scene in this number is held out; of problems, see `problems.hash_problem`."""
 LARGE_SIDE = 192
 """Side of a large picture, in pixels: two tiles of `tiny`'s tower, which meet in the middle."""
-LABELS_ACROSS = 8
-"""Labels across a large picture: a patch of `tiny`'s tower each, if it sees the picture as one."""
+LARGE_GRID = 7
+"""Cells on each side of a large picture, in any of which words and shapes lie."""
+CELL_SIDE = 24
+"""Side of these cells, in pixels, the size at which `tiny`'s tower knows them."""
 MAX_INK = 150
 """Least of the three colour values of ink, at most; papers, grounds and grids are lighter."""
-CellsAcross = tuple[float, float]
-"""Range of the number of cells across a large picture, at least `GRID`: things are the smaller, the
-more cells there are. Words and shapes lie in any of the cells, and a chart's 4 x 4 cells anywhere,
-so that the seam of two tiles may cut through each of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,18 +67,19 @@ def sample(
     seed: int,
     index: int,
     tasks: tuple[Task, ...] = TASKS,
-    cells_across: CellsAcross | None = None,
+    is_large: bool = False,
 ) -> Sample:
     """Sample `index` of the endless series that `seed` gives for `split`.
 
     Args:
         tasks: the tasks that the sample's turns are about; the scene fits one of them, and a
             problem stands alone. A task that is named twice is drawn twice as often.
-        cells_across: makes a large picture, with a reading task.
+        is_large: the picture is large, and the tasks are reading tasks. Its cells begin at a
+            multiple of half a cell, so that the seam of two tiles lies between cells, or cuts
+            through some.
     """
     rng = random.Random(f"{split}/{seed}/{index}")
-    cells = None if cells_across is None else rng.uniform(*cells_across)
-    grid = GRID if cells is None else int(cells)
+    grid = LARGE_GRID if is_large else GRID
     while True:
         scene, problem = _draw_scene(rng.choice(tasks), rng, grid)
         hash_of = _hash_content if problem is None else hash_problem
@@ -96,30 +91,12 @@ def sample(
     else:
         chosen = (problem,)
     style_seed = rng.getrandbits(32)
-    if cells is None:
+    if not is_large:
         return Sample(scene, chosen, style_seed, size=rng.randrange(96, 161, 8))
-    return _place(scene, chosen, style_seed, cells, rng)
-
-
-def crowd(split: Split, seed: int, index: int, cells_across: CellsAcross) -> Sample:
-    """Sample `index` of a series of large pictures that are full of shapes and glyphs."""
-    rng = random.Random(f"crowd/{split}/{seed}/{index}")
-    cells = rng.uniform(*cells_across)
-    while True:
-        scene = crowd_scene(rng, int(cells))
-        if split_of(scene) == split:
-            return _place(scene, (), rng.getrandbits(32), cells, rng)
-
-
-def _place(
-    scene: Scene, turns: tuple[Turn, ...], style_seed: int, cells: float, rng: random.Random
-) -> Sample:
-    """A scene anywhere in a large picture with `cells` across."""
-    size = int(GRID * LARGE_SIDE / cells)
     # A chart has no cells beyond its own.
-    used = (GRID if isinstance(scene, ChartScene) else int(cells)) * size / GRID
-    origin = rng.uniform(0, LARGE_SIDE - used), rng.uniform(0, LARGE_SIDE - used)
-    return Sample(scene, turns, style_seed, size, origin)
+    used = CELL_SIDE * (GRID if isinstance(scene, ChartScene) else LARGE_GRID)
+    left, top = (rng.randrange(0, LARGE_SIDE - used + 1, CELL_SIDE // 2) for _ in range(2))
+    return Sample(scene, chosen, style_seed, size=GRID * CELL_SIDE, origin=(left, top))
 
 
 def samples(
@@ -127,32 +104,10 @@ def samples(
     seed: int,
     count: int,
     tasks: tuple[Task, ...] = TASKS,
-    cells_across: CellsAcross | None = None,
+    is_large: bool = False,
 ) -> Iterator[Sample]:
     """The first `count` samples of the series, as `sample` makes them."""
-    return (sample(split, seed, index, tasks, cells_across) for index in range(count))
-
-
-def patch_labels(drawn: Sample) -> npt.NDArray[np.int64]:
-    """What is in the middle of each patch of a large picture, as from `cell_labels`: a thing counts
-    for the patch where the centre of its cell lies, and a texture for all.
-
-    Returns:
-        (LABELS_ACROSS ** 2, 3), the patches in reading order.
-    """
-    assert drawn.origin is not None
-    labels = np.zeros((LABELS_ACROSS, LABELS_ACROSS, 3), np.int64)
-    if isinstance(drawn.scene, PhotoScene):
-        labels[:] = cell_labels(drawn.scene)[0]
-        return labels.reshape(-1, 3)
-    left, top = drawn.origin
-    for (row, column), label in label_cells(drawn.scene).items():
-        x, y = (
-            begin + (place + 0.5) * drawn.size / GRID
-            for begin, place in ((left, column), (top, row))
-        )
-        labels[int(y * LABELS_ACROSS / LARGE_SIDE), int(x * LABELS_ACROSS / LARGE_SIDE)] = label
-    return labels.reshape(-1, 3)
+    return (sample(split, seed, index, tasks, is_large) for index in range(count))
 
 
 def is_cut(picture: Image.Image) -> bool:

@@ -21,7 +21,7 @@ TASKS: tuple[ReadingTask, ...] = ("caption", "count", "read", "chart", "arithmet
 
 GRID = 4
 """Cells on each side of a picture; one visual token of `tiny` covers one cell. A large picture has
-more, and its scenes may use them all (`samples.Layout`)."""
+more of them (`samples.LARGE_GRID`)."""
 COLORS = {
     "red": (208, 36, 40),
     "green": (40, 150, 60),
@@ -275,34 +275,7 @@ class RectangleScene:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class CrowdScene:
-    """Many shapes and glyphs, from which a tower learns to see; nothing is asked about it."""
-
-    shapes: ShapesScene
-    glyphs: tuple[TextScene, ...]
-
-    def caption(self) -> str:
-        return "a crowd"
-
-    def describe(self) -> str:
-        return "crowd"
-
-    def turns(self, rng: random.Random) -> list[Turn]:
-        return []
-
-    def draw(self, draw: ImageDraw.ImageDraw, pen: "Pen") -> None:
-        for part in self._parts():
-            part.draw(draw, pen)
-
-    def cells(self) -> dict[Cell, tuple[str, str, str]]:
-        return {cell: label for part in self._parts() for cell, label in part.cells().items()}
-
-    def _parts(self) -> tuple[ShapesScene | TextScene, ...]:
-        return (*self.glyphs, self.shapes)
-
-
-Scene = ShapesScene | TextScene | ChartScene | RectangleScene | PhotoScene | CrowdScene
+Scene = ShapesScene | TextScene | ChartScene | RectangleScene | PhotoScene
 
 
 CELL_CLASSES = (
@@ -316,17 +289,9 @@ CELL_CLASSES = (
 def cell_labels(scene: Scene) -> npt.NDArray[np.int64]:
     """(GRID * GRID, 3): the cells in reading order, each as indices into `CELL_CLASSES`."""
     labels = np.zeros((GRID, GRID, len(CELL_CLASSES)), np.int64)
-    for cell, label in label_cells(scene).items():
-        labels[cell] = label
+    for cell, names in scene.cells().items():
+        labels[cell] = [classes.index(n) for classes, n in zip(CELL_CLASSES, names, strict=True)]
     return labels.reshape(GRID * GRID, -1)
-
-
-def label_cells(scene: Scene) -> dict[Cell, list[int]]:
-    """The cells in which something lies, each as indices into `CELL_CLASSES`."""
-    return {
-        cell: [classes.index(name) for classes, name in zip(CELL_CLASSES, names, strict=True)]
-        for cell, names in scene.cells().items()
-    }
 
 
 def scene_for(task: ReadingTask, rng: random.Random, grid: int = GRID) -> Scene:
@@ -374,22 +339,6 @@ def shapes_scene(count: int, rng: random.Random, grid: int = GRID) -> ShapesScen
     shapes = rng.sample(SHAPES, min(count, 3))
     drawn = [Shape(rng.choice(list(SIZES)), rng.choice(colors), rng.choice(shapes)) for _ in places]
     return ShapesScene(tuple(zip(places, drawn, strict=True)))
-
-
-def crowd_scene(rng: random.Random, grid: int) -> CrowdScene:
-    """A scene in which two of three cells hold a shape or a glyph."""
-    shapes, glyphs = [], []
-    for cell in ((row, col) for row in range(grid) for col in range(grid)):
-        color = rng.choice(list(COLORS))
-        match rng.randrange(3):
-            case 0:
-                shape = Shape(rng.choice(list(SIZES)), color, rng.choice(SHAPES))
-                shapes.append((cell, shape))
-            case 1:
-                kind: Literal["sign", "board"] = rng.choice(("sign", "board"))
-                text = rng.choice(LETTERS if kind == "sign" else "0123456789+-")
-                glyphs.append(TextScene(kind, text, cell, color))
-    return CrowdScene(ShapesScene(tuple(shapes)), tuple(glyphs))
 
 
 def start_of(length: int, rng: random.Random, grid: int = GRID) -> Cell:

@@ -16,8 +16,6 @@ from flashvl.eval.scenes import Item, ask, held_out_items
 from flashvl.model.loading import hash_folder, resolve_checkpoint
 from flashvl.progress import ShowProgress
 
-CELLS_ACROSS = (8.0, 10.0)
-"""Cells across the large pictures that models are asked about."""
 LARGE_TASKS: tuple[Task, ...] = ("caption", "count", "read")
 """Tasks of large pictures: words and shapes."""
 CUT, WHOLE = "on a seam", "elsewhere"
@@ -125,7 +123,7 @@ def large_items(task: Task, count: int, seed: int, where: str) -> Iterator[Item]
     for number in itertools.count():
         if found == count:
             return
-        drawn = synthetic.sample("heldout", seed, number, (task,), CELLS_ACROSS)
+        drawn = synthetic.sample("heldout", seed, number, (task,), is_large=True)
         if isinstance(drawn.scene, PhotoScene):
             continue
         picture = drawn.image()

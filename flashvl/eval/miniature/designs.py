@@ -11,13 +11,12 @@ QuestionSet = Literal["reading", "reasoning", "large"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class NewAdapter:
-    """A model with a random adapter between the tower and the LLM of another."""
+class Variant:
+    """A model of a preset with the tower and the LLM of the shipped `tiny`."""
 
     preset: str
-    """Preset whose shapes it has."""
-    parts_of: str = "tiny"
-    """Shipped model, or stage, whose tower and LLM it takes."""
+    keeps_adapter: bool
+    """Whether it has the adapter of `tiny`, too; otherwise a random one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,8 +25,8 @@ class Stage:
 
     recipe: str
     """Recipe's path in `ray_jobs/configs`, without its ending."""
-    after: str | NewAdapter = "tiny"
-    """What it starts from: a shipped model, another stage, or a model with a new adapter."""
+    after: str | Variant = "tiny"
+    """What it starts from: a shipped model, another stage, or a variant of a shipped model."""
     is_seeded: bool = True
     """Whether each seed trains one of its own; otherwise all seeds share one, of seed 0."""
 
@@ -35,35 +34,26 @@ class Stage:
 TILINGS = {
     "static": "tiny",
     "dynamic": "tiny-dynamic",
-    "overlap": "tiny-overlap-narrow",
-    "ISS": "tiny-iss-narrow",
+    "overlap": "tiny-many-overlap",
+    "ISS": "tiny-many-iss",
 }
 """Presets of Table 6 and Figure 1."""
 STAGES = {
     # Tables 5 and 8.
-    "stage1": Stage(recipe="miniature/stage1", after=NewAdapter(preset="tiny")),
+    "stage1": Stage(recipe="miniature/stage1", after=Variant(preset="tiny", keeps_adapter=False)),
     "stage2": Stage(recipe="miniature/stage2", after="stage1"),
     "stage3": Stage(recipe="miniature/stage3", after="stage2"),
     "stage4": Stage(recipe="miniature/stage4", after="stage3"),
     "two-linear-stage1": Stage(
-        recipe="miniature/stage1", after=NewAdapter(preset="tiny-two-linear")
+        recipe="miniature/stage1", after=Variant(preset="tiny-two-linear", keeps_adapter=False)
     ),
     "two-linear-stage2": Stage(recipe="miniature/stage2", after="two-linear-stage1"),
     # Table 6.
-    "views": Stage(
-        recipe="miniature/views", after=NewAdapter(preset="tiny-patches"), is_seeded=False
-    ),
     **{
-        name: stage
+        tiling.lower(): Stage(
+            recipe="miniature/tilings", after=Variant(preset=preset, keeps_adapter=True)
+        )
         for tiling, preset in TILINGS.items()
-        for name, stage in {
-            f"{tiling.lower()}-pretrain": Stage(
-                recipe="miniature/pretrain", after=NewAdapter(preset=preset, parts_of="views")
-            ),
-            f"{tiling.lower()}-finetune": Stage(
-                recipe="miniature/finetune", after=f"{tiling.lower()}-pretrain"
-            ),
-        }.items()
     },
     # Tables 4 and 7.
     "stage5": Stage(recipe="tiny-reasoning/stage5"),
@@ -167,10 +157,10 @@ TABLES = {
     "table6": Table(
         title="Table 6: tilings",
         rows={
-            "static": "static-finetune",
-            "dynamic": "dynamic-finetune",
-            "overlap": "overlap-finetune",
-            "ISS": "iss-finetune",
+            "static": "static",
+            "dynamic": "dynamic",
+            "overlap": "overlap",
+            "ISS": "iss",
         },
         questions="large",
         claims=(

@@ -1,7 +1,7 @@
 """Trains the miniature's stages, each once: a finished stage is not trained again.
 
 shared/STAGE, seed-N/STAGE    a stage's folder, as `flashvl.train.run.launch` writes it
-.../start-PRESET              a model with a new adapter that a stage starts from
+.../start-PRESET              a variant of tiny that a stage starts from
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from flashvl.eval.miniature.designs import STAGES, NewAdapter
+from flashvl.eval.miniature.designs import STAGES, Variant
 from flashvl.progress import ShowProgress
 from flashvl.train.create import create_variant
 from flashvl.train.recipe import load_recipe
@@ -46,8 +46,8 @@ class Trainer:
         for name in stages:
             if name in STAGES:
                 after = STAGES[name].after
-                before = after.parts_of if isinstance(after, NewAdapter) else after
-                found |= dict.fromkeys([*self.chain([before]), name])
+                before = [] if isinstance(after, Variant) else self.chain([after])
+                found |= dict.fromkeys([*before, name])
         return list(found)
 
     def make(self, name: str, seed: int) -> Path | str:
@@ -58,7 +58,7 @@ class Trainer:
             return name
         stage = STAGES[name]
         seed = seed if stage.is_seeded else 0
-        if isinstance(stage.after, NewAdapter):
+        if isinstance(stage.after, Variant):
             before: Path | str = self._start(stage.after, folder.parent, seed)
         else:
             before = self.make(stage.after, seed)
@@ -76,10 +76,10 @@ class Trainer:
             run(load_recipe(path, [*self.overrides, *chain]), on_progress)
         return folder
 
-    def _start(self, start: NewAdapter, parent: Path, seed: int) -> Path:
+    def _start(self, start: Variant, parent: Path, seed: int) -> Path:
         """The model that a stage starts from, which is written unless an earlier run did."""
-        source = self.make(start.parts_of, seed)
-        folder = parent / f"start-{start.preset}"
+        kept = "-kept" if start.keeps_adapter else ""
+        folder = parent / f"start-{start.preset}{kept}"
         if not (folder / CONFIG).exists():
-            create_variant(source, start.preset, folder, seed, keeps_adapter=False)
+            create_variant("tiny", start.preset, folder, seed, keeps_adapter=start.keeps_adapter)
         return folder

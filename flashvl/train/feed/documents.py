@@ -182,13 +182,9 @@ def draw(data: SyntheticData, row: int, kind: Kind) -> Raw:
     `cells`."""
     if kind == "dpo":
         return synthetic.preference(synthetic.pair(data.split, data.seed, row), row)
-    if kind == "cells" and data.cells_across is not None:
-        crowd = synthetic.crowd(data.split, data.seed, row, data.cells_across)
-        cells = {"cells": synthetic.patch_labels(crowd)}
-        return synthetic.conversation(crowd, row) | cells
     is_replayed = random.Random(f"replay/{data.seed}/{row}").random() < data.replay_share
     tasks = synthetic.TASKS if is_replayed else data.tasks
-    sample = synthetic.sample(data.split, data.seed, row, tasks, data.cells_across)
+    sample = synthetic.sample(data.split, data.seed, row, tasks, bool(data.is_large))
     if kind == "grpo":
         return synthetic.problem(sample, row)
     if is_replayed:

@@ -31,24 +31,16 @@ class SyntheticData(StrictModel):
     replay_share: float = Field(default=0.0, ge=0, le=1)
     """Share of the rows that are about a picture and a reading task, whatever the other fields say,
     so that what was learnt before is not forgotten."""
-    cells_across: synthetic.CellsAcross | None = None
-    """Makes large pictures of 192 x 192 pixels, with a number of cells across from this range (at
-    least 4), in which words, shapes and charts lie anywhere; the tasks are reading tasks. None:
-    scenes of 4 x 4 cells fill pictures of 96 to 160 pixels."""
+    is_large: bool | None = None
+    """Whether pictures are large, 192 x 192 pixels, with words and shapes in any of 7 x 7 cells;
+    the tasks are reading tasks then. None is False."""
 
     @model_validator(mode="after")
-    def _check_cells(self) -> Self:
-        if self.cells_across is None:
-            return self
-        low, high = self.cells_across
-        if not synthetic.GRID <= low <= high:
+    def _large_for_reading(self) -> Self:
+        problems = [task for task in self.tasks if task not in synthetic.TASKS]
+        if self.is_large and problems:
             raise ValueError(
-                f"cells_across {list(self.cells_across)} must be a range from {synthetic.GRID} up;"
-                " correct it"
-            )
-        if problems := [task for task in self.tasks if task not in synthetic.TASKS]:
-            raise ValueError(
-                f"cells_across goes with reading tasks, not {problems[0]}; leave out one of them"
+                f"is_large goes with reading tasks, not {problems[0]}; leave out one of them"
             )
         return self
 
