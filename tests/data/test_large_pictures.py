@@ -25,7 +25,7 @@ from flashvl.train.feed.mixture import SyntheticData, TrainingData
 from tests.support.reader import answer, components, enlarged, ink_of, look
 
 
-def large(task: synthetic.Task, count: int, seed: int = 3) -> list[Sample]:
+def large(task: synthetic.Task, count: int, seed: int = 4) -> list[Sample]:
     return list(synthetic.samples("heldout", seed, count, (task,), is_large=True))
 
 
