@@ -16,7 +16,7 @@ class Variant:
 
     preset: str
     keeps_adapter: bool
-    """Whether it has the adapter of `tiny`, too; otherwise a random one."""
+    """Whether the adapter is that of `tiny`, too; otherwise it is random."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
