@@ -24,7 +24,9 @@ from flashvl.eval.miniature.report import build_page
 from flashvl.eval.miniature.results import Result, Spread, TrainedStage
 from flashvl.eval.miniature.stages import Trainer
 from flashvl.eval.miniature.verdicts import Comparison, compare, sign_test
+from flashvl.model.loading import load_model
 from flashvl.model.presets import build_config
+from flashvl.train.create import create_variant
 from flashvl.train.recipe import load_recipe
 from tests.support.recipes import CONFIGS
 
@@ -113,6 +115,15 @@ def test_tilings_show_large_pictures_at_their_own_size_and_differ_in_their_tiles
         "ISS": 1 + 16,
     }
     assert all(rules[name].views(size)[-1].resized == size for name in rules if name != "static")
+
+
+def test_a_variant_may_have_a_new_adapter_and_has_all_else_of_tiny(tmp_path: Path) -> None:
+    tiny = load_model("tiny").state_dict()
+    for keeps_adapter, parts in ((True, set()), (False, {"multi_modal_projector"})):
+        create_variant("tiny", "tiny", tmp_path / str(parts), 1, keeps_adapter=keeps_adapter)
+        weights = load_model(tmp_path / str(parts)).state_dict()
+        differ = {name for name, weight in weights.items() if not weight.equal(tiny[name])}
+        assert {name.split(".")[1] for name in differ} == parts
 
 
 def test_tables_are_found_by_name() -> None:
