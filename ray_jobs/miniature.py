@@ -58,11 +58,6 @@ def main() -> None:
         from flashvl.eval.miniature.stages import Trainer
 
         runs: Path = arguments.runs
-        overrides = [name for name in arguments.names if "=" in name]
-        named = [name for name in arguments.names if "=" not in name]
-        tables = (
-            find_tables([name for name in named if name != FIGURE]) if named != [FIGURE] else []
-        )
         runs.mkdir(parents=True, exist_ok=True)
         trainer = Trainer(runs=runs, recipes=CONFIGS, overrides=overrides, show=show_progress)
         examiner = Examiner(file=runs / "answers.json", items=arguments.items)
