@@ -11,11 +11,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from flashvl.data.synthetic import LARGE_SIDE
+from flashvl.data.synthetic import LARGE_SIDE, is_cut
 from flashvl.errors import ConfigError
-from flashvl.eval.miniature.answers import COLUMNS, CUT, Answers, large_items, question_groups
+from flashvl.eval.miniature.answers import (
+    COLUMNS,
+    CUT,
+    ON,
+    PLACES,
+    Answers,
+    large_items,
+    question_groups,
+)
 from flashvl.eval.miniature.designs import STAGES, TABLES, TILINGS, Variant, find_tables
 from flashvl.eval.miniature.latency import CLAIMS, Timed, compare_latencies
 from flashvl.eval.miniature.markdown import render_latency, render_table
@@ -28,6 +37,7 @@ from flashvl.model.loading import load_model
 from flashvl.model.presets import build_config
 from flashvl.train.create import create_variant
 from flashvl.train.recipe import load_recipe
+from tests.support.reader import components, ink_of
 from tests.support.recipes import CONFIGS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -147,10 +157,24 @@ def test_questions_of_two_seeds_differ_and_fill_the_columns() -> None:
     assert not first & second
 
 
+@pytest.mark.parametrize("where", PLACES)
+def test_questions_are_about_things_in_their_place(where: str) -> None:
+    for item in large_items("count", 8, 0, where):
+        assert is_cut(item.image) == (where == CUT)
+        ink = ink_of(np.asarray(item.image))
+        middles = [
+            ((rows.min() + rows.max()) / 2 % 24, (columns.min() + columns.max()) / 2 % 24)
+            for rows, columns in components(ink)
+        ]
+        # On the grid, a thing lies in the middle of a token of 24 pixels, give or take its jitter.
+        is_on = all(abs(middle - 12) < 5 for place in middles for middle in place)
+        assert is_on == (where == ON)
+
+
 def test_a_column_is_a_mean_over_its_groups() -> None:
     right = {group: (group.startswith("read"),) * 2 for group in COLUMNS["large"]["average"]}
     answers = Answers(right=right, seconds=1.0)
-    assert answers.of("read", "large") == (True,) * 4
+    assert answers.of("read", "large") == (True,) * 6
     assert statistics.fmean(answers.of("average", "large")) == pytest.approx(1 / 3)
 
 

@@ -11,6 +11,7 @@ it.
 from flashvl.data.synthetic.pairs import Pair, pair, preference
 from flashvl.data.synthetic.problems import REASONING_TASKS
 from flashvl.data.synthetic.samples import (
+    CELL_SIDE,
     HELDOUT_SHARE,
     LARGE_SIDE,
     Sample,
@@ -45,6 +46,7 @@ from flashvl.data.synthetic.scenes import (
 
 __all__ = [
     "CELL_CLASSES",
+    "CELL_SIDE",
     "COLORS",
     "GRID",
     "HELDOUT_SHARE",

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image
+
 from flashvl.data import synthetic
 from flashvl.data.synthetic import REASONING_TASKS, TASKS, PhotoScene, Task
 from flashvl.engine import Engine
@@ -18,8 +20,10 @@ from flashvl.progress import ShowProgress
 
 LARGE_TASKS: tuple[Task, ...] = ("caption", "count", "read")
 """Tasks of large pictures: words and shapes."""
-CUT, WHOLE = "on a seam", "elsewhere"
-"""Where the things of a large picture lie: a seam of its tiles cuts one of them, or none."""
+CUT, OFF, ON = "on a seam", "off the grid", "on the grid"
+"""Where the things of a large picture lie: half a cell off the grid of visual tokens, where a seam
+of the tiles cuts one of them or cuts none; or on that grid, where no seam can cut."""
+PLACES = (CUT, OFF, ON)
 Right = Mapping[str, tuple[bool, ...]]
 """Whether each answer of a group of questions is right."""
 COLUMNS: dict[QuestionSet, dict[str, tuple[str, ...]]] = {
@@ -30,10 +34,9 @@ COLUMNS: dict[QuestionSet, dict[str, tuple[str, ...]]] = {
         "reading": TASKS,
     },
     "large": {
-        **{task: (f"{task} {CUT}", f"{task} {WHOLE}") for task in LARGE_TASKS},
-        CUT: tuple(f"{task} {CUT}" for task in LARGE_TASKS),
-        WHOLE: tuple(f"{task} {WHOLE}" for task in LARGE_TASKS),
-        "average": tuple(f"{task} {where}" for task in LARGE_TASKS for where in (CUT, WHOLE)),
+        **{task: tuple(f"{task} {where}" for where in PLACES) for task in LARGE_TASKS},
+        **{where: tuple(f"{task} {where}" for task in LARGE_TASKS) for where in PLACES},
+        "average": tuple(f"{task} {where}" for task in LARGE_TASKS for where in PLACES),
     },
 }
 """Columns of a table by set of questions: the groups over which each is a mean."""
@@ -103,7 +106,7 @@ def question_groups(
     """The groups of a set of questions; other seeds have other questions."""
     if questions == "large":
         for task in LARGE_TASKS:
-            for where in (CUT, WHOLE):
+            for where in PLACES:
                 yield f"{task} {where}", large_items(task, items // 2, seed, where)
     else:
         tasks: tuple[Task, ...] = TASKS
@@ -127,7 +130,15 @@ def large_items(task: Task, count: int, seed: int, where: str) -> Iterator[Item]
         if isinstance(drawn.scene, PhotoScene):
             continue
         picture = drawn.image()
-        if synthetic.is_cut(picture) == (where == CUT):
+        if place_of(drawn, picture) == where:
             turn = rng.choice(drawn.turns)
             yield Item(task=task, question=turn.question, answer=turn.answer, image=picture)
             found += 1
+
+
+def place_of(drawn: synthetic.Sample, picture: Image.Image) -> str:
+    """Which of `PLACES` the things of a large picture lie in."""
+    assert drawn.origin is not None
+    if not any(begin % synthetic.CELL_SIDE for begin in drawn.origin):
+        return ON
+    return CUT if synthetic.is_cut(picture) else OFF

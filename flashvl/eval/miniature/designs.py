@@ -204,9 +204,10 @@ TABLES = {
                 column="on a seam",
             ),
         ),
-        design="Pictures of 192 x 192 pixels with words and shapes in any of 7 x 7 cells, which"
-        " begin at a multiple of half a cell: the seam in the middle lies between cells or cuts"
-        " through some, as it does in half of the questions. All models begin as tiny, with its"
+        design="Pictures of 192 x 192 pixels with words and shapes in any of 7 x 7 cells, which lie"
+        " on the grid of visual tokens, or half a cell off it; then the seam in the middle cuts"
+        " through some things. A third of the questions each are about pictures on the grid, off it"
+        " with nothing cut, and off it with something cut. All models begin as tiny, with its"
         " adapter, and train whole on the same 1,920 rows. Static shows the picture at 96 pixels;"
         " the others show it at its own size, in 4, 9 and 16 tiles after the overview, with 80, 160"
         " and 68 visual tokens.",

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from flashvl.batch.report import render_page
-from flashvl.eval.miniature.answers import CUT, WHOLE
+from flashvl.eval.miniature.answers import PLACES
 from flashvl.eval.miniature.latency import Timed, compare_latencies
 from flashvl.eval.miniature.markdown import render_latency, render_table
 from flashvl.eval.miniature.plots import (
@@ -81,7 +81,7 @@ def build_page(results: Sequence[Result], timed: Sequence[Timed], trainer: Train
 def draw_pictures(result: Result, trainer: Trainer) -> list[str]:
     """A table's charts, as data URIs."""
     is_large = result.table.questions == "large"
-    figures = [plot_rows(result, (CUT, WHOLE, "read") if is_large else ("average",))]
+    figures = [plot_rows(result, PLACES if is_large else ("average",))]
 
     def logs(stage: str) -> list[list[dict[str, object]]]:
         return [read_log(trainer.runs / f"seed-{seed}" / stage) for seed in result.seeds]
