@@ -1,4 +1,4 @@
-"""The LLM's layers with a quarter of the kernels, for inference on a GPU.
+"""The LLM's layers with a third of the kernels, for inference on a GPU.
 
 A decoding step is so short there that the number of its kernels decides how long it takes. Layers
 of one input become one matrix, and what is computed element by element becomes one kernel.
