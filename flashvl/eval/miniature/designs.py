@@ -214,8 +214,9 @@ TABLES = {
         limits="The paper gives every tiling four tiles at most, so that overlap and ISS also lose"
         " resolution; here all have the same, as tiny's tower can read at one size alone. The"
         " overlap is 50 % of a tile, not 12.5 %, and ISS shuffles pixels like the others: without,"
-        " as in the paper, its adapter would be new. The models have seen few rows, and are far"
-        " from what more training would give each of them.",
+        " as in the paper, its adapter would be new. After so few rows all models read badly what"
+        " lies half a cell off the grid, cut or not, so that little is left that stitching could"
+        " gain on a seam.",
     ),
     "table7": Table(
         title="Table 7: SFT and RL",
