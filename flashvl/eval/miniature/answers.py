@@ -137,7 +137,7 @@ def large_items(task: Task, count: int, seed: int, where: str) -> Iterator[Item]
 
 
 def place_of(drawn: synthetic.Sample, picture: Image.Image) -> str:
-    """Which of `PLACES` the things of a large picture lie in."""
+    """The one of `PLACES` in which the things of a large picture lie."""
     assert drawn.origin is not None
     if not any(begin % synthetic.CELL_SIDE for begin in drawn.origin):
         return ON
