@@ -69,7 +69,7 @@ def render_claims(comparisons: Sequence[Comparison]) -> str:
                 each.paper,
                 ", ".join(f"{difference:+.3f}" for difference in each.differences),
                 f"{each.wins} : {each.losses}",
-                f"{each.p_value:.2g}",
+                each.p_text,
                 f"**{each.word}**",
             ]
             for each in comparisons

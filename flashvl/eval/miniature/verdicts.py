@@ -29,6 +29,11 @@ class Comparison:
         return sign_test(self.wins, self.losses)
 
     @property
+    def p_text(self) -> str:
+        """The p-value in two digits; the least ones are below what a float holds."""
+        return f"{self.p_value:.2g}" if self.p_value else "< 1e-300"
+
+    @property
     def word(self) -> Word:
         """A difference counts if the sign test finds one and every seed agrees with its sign."""
         if self.p_value < LEVEL:
