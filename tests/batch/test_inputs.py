@@ -250,14 +250,14 @@ def test_a_job_gone_wrong_stops(
     assert (summary.input, summary.dead) == (4, 4)
 
     monkeypatch.setattr("flashvl.data.ledger.work.MIN_ROWS_OF_RATE", 20)
-    images = [b"no image"] * 3 + PICTURES * 20
+    images = [b"no image"] * 40 + PICTURES * 20
     pq.write_table(pa.table({"image": images}), tmp_path / "some.parquet")
     job = make_job(tiny_random, tmp_path / "some.parquet", tmp_path / "out2", max_error_rate=0.1)
-    with pytest.raises(FlashVLError, match=r"3 of \d+ rows are dead letters, more than"):
+    with pytest.raises(FlashVLError, match=r"\d+ of \d+ rows are dead letters, more than"):
         run_caption_job(job)
     assert 0 < len(rows_of(tmp_path / "out2")) < len(images)  # the job stopped early
-    summary = run_caption_job(job.model_copy(update={"max_error_rate": 0.2}))
-    assert summary.dead == 3 and len(rows_of(tmp_path / "out2")) == len(images)
+    summary = run_caption_job(job.model_copy(update={"max_error_rate": 1.0}))
+    assert summary.dead == 40 and len(rows_of(tmp_path / "out2")) == len(images)
 
 
 def test_refuses_a_prompt_that_no_row_could_be_asked(tiny_random: Path, tmp_path: Path) -> None:
