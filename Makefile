@@ -18,7 +18,7 @@ TEST_ENV := OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 MPLBACKEND=Agg RAY_USAGE_ST
 .DELETE_ON_ERROR:
 # The lines of one target build on those of the one before: `make -j` must not mix them.
 .NOTPARALLEL:
-.PHONY: help demo test test-fast test-slow lint format tiny tiny-dynamic tiny-iss miniature install clean
+.PHONY: help demo test test-fast test-slow test-hosts lint format tiny tiny-dynamic tiny-iss miniature install clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,10 +33,13 @@ test: $(STAMP) ## Run the tests (up to 20 minutes on two CPU cores)
 	@$(RUN) $(TEST_ENV) $(BIN)/python -m pytest $(ARGS)
 
 test-fast: $(STAMP) ## Run the tests that neither start Ray nor train (90 seconds)
-	@$(RUN) $(TEST_ENV) $(BIN)/python -m pytest -m "not ray and not long and not slow and not gpu" $(ARGS)
+	@$(RUN) $(TEST_ENV) $(BIN)/python -m pytest -m "not ray and not long and not slow and not gpu and not hosts" $(ARGS)
 
 test-slow: $(STAMP) ## Run the tests that take minutes each
 	@$(RUN) $(TEST_ENV) $(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
+
+test-hosts: $(STAMP) ## Run a fleet on simulated hosts and break it (as root; 15 minutes)
+	@$(RUN) $(TEST_ENV) $(BIN)/python -m pytest -m hosts $(ARGS)
 
 lint: $(STAMP) ## Check style, formatting, types and the floors of the imports
 	@$(BIN)/ruff check .

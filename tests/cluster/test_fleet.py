@@ -14,6 +14,7 @@ from tests.support.fleet.jobs import check_job, check_submit_line, submit_lines
 from tests.support.fleet.launcher import check_launcher
 from tests.support.fleet.manifests import check_overlay, check_serve_config
 from tests.support.fleet.schemas import check_schema
+from tests.support.fleet.units import check_unit
 from tests.support.kustomize import build
 
 ROOT = Path(__file__).parents[2]
@@ -22,6 +23,7 @@ RUNBOOK = CLUSTER / "README.md"
 OVERLAYS = ["dev", "prod", "spot", "rocksdb"]
 JOBS = sorted((CLUSTER / "kuberay" / "jobs").glob("*.yaml"))
 LAUNCHERS = sorted((CLUSTER / "launcher").glob("*.yaml"))
+UNITS = sorted((CLUSTER / "systemd").glob("*.service"))
 SERVE_CONFIGS = sorted((ROOT / "serve_configs").glob("*.yaml"))
 PAGES = [
     *sorted((ROOT / "ray_jobs").glob("*.py")),
@@ -79,6 +81,7 @@ def test_a_job_is_valid(path: Path) -> None:
 def test_each_kind_of_job_and_of_machine_has_its_file() -> None:
     assert {"train", "pipeline", "prepare", "evaluate", "caption"} <= {path.stem for path in JOBS}
     assert [path.stem for path in LAUNCHERS] == ["aws", "gcp", "onpremise"]
+    assert [path.stem for path in UNITS] == ["ray-head", "ray-worker"]
 
 
 def _clusters() -> set[str]:
@@ -89,6 +92,11 @@ def _clusters() -> set[str]:
 @pytest.mark.parametrize("path", LAUNCHERS, ids=lambda path: path.stem)
 def test_ray_up_understands_a_launcher_file(path: Path) -> None:
     assert not check_launcher(path)
+
+
+@pytest.mark.parametrize("path", UNITS, ids=lambda path: path.stem)
+def test_systemd_and_ray_understand_a_unit(path: Path) -> None:
+    assert not check_unit(path)
 
 
 def test_the_images_can_be_built() -> None:
@@ -105,7 +113,8 @@ def test_the_runbook_names_what_exists() -> None:
     text = RUNBOOK.read_text()
     named = re.findall(r"(?<![\w/.])((?:cluster|ray_jobs|serve_configs)/[\w/.-]*\w)", text)
     named += [
-        f"cluster/{name}" for name in re.findall(r"`((?:kuberay|launcher|docker)/[\w/.-]+)`", text)
+        f"cluster/{name}"
+        for name in re.findall(r"`((?:kuberay|launcher|docker|systemd)/[\w/.-]+)`", text)
     ]
     assert not [name for name in named if not (ROOT / name).exists()]
 
@@ -205,6 +214,12 @@ FAULTS = [
     ("launcher/onpremise.yaml", "--num-cpus=0", "--num-cpus=8"),
     ("launcher/onpremise.yaml", "worker_ips", "workers"),
     ("launcher/onpremise.yaml", "RAY_AUTH_MODE=token", "RAY_AUTH_MODE=off"),
+    # units
+    ("systemd/ray-head.service", "--num-cpus=0", "--num-cpus=8"),
+    ("systemd/ray-head.service", "--block ", ""),
+    ("systemd/ray-head.service", "--dashboard-host", "--dashbord-host"),
+    ("systemd/ray-worker.service", "${FLASHVL_HEAD}", "${RAY_HEAD}"),
+    ("systemd/ray-worker.service", "Restart=always", "Restart=on-success"),
     # images
     ("docker/Dockerfile", "COPY ray_jobs ", "COPY ray_job "),
     ("docker/Dockerfile", "heif,ray,train", "heif,ray,training"),
@@ -254,6 +269,8 @@ def _checks(file: str) -> Callable[[Path], list[str]]:
         return check_one_job
     if file.startswith("launcher"):
         return lambda cluster: check_launcher(cluster / file)
+    if file.startswith("systemd"):
+        return lambda cluster: check_unit(cluster / file)
     if file.startswith("docker"):
         return lambda cluster: check_images(cluster / "docker" / "Dockerfile")
     return check_runbook if file == "README.md" else check_prod

@@ -11,11 +11,12 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
 
+from flashvl.train.run.export import read_log
 from tests.support.cluster import AGENTS
+from tests.support.stages import assert_every_row_once
 
 NUM_STEPS, GLOBAL_BATCH = 300, 8
 NUM_ROWS = NUM_STEPS * GLOBAL_BATCH - 3
@@ -138,10 +139,6 @@ def recipe(tiny_random: Path, tmp_path: Path) -> Path:
     return path
 
 
-def read_steps(output: Path) -> list[dict[str, float]]:
-    return list(json.loads((output / "training_log.json").read_text())["steps"])
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_twenty_kills_lose_no_row_and_use_none_twice(
@@ -175,12 +172,7 @@ def test_twenty_kills_lose_no_row_and_use_none_twice(
     disturbed_s = time.monotonic() - start_s
     assert len(run.killed) >= 20
 
-    steps = read_steps(run.output)
-    assert [record["step"] for record in steps] == list(range(1, NUM_STEPS + 1))
-    assert sum(record["samples"] for record in steps) == NUM_ROWS
-    last = max((run.output / "checkpoints").iterdir())
-    bits = np.unpackbits(np.frombuffer((last / "consumed.bin").read_bytes(), np.uint8))
-    assert bits[:NUM_ROWS].all()
+    assert_every_row_once(run.output, NUM_STEPS, NUM_ROWS)
 
     undisturbed = Run(recipe, tmp_path / "undisturbed", tmp_path / "undisturbed.log")
     start_s = time.monotonic()
@@ -190,7 +182,7 @@ def test_twenty_kills_lose_no_row_and_use_none_twice(
     undisturbed_s = time.monotonic() - start_s
     differences = [
         abs(one["loss"] - other["loss"])
-        for one, other in zip(steps, read_steps(undisturbed.output), strict=True)
+        for one, other in zip(read_log(run.output), read_log(undisturbed.output), strict=True)
     ]
     figures = {
         "killed": run.killed,

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from flashvl.data.storage import locate
@@ -19,6 +18,7 @@ from flashvl.train.run.export import read_log
 from flashvl.train.run.launch import run
 from flashvl.train.run.stage import StageResult
 from tests.support.processes import kill_worker
+from tests.support.stages import assert_every_row_once
 from tests.support.stores import s3_bucket
 
 NUM_ROWS, GLOBAL_BATCH = 480, 8
@@ -54,16 +54,6 @@ def stage(ray_cluster: None, tiny_random: Path) -> Callable[..., StageResult]:
     return run_stage
 
 
-def assert_every_row_once(output: Path) -> None:
-    """As many rows as the stage has were trained by the steps in the log, and all of them were."""
-    log = read_log(output)
-    assert [record["step"] for record in log] == list(range(1, NUM_STEPS + 1))
-    assert sum(record["samples"] for record in log) == NUM_ROWS
-    last = max((output / "checkpoints").iterdir())
-    bits = np.unpackbits(np.frombuffer((last / "consumed.bin").read_bytes(), np.uint8))
-    assert bits[:NUM_ROWS].all()
-
-
 @pytest.mark.slow
 def test_a_killed_worker_and_sigterm_change_nothing_but_the_time(
     stage: Callable[..., StageResult], tmp_path: Path
@@ -82,7 +72,7 @@ def test_a_killed_worker_and_sigterm_change_nothing_but_the_time(
     assert not events
     result = stage(output, num_workers=1, zero_stage=0)
     assert result.num_trained == undisturbed.num_trained == NUM_ROWS
-    assert_every_row_once(output)
+    assert_every_row_once(output, NUM_STEPS, NUM_ROWS)
     losses = [record["loss"] for record in read_log(output)]
     truth = [record["loss"] for record in read_log(tmp_path / "undisturbed")]
     assert losses == pytest.approx(truth, abs=1e-4)

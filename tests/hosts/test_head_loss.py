@@ -1,0 +1,76 @@
+"""The head dies while clients ask and a job runs: nobody notices but the runbook's reader."""
+
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from tests.support.cluster import wait_until
+from tests.support.hosts import Network
+from tests.support.jobs import picture, rows_of
+from tests.support.rehearsal import ROOT, Fleet, clients, read_environment
+
+NUM_ROWS = 2000
+
+
+def start_redis(network: Network) -> dict[str, str]:
+    """Redis on a host of its own; returns what is then in `ray.env`."""
+    host = network.add_host()
+    line = ["redis-server", "--bind", host.address, "--requirepass", "secret", "--save", ""]
+    host.popen(line, "redis.log")
+    return {
+        "RAY_REDIS_ADDRESS": f"{host.address}:6379",
+        "RAY_external_storage_namespace": "flashvl",
+        "RAY_START_OPTIONS": "--redis-password=secret",
+        "RAY_gcs_storage": "",
+        "RAY_gcs_storage_path": "",
+    }
+
+
+@pytest.mark.hosts
+@pytest.mark.parametrize("store", ["redis", "rocksdb"])
+def test_a_head_is_lost_and_nobody_notices(store: str, network: Network, tmp_path: Path) -> None:
+    if store == "redis":
+        if shutil.which("redis-server") is None:
+            pytest.skip("Redis is not installed")
+        environment = read_environment(**start_redis(network))
+    else:
+        environment = read_environment(RAY_gcs_storage_path="/tmp/ray/gcs")
+    table = pa.table({"image": [picture(row % 100) for row in range(NUM_ROWS)]})
+    pq.write_table(table, tmp_path / "in.parquet")
+    fleet = Fleet(network=network, environment=environment)
+    fleet.start_head()
+    workers = [fleet.add_worker(num_cpus=5) for _ in range(2)]
+    fleet.wait_for(*workers)
+    config = yaml.safe_load((ROOT / "serve_configs" / "tiny.yaml").read_text())
+    config["http_options"]["host"] = "0.0.0.0"
+    config["applications"][0]["args"]["replicas"] = "2"
+    fleet.deploy(config)
+    fleet.submit(
+        "caption",
+        *("python", "ray_jobs/caption.py", str(tmp_path / "in.parquet")),
+        *("--output", str(tmp_path / "out"), "--replicas", "1"),
+    )
+    wait_until(lambda: fleet.job("caption")["status"] == "RUNNING", 60)
+
+    with clients(workers, rate_per_s=4) as told:
+        time.sleep(10)
+        fleet.head.stop_units()
+        time.sleep(15)
+        fleet.start_head()
+        began_s = time.monotonic()
+        wait_until(lambda: fleet.service()["status"] == "RUNNING", 60)
+        back_s = time.monotonic() - began_s
+        time.sleep(30)
+    fleet.wait_for_job("caption", 300)
+    sys.stderr.write(
+        f"{store}: {dict(told.ends)}, p50 {told.quantile(0.5):.3f} s, p99 {told.quantile(0.99):.2f}"
+        f" s, the head was back after {back_s:.1f} s\n"
+    )
+    assert set(told.ends) == {"done"}
+    assert sorted(rows_of(tmp_path / "out")) == list(range(NUM_ROWS))

@@ -1,0 +1,102 @@
+"""The runbook for machines of one's own, followed from nothing.
+
+It comes to a service, a new version of its model, a lost host and a lost head. No request fails
+that had not begun.
+"""
+
+import secrets
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import requests
+import yaml
+
+from flashvl.model.loading import SHIPPED
+from tests.support.cluster import wait_until
+from tests.support.hosts import Host, Network
+from tests.support.images import encode, noise
+from tests.support.rehearsal import HTTP_PORT, ROOT, Fleet, clients, read_environment
+from tests.support.serving import ask
+
+KEY = secrets.token_hex()
+VERSIONS = {"v1": "tiny", "v2": "tiny-iss"}
+"""Shipped models that are two versions of one; the second cuts an image into more tiles."""
+
+
+@pytest.mark.hosts
+@pytest.mark.timeout(1200)
+def test_the_runbook_for_machines_of_ones_own(network: Network, tmp_path: Path) -> None:
+    for version, model in VERSIONS.items():
+        shutil.copytree(SHIPPED / model, tmp_path / "models" / version / "flashvl")
+    (tmp_path / "api_keys").write_text(f"{KEY}\n")
+    fleet = Fleet(network=network, environment=read_environment(RAY_gcs_storage_path="/tmp/ray/g"))
+    fleet.start_head()
+    workers = [fleet.add_worker(num_cpus=3) for _ in range(3)]
+    fleet.wait_for(*workers)
+    config = yaml.safe_load((ROOT / "serve_configs" / "tiny.yaml").read_text())
+    config["http_options"]["host"] = "0.0.0.0"
+    arguments = config["applications"][0]["args"]
+    arguments |= {"replicas": "3", "api_keys_file": str(tmp_path / "api_keys")}
+    arguments["model"] = str(tmp_path / "models" / "v1" / "flashvl")
+    fleet.deploy(config)
+    assert requests.get(url_of(workers[0]), timeout=10).status_code == 401
+    (before,) = prompt_tokens(workers)
+
+    def is_whole() -> bool:
+        """Whether the service runs as it was deployed."""
+        deployments = fleet.service().get("deployments", {}).values()
+        return bool(deployments) and all(each["status"] == "HEALTHY" for each in deployments)
+
+    with clients(workers, 2, KEY, model="flashvl", max_tokens=32, stream=True) as rolled_out:
+        time.sleep(5)
+        arguments["model"] = str(tmp_path / "models" / "v2" / "flashvl")
+        fleet.deploy(config)
+        time.sleep(5)
+    (after,) = prompt_tokens(workers)
+    assert after > before
+    assert set(rolled_out.ends) == {"done"}, rolled_out.ends
+
+    *rest, lost = workers
+    with clients(rest, 2, KEY, model="flashvl", max_tokens=32, stream=True) as without_a_host:
+        time.sleep(5)
+        lost.lose()
+        wait_until(lambda: lost.address not in fleet.addresses(), 60)
+        rest.append(fleet.add_worker(num_cpus=3))
+        wait_until(is_whole, 180)
+        time.sleep(5)
+
+    with clients(rest, 2, KEY, model="flashvl", max_tokens=32, stream=True) as without_the_head:
+        time.sleep(5)
+        fleet.head.crash()
+        began_s = time.monotonic()
+        wait_until(lambda: not fleet.addresses(), 10)
+        wait_until(is_whole, 120)
+        back_s = time.monotonic() - began_s
+        time.sleep(5)
+    sys.stderr.write(
+        f"a new version {dict(rolled_out.ends)}, p99 {rolled_out.quantile(0.99):.2f} s; a host lost"
+        f" {dict(without_a_host.ends)}, p99 {without_a_host.quantile(0.99):.2f} s; the head lost"
+        f" {dict(without_the_head.ends)}, p99 {without_the_head.quantile(0.99):.2f} s,"
+        f" whole again after {back_s:.1f} s\n"
+    )
+    assert set(without_a_host.ends) <= {"done", "cut"}, without_a_host.ends
+    assert set(without_the_head.ends) == {"done"}, without_the_head.ends
+
+
+def url_of(host: Host) -> str:
+    return f"http://{host.address}:{HTTP_PORT}/v1/models"
+
+
+def prompt_tokens(workers: list[Host]) -> set[int]:
+    """The numbers of tokens that one prompt takes in the versions of the model that answer."""
+    body = {"model": "flashvl", "messages": ask("Describe the image.", encode(noise(0)))}
+    found = set()
+    for worker in workers * 3:
+        url = f"http://{worker.address}:{HTTP_PORT}/v1/chat/completions"
+        headers = {"Authorization": f"Bearer {KEY}"}
+        answer = requests.post(url, json=body | {"max_tokens": 1}, headers=headers, timeout=60)
+        found.add(answer.json()["usage"]["prompt_tokens"])
+    return found
