@@ -24,7 +24,7 @@ from flashvl.engine.grammars import Grammar, Grammars
 from flashvl.engine.images import ImageFeatures
 from flashvl.engine.prompts import Prompt, Prompts, SharedPrompt
 from flashvl.engine.request import Completion, Delta, FinishReason, Request, TokenLogprobs
-from flashvl.engine.runner import Runner
+from flashvl.engine.runner import MAX_RECORDED_TOKENS, Runner
 from flashvl.engine.sampling import Sampler, choose_tokens, token_logprobs
 from flashvl.engine.scheduler import Scheduler
 from flashvl.engine.sequence import AnswerText, Sequence
@@ -37,6 +37,8 @@ MAX_LENGTH = 4096
 """Tokens of a conversation: an ISS image of 2,880, a long question and a long answer."""
 CACHE_SHARE = 0.25
 """Share of the free memory that the cache takes."""
+MAX_PREFILL_TOKENS = {"cpu": 2048, "cuda": MAX_RECORDED_TOKENS}
+"""Prompt tokens in one step. A GPU reads an image of the ISS preset in one, without a mask."""
 IMAGE_CACHE_BYTES = 256 * 2**20
 """Bytes of visual tokens that are kept: those of 300 images of the static preset."""
 
@@ -55,7 +57,7 @@ class Engine:
         *,
         max_num_seqs: int = 64,
         max_model_len: int = MAX_LENGTH,
-        max_prefill_tokens: int = 2048,
+        max_prefill_tokens: int | None = None,
         is_trained: bool = False,
     ):
         """
@@ -65,7 +67,7 @@ class Engine:
             max_model_len: tokens of a prompt and its answer, at most; the model's own limit holds
                 as well.
             max_prefill_tokens: prompt tokens in one step, at most, so that long prompts do not keep
-                other requests waiting.
+                other requests waiting; by default `MAX_PREFILL_TOKENS`.
             is_trained: whether the model is being trained meanwhile. Then no weight is copied into
                 a faster layout, so that each update counts at once, adapters included; and the
                 model is set up for generation, and memory taken for the cache, only within
@@ -97,7 +99,9 @@ class Engine:
         self.runner = Runner(self.model, processor, cache, is_trained)
         # A step with a shared prompt is not recorded: each would lose more than one prefill saves.
         self.scheduler = Scheduler(
-            cache, max_prefill_tokens, shares_prompts=self.runner.graphs is None
+            cache,
+            max_prefill_tokens or MAX_PREFILL_TOKENS[self.device.type],
+            shares_prompts=self.runner.graphs is None,
         )
         self.image_features = ImageFeatures(self.runner.encode_tiles, IMAGE_CACHE_BYTES)
         self.num_steps = 0

@@ -24,8 +24,8 @@ MAX_TILES = 16
 """Tiles that the tower encodes at once: they fill a GPU and take little memory."""
 MAX_RECORDED_TILES = 4
 """Tiles whose encoding is recorded; more keep a GPU busy for longer than their launches take."""
-MAX_RECORDED_TOKENS = 2048
-"""Prompt tokens whose prefill is recorded, for the same reason."""
+MAX_RECORDED_TOKENS = 4096
+"""Prompt tokens whose prefill is recorded: a whole image of the ISS preset."""
 LENGTH_STEP = 256
 """Positions to which a recorded decoding step rounds up the length of its attention."""
 
