@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
 
 from grpc.aio import AioRpcError
 from ray.exceptions import RayActorError, TaskCancelledError
@@ -14,16 +14,27 @@ from ray.serve.exceptions import (
 from ray.serve.handle import DeploymentHandle
 
 from flashvl.engine import Delta
+from flashvl.serve.heartbeats import SILENCE_S, Heartbeat
 from flashvl.serve.protocol import RequestError
 from flashvl.serve.replica import Refusal, ReplicaRequest
 from flashvl.serve.traffic import Traffic, stopping
+
+Item = tuple[int, Delta] | Refusal | Heartbeat
+"""What a replica sends."""
+Deltas = AsyncIterator[Item]
 
 ATTEMPTS = 5
 """Replicas that a request is sent to, one after another, if each dies before its first delta."""
 PAUSE_S = 0.5
 """Seconds before the second retry, and as many more before each next one: Serve must learn that the
 replica has died."""
-LOST = (RayActorError, ReplicaUnavailableError, AioRpcError)
+
+
+class SilenceError(Exception):
+    """A replica has sent nothing for `SILENCE_S`."""
+
+
+LOST = (RayActorError, ReplicaUnavailableError, AioRpcError, SilenceError)
 """Exceptions that mean that a replica is gone."""
 
 
@@ -73,17 +84,14 @@ class Engines:
                 has_begun = False
                 deltas = self.streams.answer.remote(request)
                 try:
-                    while True:
-                        # A limit for each wait: they need not all run in the same task.
-                        with self.traffic.waiting(deadline_s) as limit:
-                            async with limit:
-                                item = await anext(deltas, None)
-                        if item is None:
-                            return
+                    while (item := await self._next(deltas, deadline_s)) is not None:
+                        if isinstance(item, Heartbeat):
+                            continue
                         has_begun = True
                         if isinstance(item, Refusal):
                             raise self._as_error(item)
                         yield item
+                    return
                 except LOST:
                     if has_begun or attempt == ATTEMPTS - 1:
                         raise lost() from None
@@ -102,6 +110,24 @@ class Engines:
             raise RequestError(503, f"no engine is available: {error}", retry_after_s=5) from None
         except TaskCancelledError:
             raise stopping() from None
+
+    async def _next(self, deltas: Deltas, deadline_s: float) -> Item | None:
+        """The next item from a replica; None at the end.
+
+        Raises:
+            TimeoutError: it is not there at `deadline_s`.
+            SilenceError: the replica does not even send heartbeats.
+        """
+        now_s = asyncio.get_running_loop().time
+        try:
+            # A limit for each wait: they need not all run in the same task.
+            with self.traffic.waiting(min(deadline_s, now_s() + SILENCE_S)) as limit:
+                async with limit:
+                    return await anext(deltas, None)
+        except TimeoutError:
+            if self.traffic.is_draining or now_s() >= deadline_s:
+                raise
+            raise SilenceError from None
 
     async def load(self, timeout_s: float) -> tuple[int, int]:
         """The numbers of requests that one engine answers now, and that wait for it.

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -22,6 +22,7 @@ from flashvl.engine.runner import share_cores
 from flashvl.errors import DataError
 from flashvl.model.loading import hash_folder, resolve_checkpoint
 from flashvl.serve.config import ServiceConfig
+from flashvl.serve.heartbeats import Heartbeat, with_heartbeats
 from flashvl.serve.metrics import EngineMetrics, refusals
 
 REPORT_S = 2.0
@@ -83,12 +84,21 @@ class EngineReplica(RemoteEngine):
         self._steps_when_checked = -1
         self._reporting: asyncio.Task[None] | None = None
 
-    async def answer(self, asked: ReplicaRequest) -> AsyncIterator[tuple[int, Delta] | Refusal]:
+    async def answer(
+        self, asked: ReplicaRequest
+    ) -> AsyncGenerator[tuple[int, Delta] | Refusal | Heartbeat, None]:
         """The deltas of the answers with the answers' numbers; only the last ones if not streamed.
 
         Closing the iterator, as Serve does when a client is gone, frees the slots at once.
         """
         self._report_from_now_on()
+        async with contextlib.aclosing(with_heartbeats(self._answer(asked))) as items:
+            async for item in items:
+                yield item
+
+    async def _answer(
+        self, asked: ReplicaRequest
+    ) -> AsyncGenerator[tuple[int, Delta] | Refusal, None]:
         config = self.config
         num_open, num_places = len(asked.requests), config.max_num_seqs + config.max_waiting
         if self.num_admitted + num_open > num_places:

@@ -15,6 +15,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from flashvl.serve.heartbeats import SILENCE_S
 from tests.support.cluster import wait_until
 from tests.support.images import encode, noise
 from tests.support.serving import Deployment, ask, deploying, wait_until_idle
@@ -156,6 +157,30 @@ def test_a_replica_that_is_killed_fails_nobody_who_has_not_heard_from_it(
     assert outcome.ends["done"] > 50
     assert set(outcome.ends) <= {"done", "cut"}, outcome
     assert outcome.ends["cut"] <= 3 * 8
+
+
+@pytest.mark.slow
+def test_a_replica_that_falls_silent_keeps_nobody_waiting_who_has_not_heard_from_it(
+    deployment: Deployment,
+) -> None:
+    """As on a host that is cut off: its connections stay open, and nothing comes."""
+    deployment.deploy(config(replicas="2"))
+    wait_until(lambda: len(deployment.replicas()) == 2, 60)
+    silent = min(deployment.replicas().values())
+
+    async def freeze() -> None:
+        await asyncio.sleep(5)
+        os.kill(silent, signal.SIGSTOP)
+        await asyncio.sleep(2 * SILENCE_S)
+
+    try:
+        outcome = asyncio.run(under_load(deployment.url, 8, freeze))
+    finally:
+        os.kill(silent, signal.SIGCONT)
+    sys.stderr.write(f"{outcome}\n")
+    assert outcome.ends["done"] > 50
+    assert set(outcome.ends) <= {"done", "cut"}, outcome
+    assert outcome.ends["cut"] <= 8
 
 
 @pytest.mark.slow
