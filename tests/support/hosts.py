@@ -120,6 +120,21 @@ class Host:
                     if process.pid not in {self.namespaces.first, *units}:
                         process.kill()
 
+    def drain(self, seconds: float) -> None:
+        """Stop the units as systemd does with `KillMode=mixed`: their commands get SIGTERM.
+
+        Args:
+            seconds: time after which what is left is killed.
+        """
+        for unit in self.units:
+            (shell,) = psutil.Process(unit.pid).children()
+            commands = shell.children()
+            shell.kill()  # it would start the command again
+            for command in commands:
+                command.terminate()
+            psutil.wait_procs(commands, timeout=seconds)
+        self.stop_units()
+
     def stop_units(self) -> None:
         """Kill -9 the units and all that they have started."""
         units, self.units = self.units, []
