@@ -11,6 +11,7 @@ import pyarrow as pa
 from ray.actor import ActorHandle
 
 from flashvl.batch.config import CaptionJob
+from flashvl.batch.cores import share_cores
 from flashvl.batch.gate import enter
 from flashvl.batch.metrics import EngineMetrics
 from flashvl.batch.service import ServedEngine
@@ -19,7 +20,6 @@ from flashvl.data.inputs.image_reader import append_columns, failure, without_ke
 from flashvl.data.inputs.source import FAILURE, KEYS
 from flashvl.data.schema import CAPTIONS
 from flashvl.engine import AsyncEngine, Completion, Engine, Request, StructuredOutputs
-from flashvl.engine.runner import share_cores
 from flashvl.errors import CheckpointError, DataError
 from flashvl.model.loading import load_processor
 
@@ -34,15 +34,12 @@ caption and a step was not taken, because the job must stop."""
 class OwnEngine:
     """An engine in the actor's own process."""
 
-    def __init__(self, job: CaptionJob, engines_per_node: int):
+    def __init__(self, job: CaptionJob):
         """
-        Args:
-            engines_per_node: engines that share the cores of a node without GPUs.
-
         Raises:
             CheckpointError: the model cannot be loaded.
         """
-        share_cores(engines_per_node)
+        share_cores(job.replicas, job.gpus_per_replica)
         self.max_num_seqs = job.max_num_seqs
         self.engine = Engine.from_pretrained(job.model, job.dtype, max_num_seqs=job.max_num_seqs)
         self.processor = self.engine.processor
@@ -73,10 +70,9 @@ class Captioner:
     The actor has an engine of its own, or sends its rows to a running service.
     """
 
-    def __init__(self, *, job: CaptionJob, engines_per_node: int, gate: ActorHandle):
+    def __init__(self, *, job: CaptionJob, gate: ActorHandle):
         """
         Args:
-            engines_per_node: engines that share the cores of a node without GPUs.
             gate: says whether more rows may be taken.
         """
         self.job, self.gate = job, gate
@@ -85,7 +81,7 @@ class Captioner:
         self.engine: OwnEngine | ServedEngine | CheckpointError
         try:
             self.engine = (
-                OwnEngine(job, engines_per_node)
+                OwnEngine(job)
                 if job.via_serve is None
                 else ServedEngine(job.via_serve, load_processor(job.model))
             )

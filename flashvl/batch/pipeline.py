@@ -5,7 +5,6 @@ uint8, from there to an engine.
 """
 
 import functools
-import math
 from collections.abc import Generator
 from typing import Any
 
@@ -75,10 +74,10 @@ def captioned(
     folder = resolve_checkpoint(job.model)
     # A shipped model goes by its name: nodes may have the package in different folders.
     model = folder.name if folder.parent == SHIPPED else str(folder.absolute())
-    job = job.model_copy(update={"model": model})
+    num_gpus = gpus_per_engine(job.gpus_per_replica)
+    job = job.model_copy(update={"model": model, "gpus_per_replica": num_gpus})
     rows_per_block = max(job.max_num_seqs // BLOCKS_PER_ENGINE, 1)
     least, most = pool_of(job.replicas)
-    num_nodes = sum(node["Alive"] for node in ray.nodes())
     rows = (
         source.read(is_done)
         # Otherwise one task would decode a whole row group, however long.
@@ -99,11 +98,7 @@ def captioned(
         .repartition(target_num_rows_per_block=rows_per_block)
         .map_batches(
             Captioner,
-            fn_constructor_kwargs={
-                "job": job,
-                "engines_per_node": math.ceil(most / num_nodes),
-                "gate": gate,
-            },
+            fn_constructor_kwargs={"job": job, "gate": gate},
             batch_size=rows_per_block,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(

@@ -4,7 +4,6 @@ It knows tensors and rows, not requests.
 """
 
 import contextlib
-import os
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -300,11 +299,3 @@ class Runner:
         # The model must not write an image's placeholder: only a user can show an image.
         logits[:, self.processor.image_token_id] = -torch.inf
         return logits
-
-
-def share_cores(engines_per_node: int) -> None:
-    """Let torch use this engine's share of the machine's cores.
-
-    Ray would limit a worker to as many threads as it reserved CPUs, which is one.
-    """
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // engines_per_node))

@@ -5,7 +5,6 @@ replaces or removes a replica, it lets its requests end within `graceful_shutdow
 `serve shutdown` ends Serve's proxies at once, and all requests under way with them.
 """
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -52,10 +51,10 @@ class Ingress:
 
 def build_app(config: ServiceConfig) -> serve.Application:
     """The application for one model; `serve.run` and the files in `serve_configs/` use it."""
-    config = config.model_copy(update={"model": str(prepare_model(config.model))})
-    least, most = pool_of(config.replicas)
-    num_nodes = sum(node["Alive"] for node in ray.nodes())
     num_gpus = gpus_per_engine(config.gpus_per_replica)
+    decided = {"model": str(prepare_model(config.model)), "gpus_per_replica": num_gpus}
+    config = config.model_copy(update=decided)
+    least, most = pool_of(config.replicas)
     warn_of_missing_gpus(num_gpus)
     number: dict[str, Any] = {"num_replicas": least}
     if least < most:
@@ -102,7 +101,7 @@ def build_app(config: ServiceConfig) -> serve.Application:
         graceful_shutdown_wait_loop_s=0.5,
         **place_ingress(node["Resources"] for node in ray.nodes() if node["Alive"]),
     )(Ingress)
-    return ingress.bind(config, engines.bind(config, math.ceil(most / num_nodes)))
+    return ingress.bind(config, engines.bind(config))
 
 
 def place_ingress(nodes: Iterable[Mapping[str, float]]) -> dict[str, Any]:

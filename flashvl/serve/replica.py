@@ -14,11 +14,11 @@ from typing import Literal
 
 from PIL import Image
 
+from flashvl.batch.cores import share_cores
 from flashvl.config import DEFAULT_PROMPT
 from flashvl.data.features import decode_tiles
 from flashvl.engine import AsyncEngine, Completion, Delta, Engine, Request
 from flashvl.engine.remote import RemoteEngine, ServedModel
-from flashvl.engine.runner import share_cores
 from flashvl.errors import DataError
 from flashvl.model.loading import hash_folder, resolve_checkpoint
 from flashvl.serve.config import ServiceConfig
@@ -63,15 +63,12 @@ class Refusal:
 class EngineReplica(RemoteEngine):
     """Answers `ReplicaRequest`s; `app.build_app` makes a deployment of it."""
 
-    def __init__(self, config: ServiceConfig, engines_per_node: int):
+    def __init__(self, config: ServiceConfig):
         """
-        Args:
-            engines_per_node: engines that share the cores of a node.
-
         Raises:
             CheckpointError: the model cannot be used.
         """
-        share_cores(engines_per_node)
+        share_cores(config.replicas, config.gpus_per_replica)
         self.config = config
         self.metrics = EngineMetrics()
         engine = Engine.from_pretrained(

@@ -280,7 +280,6 @@ ROW = st.sampled_from(("good", "null image", "no image", "null id"))
 def captioner(ray_cluster: None, tiny_random: Path) -> Captioner:
     return Captioner(
         job=job(tiny_random, "none", Path("none"), max_new_tokens=2, max_num_seqs=8),
-        engines_per_node=1,
         gate=ray.remote(num_cpus=0)(Gate).remote(),
     )
 
