@@ -4,6 +4,7 @@ A decoding step is so short there that the number of its kernels decides how lon
 of one input become one matrix, and what is computed element by element becomes one kernel.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -37,14 +38,6 @@ def gate(both: torch.Tensor) -> torch.Tensor:
     """SwiGLU's product: (tokens, 2 * channels), the gate first -> (tokens, channels)."""
     opened, values = both.chunk(2, -1)
     return F.silu(opened) * values
-
-
-# To call a compiled function takes longer than to launch its kernels one by one, so it pays only
-# where the kernels are recorded.
-_compiled: dict[Callable[..., Any], Callable[..., Any]] = {
-    function: torch.compile(function, dynamic=True)
-    for function in (rotate, add_and_normalize, gate)
-}
 
 
 class FusedLayer(nn.Module):
@@ -117,7 +110,17 @@ def fuse_layers(language_model: Any) -> None:
 
 
 def _choose(function: Callable[..., Any], is_recorded: bool) -> Callable[..., Any]:
-    return _compiled[function] if is_recorded else function
+    """`function` itself, or compiled where its kernels are recorded.
+
+    To call a compiled function takes longer than to launch its kernels one by one.
+    """
+    return _compile(function) if is_recorded else function
+
+
+@functools.cache
+def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What imports the compiler, for seconds; processes without a GPU do not need it."""
+    return torch.compile(function, dynamic=True)
 
 
 def _join(*layers: nn.Linear) -> nn.Linear:
