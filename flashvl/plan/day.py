@@ -78,8 +78,8 @@ class Forecast:
 def forecast_day(rates_per_s: Sequence[float], speed: Speed, least: int, most: int) -> Forecast:
     """What Serve's autoscaler does with the mean load, by the settings of `flashvl.serve.scaling`.
 
-    It wants (requests in the engines) / target replicas, as `ray.serve.autoscaling_policy` has it,
-    and takes its time.
+    It wants (requests in the engines) / target replicas, or some more where it removes them, and
+    takes its time.
 
     Args:
         rates_per_s: requests a second in each minute.
@@ -89,7 +89,7 @@ def forecast_day(rates_per_s: Sequence[float], speed: Speed, least: int, most: i
     number = _wanted_at_first(rates_per_s[0], speed, target, least, most)
     spare_minutes = 0
     for rate in rates_per_s:
-        wanted = _most_requests(rate, number, speed) / target
+        wanted = scaling.wanted_replicas(_most_requests(rate, number, speed) / target, number)
         if wanted > number:
             number += math.ceil(scaling.UPSCALING_FACTOR * (wanted - number))
             spare_minutes = 0

@@ -22,9 +22,10 @@ def describe_serving(plans: Sequence[FleetPlan], demand: ServingDemand) -> str:
         notes.append("requests come at random, all day long as at the peak")
     else:
         notes += [
-            f"autoscaling: {scaling.TARGET_SHARE:.0%} of the slots in use; replicas are added"
-            f" after {scaling.UPSCALE_DELAY_S:g} s and removed after"
-            f" {scaling.DOWNSCALE_DELAY_S:g} s",
+            f"autoscaling: replicas are added after {scaling.UPSCALE_DELAY_S:g} s with more than"
+            f" {scaling.TARGET_SHARE:.0%} of the slots in use, and removed after"
+            f" {scaling.DOWNSCALE_DELAY_S:g} s with less than"
+            f" {scaling.TARGET_SHARE / scaling.KEPT:.0%}",
             "the load changes evenly from the middle of one hour to that of the next",
         ]
     notes += [

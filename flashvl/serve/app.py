@@ -11,7 +11,7 @@ from typing import Any
 import ray
 from fastapi import FastAPI
 from ray import serve
-from ray.serve.config import AutoscalingConfig
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.handle import DeploymentHandle
 
 from flashvl.batch.gpus import engine_environment, gpus_per_engine, warn_of_missing_gpus
@@ -69,6 +69,7 @@ def build_app(config: ServiceConfig) -> serve.Application:
             upscaling_factor=scaling.UPSCALING_FACTOR,
             downscale_delay_s=scaling.DOWNSCALE_DELAY_S,
             downscaling_factor=scaling.DOWNSCALING_FACTOR,
+            policy=AutoscalingPolicy(policy_function=scaling.POLICY),
         )
     largest_request = (
         config.max_images * config.image_limits.max_image_bytes + config.max_body_bytes

@@ -16,6 +16,7 @@ import aiohttp
 import pytest
 
 from flashvl.serve.heartbeats import SILENCE_S
+from flashvl.serve.scaling import POLICY
 from tests.support.cluster import wait_until
 from tests.support.images import encode, noise
 from tests.support.serving import Deployment, ask, deploying, wait_until_idle
@@ -209,6 +210,7 @@ def test_replicas_follow_the_load_and_nobody_notices(deployment: Deployment) -> 
         "look_back_period_s": 5,
         "upscale_delay_s": 3,
         "downscale_delay_s": 10,
+        "policy": {"policy_function": POLICY},
     }
     deployment.deploy(
         config(

@@ -111,15 +111,15 @@ class Day:
     """Replicas that start, run or finish their requests, times hours."""
 
     @property
-    def turns(self) -> list[int]:
-        """For each hour, how often the number of replicas changed its direction."""
-        turns, last = [0] * math.ceil(len(self.targets) * TICK_S / 3600), 0
+    def turns_s(self) -> list[float]:
+        """The times at which the number of replicas changed its direction."""
+        turns_s, last = [], 0
         for tick in range(1, len(self.targets)):
             change = self.targets[tick] - self.targets[tick - 1]
             if change and last and (change > 0) != (last > 0):
-                turns[int(tick * TICK_S // 3600)] += 1
+                turns_s.append(tick * TICK_S)
             last = change or last
-        return turns
+        return turns_s
 
 
 def replay(
