@@ -90,10 +90,13 @@ class Captioner:
             # with the first batch, it keeps its class.
             self.engine = error
         self.metrics = EngineMetrics()
+        self._reporting: asyncio.Task[None] | None = None
 
     async def __call__(self, rows: pa.Table) -> pa.Table:
         if isinstance(self.engine, CheckpointError):
             raise self.engine
+        if self._reporting is None:
+            self._reporting = asyncio.create_task(self.metrics.keep_reporting())
         self.metrics.begin()
         if await enter(self.gate, rows.num_rows):
             results = await asyncio.gather(

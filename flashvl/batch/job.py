@@ -195,7 +195,10 @@ def run_plan(plan: Plan, on_progress: ShowProgress = ignore_progress) -> Summary
     with plan.work.begun() as output:
         num_found = output.num_done
         plan.work.finish_rows(
-            output, functools.partial(answer_rows, job, plan.source), Meter(), on_progress
+            output,
+            functools.partial(answer_rows, job, plan.source),
+            Meter(str(plan.output), plan.num_rows - num_found),
+            on_progress,
         )
         seconds = time.monotonic() - started_s
         summary = Summary(

@@ -37,9 +37,14 @@ class Rates:
 class Meter:
     """Measures rates of captioned rows, and counts them for Prometheus."""
 
-    def __init__(self) -> None:
+    def __init__(self, output: str, num_left: int) -> None:
+        """
+        Args:
+            output: folder of the job's output.
+            num_left: rows that are to be answered.
+        """
         self._window = RateWindow()
-        self._metrics = JobMetrics()
+        self._metrics = JobMetrics(output, num_left)
         self._occupancy = math.nan
 
     def add(self, rows: pa.Table) -> None:

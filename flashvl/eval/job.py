@@ -191,7 +191,8 @@ def answer_questions(plan: Plan, on_progress: ShowProgress = ignore_progress) ->
         check_service(job.via_serve, str(work.fingerprint["model"]), job.dtype)
     with work.begun() as output:
         num_found = output.num_done
-        work.finish_rows(output, functools.partial(_answer, plan), Meter(), on_progress)
+        meter = Meter(str(work.output), work.num_rows - num_found)
+        work.finish_rows(output, functools.partial(_answer, plan), meter, on_progress)
         seconds = time.monotonic() - started_s
         summary = Summary(
             input=work.num_rows,

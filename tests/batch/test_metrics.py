@@ -23,13 +23,14 @@ def said(monkeypatch: pytest.MonkeyPatch) -> Said:
 
         def inc(self, value: float, tags: dict[str, str] | None = None) -> None:
             assert value > 0  # Ray refuses others
+            self.set(value, tags)
+
+        def set(self, value: float, tags: dict[str, str] | None = None) -> None:
             assert set(tags or {}) == set(self.tag_keys)
             told.append((self.name, value, tags or {}))
 
-        set = inc
-
-    monkeypatch.setattr(metrics, "Counter", Recorder)
-    monkeypatch.setattr(metrics, "Gauge", Recorder)
+    for name in ("Counter", "Gauge", "LastingGauge"):
+        monkeypatch.setattr(metrics, name, Recorder)
     return told
 
 
@@ -42,26 +43,29 @@ def test_rows_are_counted_by_what_became_of_them(said: Said) -> None:
     captioned = {"caption": "A dog.", "completion_tokens": 4}
     broken = {"step": "decode", "error": "DataError", "reason": "cannot identify image"}
     unread = {"step": "read", "error": "DataError", "reason": "no such file"}
-    JobMetrics().count(rows(captioned, broken, captioned, unread, broken))
+    JobMetrics("out", 100).count(rows(captioned, broken, captioned, unread, broken))
     assert sorted(said, key=str) == sorted(
         [
             ("flashvl_caption_rows_total", 5, {}),
             ("flashvl_caption_tokens_total", 8, {}),
             ("flashvl_caption_dead_letters_total", 2, {"step": "decode", "error": "DataError"}),
             ("flashvl_caption_dead_letters_total", 1, {"step": "read", "error": "DataError"}),
+            ("flashvl_caption_rows_left", 100, {"output": "out"}),
+            ("flashvl_caption_rows_left", 95, {"output": "out"}),
         ],
         key=str,
     )
 
 
 def test_an_empty_block_counts_nothing(said: Said) -> None:
-    JobMetrics().count(rows())
-    assert said == []
+    JobMetrics("out", 100).count(rows())
+    assert said == [("flashvl_caption_rows_left", 100, {"output": "out"})] * 2
 
 
 def test_an_engine_is_idle_while_it_has_no_block(
     said: Said, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """It tells so while it waits, and not only when it gets a block again."""
     now_s = 100.0
     monkeypatch.setattr(metrics.time, "monotonic", lambda: now_s)
     engine = EngineMetrics()
@@ -70,10 +74,22 @@ def test_an_engine_is_idle_while_it_has_no_block(
     now_s = 104.0
     engine.begin()
     engine.end(0.5)
+    engine.report()
     now_s = 110.0
     engine.end(None)
     now_s = 112.0
+    engine.report()
+    now_s = 113.0
     engine.begin()
     idle = [value for name, value, _ in said if name.endswith("idle_seconds_total")]
-    assert idle == [3.0, 2.0]
-    assert ("flashvl_caption_engine_occupancy_ratio", 0.5, {}) in said
+    assert idle == [3.0, 2.0, 1.0]
+    occupancy = [value for name, value, _ in said if name.endswith("occupancy_ratio")]
+    assert occupancy == [0.5, 0.0]
+
+
+def test_an_engine_of_a_service_tells_no_occupancy(said: Said) -> None:
+    engine = EngineMetrics()
+    engine.begin()
+    engine.end(None)
+    engine.report()
+    assert not any(name.endswith("occupancy_ratio") for name, _, _ in said)

@@ -20,7 +20,7 @@ def test_rates_begin_with_the_first_answer(monkeypatch: pytest.MonkeyPatch) -> N
     """Rates leave out the start of the engines and the 20,000 rows of an earlier run."""
     now_s = 1000.0
     monkeypatch.setattr("time.monotonic", lambda: now_s)
-    meter = Meter()
+    meter = Meter("captions", num_left=1000)
     now_s += 30
     meter.add(rows(64))
     now = meter.read(num_dead=3)

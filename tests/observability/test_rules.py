@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 import ray
 import yaml
+from ray.serve._private.common import DeploymentStatus
 
 from flashvl.batch import metrics as caption_metrics
 from flashvl.serve import metrics as serve_metrics
-from flashvl.train.run import goodput
+from flashvl.train.run import goodput, loop
 from flashvl.train.run import metrics as train_metrics
 from tests.support.observability import DASHBOARDS, FOLDER, RULES, expressions, panels, rules
 
-ROOT = FOLDER.parents[1]
+RUNBOOK = FOLDER.parent / "README.md"
 NAME = re.compile(r"\bray_(\w+)\b")
 RECORDED = re.compile(r"\b\w+:\w+:?\w*\b")
 SUFFIXES = re.compile(r"(_bucket|_total)$")
@@ -33,7 +34,7 @@ def exported() -> set[str]:
     """Names of metrics, without `ray_` and the endings that Prometheus' formats add."""
     source = "".join(
         inspect.getsource(module)
-        for module in (serve_metrics, caption_metrics, train_metrics, goodput)
+        for module in (serve_metrics, caption_metrics, train_metrics, goodput, loop)
     )
     found = set(re.findall(r'"(flashvl_\w+)"', source))
     for keys in re.findall(r'"(\w+)": |record\["(\w+)"\] =', source):  # figures of a step
@@ -77,9 +78,7 @@ def test_prometheus_own_tool_accepts_everything(tmp_path: Path) -> None:
 
 
 def test_every_alert_has_its_section_in_the_runbook() -> None:
-    runbook = ROOT / "cluster" / "README.md"
-    headings = re.findall(r"^#+ (.*)$", runbook.read_text() if runbook.exists() else "", re.M)
-    anchors = {re.sub(r"[^\w -]", "", each).lower().replace(" ", "-") for each in headings}
+    anchors = {each.lower() for each in re.findall(r"^### (\w+)$", RUNBOOK.read_text(), re.M)}
     for rule in rules():
         if "alert" not in rule:
             continue
@@ -87,10 +86,12 @@ def test_every_alert_has_its_section_in_the_runbook() -> None:
         assert url == f"cluster/README.md#{rule['alert'].lower()}"
         assert rule["labels"]["severity"] in ("page", "ticket")
         assert rule["annotations"]["summary"]
-        if runbook.exists():
-            assert url.partition("#")[2] in anchors, (
-                f"cluster/README.md explains no {rule['alert']}"
-            )
+        assert url.partition("#")[2] in anchors, f"cluster/README.md explains no {rule['alert']}"
+
+
+def test_the_states_of_a_deployment_that_waits_for_engines_are_the_lower_numbers() -> None:
+    waits = {status.name for status in DeploymentStatus if status.to_numeric() < 5}
+    assert waits == {"DEPLOY_FAILED", "UNHEALTHY", "UPDATING", "UPSCALING"}
 
 
 def test_names_are_given_once() -> None:
@@ -107,6 +108,13 @@ def test_grafana_finds_what_it_is_to_provide() -> None:
         "datasources"
     ]
     assert source["type"] == "prometheus"
+
+
+def test_every_panel_says_what_it_shows_and_in_which_unit() -> None:
+    for name, panel in panels():
+        assert panel["description"].endswith("."), name
+        assert panel["fieldConfig"]["defaults"]["unit"], name
+        assert all(target["legendFormat"] for target in panel["targets"]), name
 
 
 @pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)

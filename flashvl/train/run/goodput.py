@@ -2,7 +2,7 @@
 
 import time
 
-from ray.util.metrics import Gauge
+from flashvl.data.gauges import LastingGauge
 
 
 class Goodput:
@@ -16,7 +16,7 @@ class Goodput:
         """
         self._stage, self._seconds_before = stage, seconds
         self._began_s = time.monotonic()
-        self._gauge = Gauge(
+        self._gauge = LastingGauge(
             "flashvl_train_goodput_ratio",
             description="Share of the run's time in which steps were made that were not lost.",
             tag_keys=("stage",),

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from ray.util.metrics import Gauge
 from torch import distributed
 from torch.utils.tensorboard import SummaryWriter
 
 from flashvl.data.features import IGNORE_INDEX
+from flashvl.data.gauges import LastingGauge
 from flashvl.data.storage import Location
 from flashvl.model import FlashVLConfig
 from flashvl.train.branches import number_documents
@@ -235,8 +235,8 @@ class Boards:
         self._folder = Path(folder)
         self._writer = SummaryWriter(folder, purge_step=first_step)
         self._stage = stage
-        self._gauges: dict[str, Gauge] = {}
-        self._checkpoint = Gauge(
+        self._gauges: dict[str, LastingGauge] = {}
+        self._checkpoint = LastingGauge(
             "flashvl_train_checkpoint_timestamp_seconds",
             description="Time of the last complete checkpoint, or else of the workers' start.",
             tag_keys=("stage",),
@@ -268,9 +268,9 @@ class Boards:
             for path in self._folder.iterdir():
                 (output / BOARDS / path.name).write(path.read_bytes())
 
-    def _gauge(self, name: str, *tags: str) -> Gauge:
+    def _gauge(self, name: str, *tags: str) -> LastingGauge:
         if name not in self._gauges:
-            self._gauges[name] = Gauge(
+            self._gauges[name] = LastingGauge(
                 f"flashvl_train_{name}",
                 description=f"{name.replace('_', ' ')} of the last step".capitalize(),
                 tag_keys=("stage", *tags),

@@ -10,7 +10,7 @@ def test_lost_steps_and_stops_count_as_time_alone(monkeypatch: pytest.MonkeyPatc
     shown: list[float] = []
     now_s = 0.0
     monkeypatch.setattr(goodput.time, "monotonic", lambda: now_s)
-    monkeypatch.setattr(goodput.Gauge, "set", lambda _, value, tags: shown.append(value))
+    monkeypatch.setattr(goodput.LastingGauge, "set", lambda _, value, tags: shown.append(value))
     measured = Goodput("stage1", seconds=500.0)  # of an earlier run
     now_s = 100.0
     measured.show(590.0)  # 10 s to start
