@@ -32,6 +32,7 @@ PROVOKED = {"FlashvlOverload", "FlashvlDeadLetters"}
 GROUNDLESS = {"FlashvlNoReplica", "FlashvlServiceSilent", "FlashvlServerErrors"}
 NUM_ROWS, NUM_STEPS = 40_000, 5000
 """More than the test waits for: it stops both jobs."""
+FULL = ("--replicas=1:2", "--max-num-seqs=2", "--max-waiting=0")
 NUM_CLIENTS = 6
 """Two more than both replicas have slots."""
 
@@ -123,7 +124,7 @@ def running(*line: str, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
         finally:
             process.terminate()
             try:
-                process.wait(60)
+                process.wait(120)
             except subprocess.TimeoutExpired:
                 process.kill()
                 raise
@@ -145,7 +146,7 @@ def write_recipe(file: Path, output: Path) -> None:
         "output_dir": str(output),
         "data": {"synthetic": {"count": 8 * NUM_STEPS, "seed": 5}},
         "eval_data": {"synthetic": {"count": 8, "seed": 6}},
-        "eval_steps": 10,
+        "eval_steps": 20,
         "trainable": ["multi_modal_projector"],
         "global_batch_size": 8,
         "token_budget": 1000,
@@ -160,46 +161,57 @@ def write_recipe(file: Path, output: Path) -> None:
     file.write_text(yaml.safe_dump(recipe))
 
 
+def queries(*dashboards: str) -> set[tuple[str, str]]:
+    """The queries of the dashboards' panels, each with its panel's name."""
+    return {
+        (name, query)
+        for name, panel in panels()
+        if name.startswith(dashboards) and name not in NEEDS_GPU
+        for query in expressions(panel)
+    }
+
+
+def wait_for(url: str, missing: set[tuple[str, str]], alerts: set[str], job: Any) -> set[str]:
+    """Wait until all queries have had data and the alerts have fired, while the job runs.
+
+    Returns:
+        All alerts that have fired.
+    """
+    fired: set[str] = set()
+
+    def has_everything() -> bool:
+        missing.difference_update([each for each in missing if has_data(url, each[1])])
+        now = ask_prometheus(url, "alerts")["alerts"]
+        fired.update(each["labels"]["alertname"] for each in now if each["state"] == "firing")
+        assert job.poll() is None, f"the job has ended; {missing=}, {fired=}"
+        return not missing and fired >= alerts
+
+    try:
+        wait_until(has_everything, 300)
+    except AssertionError as error:
+        raise AssertionError(f"{error}; {missing=}, {fired=}") from None
+    return fired
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("prometheus") is None, reason="Prometheus is not installed")
 def test_every_panel_has_data_and_alerts_fire(cluster: Cluster, tmp_path: Path) -> None:
     images, recipe = tmp_path / "images.parquet", tmp_path / "recipe.yaml"
     write_images(images)
     write_recipe(recipe, tmp_path / "stage")
-    captioning = ["caption", str(images), "--output", str(tmp_path / "captions")]
-    captioning += ["--max-error-rate=1", "--max-new-tokens=64"]
-    missing = {
-        (name, query)
-        for name, panel in panels()
-        if name not in NEEDS_GPU
-        for query in expressions(panel)
-    }
-    fired: set[str] = set()
     environment = os.environ | {"RAY_ADDRESS": cluster.address}
-    with contextlib.ExitStack() as stack:
-        url = stack.enter_context(
-            prometheus(f"http://{cluster.webui_url}", tmp_path / "prometheus")
-        )
-        full = ("--replicas=1:2", "--max-num-seqs=2", "--max-waiting=0")
-        service = stack.enter_context(serving(*full, RAY_ADDRESS=cluster.address))
-        stack.enter_context(overloading(service.url))
-        jobs = [
-            stack.enter_context(
-                running(sys.executable, "-m", "flashvl", *arguments, env=environment)
-            )
-            for arguments in (captioning, ["train", str(recipe)])
-        ]
 
-        def has_everything() -> bool:
-            missing.difference_update([each for each in missing if has_data(url, each[1])])
-            alerts = ask_prometheus(url, "alerts")["alerts"]
-            fired.update(a["labels"]["alertname"] for a in alerts if a["state"] == "firing")
-            if (missing or not fired >= PROVOKED) and any(job.poll() is not None for job in jobs):
-                raise RuntimeError(f"a job ended early; {missing=}, {fired=}")
-            return not missing and fired >= PROVOKED
+    def flashvl(*arguments: str) -> contextlib.AbstractContextManager[Any]:
+        return running(sys.executable, "-m", "flashvl", *arguments, env=environment)
 
-        try:
-            wait_until(has_everything, 480)
-        except AssertionError:
-            raise AssertionError(f"{missing=}, {fired=}") from None
+    with prometheus(f"http://{cluster.webui_url}", tmp_path / "prometheus") as url:
+        with flashvl("train", str(recipe)) as job:
+            wait_for(url, queries("training"), set(), job)
+        caption = ("caption", str(images), "--output", str(tmp_path / "captions"))
+        with (
+            serving(*FULL, RAY_ADDRESS=cluster.address) as service,
+            overloading(service.url),
+            flashvl(*caption, "--max-error-rate=1", "--max-new-tokens=64") as job,
+        ):
+            fired = wait_for(url, queries("serving", "captioning"), PROVOKED, job)
     assert not fired & GROUNDLESS
