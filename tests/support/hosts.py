@@ -91,6 +91,7 @@ class Host:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
+                start_new_session=True,  # by which the kernel shares the cores: evenly among hosts
             )
 
     def start_unit(self, unit: Path, environment: Mapping[str, str], programs: Path) -> None:
