@@ -61,6 +61,8 @@ def test_a_head_is_lost_and_nobody_notices(store: str, network: Network) -> None
     fleet.submit("job", "python", "-c", JOB)
     wait_until(lambda: fleet.job("job")["status"] == "RUNNING", 60)
 
+    with clients(workers, rate_per_s=4):  # the first requests are slow
+        time.sleep(10)
     with clients(workers, rate_per_s=4) as told:
         time.sleep(10)
         fleet.head.stop_units()

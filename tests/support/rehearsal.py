@@ -72,7 +72,7 @@ class Fleet:
     def get(self, path: str) -> Any:
         """What the dashboard answers to a request with the token."""
         headers = {"Authorization": f"Bearer {self.environment['RAY_AUTH_TOKEN']}"}
-        answer = requests.get(f"{self.dashboard}{path}", headers=headers, timeout=10)
+        answer = requests.get(f"{self.dashboard}{path}", headers=headers, timeout=3)
         answer.raise_for_status()
         return answer.json()
 
