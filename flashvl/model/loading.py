@@ -143,9 +143,16 @@ def model_id(model: str | Path) -> str:
     return Path(model).name
 
 
-def hash_folder(folder: Path) -> str:
-    """A hash of the names and contents of the files in a model's folder."""
+def hash_folder(folder: Path, has_weights: bool = True) -> str:
+    """A hash of the names and contents of the files in a model's folder.
+
+    Args:
+        has_weights: whether the weights count; without them, models have the same hash if they make
+            the same prompts.
+    """
     files = sorted(path for path in folder.iterdir() if path.is_file())
+    if not has_weights:
+        files = [path for path in files if ".safetensors" not in path.suffixes]
     return _hash_files(
         tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
     )

@@ -16,7 +16,7 @@ from flashvl.engine.engine import longest_conversation
 from flashvl.engine.grammars import Grammars
 from flashvl.errors import DataError
 from flashvl.model import FlashVLConfig
-from flashvl.model.loading import load_processor, resolve_checkpoint
+from flashvl.model.loading import hash_folder, load_processor, resolve_checkpoint
 from flashvl.serve.config import ServiceConfig
 from flashvl.serve.conversations import as_conversation
 from flashvl.serve.protocol.chat import ChatCompletionRequest
@@ -48,7 +48,9 @@ class Prompts:
         self.config = config
         self.processor = load_processor(config.model)
         self.tokenizer = self.processor.tokenizer
-        model_config = FlashVLConfig.from_pretrained(resolve_checkpoint(config.model))
+        folder = resolve_checkpoint(config.model)
+        self.maker_hash = hash_folder(folder, has_weights=False)
+        model_config = FlashVLConfig.from_pretrained(folder)
         self.max_model_len = longest_conversation(model_config)
         self.vocab_size: int = model_config.text_config.vocab_size
         self.grammars = Grammars(self.tokenizer, self.vocab_size, [self.tokenizer.eos_token_id])
@@ -91,6 +93,8 @@ class Prompts:
         )
         return ReplicaRequest(
             requests=_seeded(asked, request.seed, request.n),
+            messages=messages,
+            maker_hash=self.maker_hash,
             images=images,
             is_streamed=request.stream,
         )

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -16,7 +16,7 @@ from PIL import Image
 
 from flashvl.batch.cores import share_cores
 from flashvl.config import DEFAULT_PROMPT
-from flashvl.data.features import decode_tiles
+from flashvl.data.features import Message, decode_tiles
 from flashvl.engine import AsyncEngine, Completion, Delta, Engine, Request
 from flashvl.engine.remote import RemoteEngine, ServedModel
 from flashvl.errors import DataError
@@ -42,6 +42,11 @@ class ReplicaRequest:
 
     requests: list[Request]
     """The engine's request for each answer, with a prompt of token ids, but without the images."""
+    messages: Sequence[Message] = ()
+    """The conversation that the prompt was made of; empty, if it was made of a text."""
+    maker_hash: str = ""
+    """Hash of the files that the prompt was made by. While a new version of a model is rolled out,
+    the replica may have others."""
     images: list[bytes] = field(default_factory=list)
     """Encoded images, in the order of their places in the prompt."""
     is_streamed: bool = False
@@ -70,6 +75,7 @@ class EngineReplica(RemoteEngine):
         """
         share_cores(config.replicas, config.gpus_per_replica)
         self.config = config
+        self.maker_hash = hash_folder(resolve_checkpoint(config.model), has_weights=False)
         self.metrics = EngineMetrics()
         engine = Engine.from_pretrained(
             config.model, config.dtype, max_num_seqs=config.max_num_seqs
@@ -121,6 +127,10 @@ class EngineReplica(RemoteEngine):
                 yield Refusal(reason="invalid_image", message=str(error))
                 return
             requests = [replace(request, images=tiles) for request in asked.requests]
+            if asked.messages and asked.maker_hash != self.maker_hash:
+                requests = [
+                    replace(request, prompt=None, messages=asked.messages) for request in requests
+                ]
             answers = self.engine.answer(requests, asked.is_streamed)
             async with contextlib.aclosing(answers) as deltas:
                 async for number, delta in deltas:
