@@ -89,6 +89,23 @@ def test_every_alert_has_its_section_in_the_runbook() -> None:
         assert url.partition("#")[2] in anchors, f"cluster/README.md explains no {rule['alert']}"
 
 
+def test_the_heads_that_are_asked_for_nodes_are_those_of_the_manifests() -> None:
+    base = FOLDER.parent / "kuberay" / "base"
+    (namespace, *_) = yaml.safe_load_all((base / "namespace.yaml").read_text())
+    clusters = [
+        manifest["metadata"]["name"]
+        for name in ("online", "offline")
+        for manifest in yaml.safe_load_all((base / f"{name}.yaml").read_text())
+        if manifest["kind"] in ("RayService", "RayCluster")
+    ]
+    (scraped,) = yaml.safe_load((FOLDER / "prometheus.yml").read_text())["scrape_configs"]
+    # KubeRay names the service of a head.
+    assert [each["url"] for each in scraped["http_sd_configs"]] == [
+        f"http://{name}-head-svc.{namespace['metadata']['name']}:8265/api/prometheus/sd"
+        for name in clusters
+    ]
+
+
 def test_the_states_of_a_deployment_that_waits_for_engines_are_the_lower_numbers() -> None:
     waits = {status.name for status in DeploymentStatus if status.to_numeric() < 5}
     assert waits == {"DEPLOY_FAILED", "UNHEALTHY", "UPDATING", "UPSCALING"}
