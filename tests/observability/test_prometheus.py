@@ -30,8 +30,9 @@ NEEDS_GPU = {"training: MFU of GPUs"}
 """Panels about a peak that is known of GPUs alone."""
 PROVOKED = {"FlashvlOverload", "FlashvlDeadLetters"}
 GROUNDLESS = {"FlashvlNoReplica", "FlashvlServiceSilent", "FlashvlServerErrors"}
-NUM_ROWS, NUM_STEPS = 40_000, 5000
-"""More than the test waits for: it stops both jobs."""
+NUM_ROWS, NUM_STEPS = 40_000, 600
+"""More than the test waits for: it stops both jobs. The steps' rows are five windows, whose tasks
+leave CPUs of the cluster to the held-out rows."""
 FULL = ("--replicas=1:2", "--max-num-seqs=2", "--max-waiting=0")
 NUM_CLIENTS = 6
 """Two more than both replicas have slots."""
