@@ -1,17 +1,31 @@
 """The paper's 40 GPUs, as logical ones of five simulated nodes, and workers that really talk."""
 
+import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import psutil
 import pytest
+import torch
 from ray.cluster_utils import Cluster
+from safetensors.torch import load_file
+
+from flashvl.model.loading import load_model
+from tests.support.cluster import workers
 
 NODES, GPUS_A_NODE = 5, 8
+NUM_WORKERS = NODES * GPUS_A_NODE
+NUM_ROWS = 2 * NUM_WORKERS - 5
+"""A row for each worker in the first step, and none for five of them in the last."""
 NODE = {"num_cpus": 9, "num_gpus": GPUS_A_NODE, "object_store_memory": 80 * 2**20}
 PLACE = """
 import json, sys
@@ -42,25 +56,96 @@ print(json.dumps(places))
 """
 """Reserves what Ray Train would for the workers of a stage; prints the node of each."""
 
+TRAIN_WITHOUT_NCCL = """
+import json, sys
+import ray
+from ray.train.torch import TorchConfig
+from ray.util.placement_group import placement_group_table
+from flashvl.entrypoint import start_ray
+from flashvl.train.recipe import load_recipe
+from flashvl.train.run import attempts
+from flashvl.train.run.launch import run
+
+start_ray()
+attempts.TorchConfig = lambda **options: TorchConfig(**options | {"backend": "gloo"})
+
+def tell(*_):
+    held = [each for each in placement_group_table().values() if each["state"] == "CREATED"]
+    for group in held:
+        print(json.dumps(list(group["bundles_to_node_id"].values())), flush=True)
+
+run(load_recipe(sys.argv[1], sys.argv[2:]), tell)
+"""
+"""`flashvl train`, whose workers reserve GPUs and talk by gloo, as NCCL would need real ones. With
+each step it prints the nodes of each placement group's bundles."""
+
 
 @pytest.fixture(scope="module")
 def cluster(starts_ray: None) -> Iterator[Cluster]:
     """Five nodes of eight GPUs, which exist in Ray's books alone."""
-    cluster = Cluster(initialize_head=True, head_node_args=NODE)
-    for _ in range(NODES - 1):
-        cluster.add_node(**NODE)
-    yield cluster
-    cluster.shutdown()
+    with pytest.MonkeyPatch.context() as environment:
+        # Forty workers nearly fill 24 GB: no idle processes beside them, and none is killed early.
+        environment.setenv("RAY_prestart_worker_first_driver", "0")
+        environment.setenv("RAY_enable_worker_prestart", "0")
+        environment.setenv("RAY_memory_usage_threshold", "0.98")
+        cluster = Cluster(initialize_head=True, head_node_args=NODE)
+        for _ in range(NODES - 1):
+            cluster.add_node(**NODE)
+        yield cluster
+        cluster.shutdown()
+
+
+def environment_of(cluster: Cluster) -> dict[str, str]:
+    return os.environ | {"RAY_ADDRESS": cluster.address, "HF_HUB_OFFLINE": "1"}
 
 
 def run_on(cluster: Cluster, *command: str) -> str:
     """What a command prints that is connected to the cluster."""
-    environment = os.environ | {"RAY_ADDRESS": cluster.address, "HF_HUB_OFFLINE": "1"}
+    environment = environment_of(cluster)
     done = subprocess.run(
         [sys.executable, *command], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+def watch_memory(cluster: Cluster, run: "subprocess.Popen[bytes]") -> dict[int, int]:
+    """The most memory of each training process, by its number, until the command has ended.
+
+    A page that several processes share counts for each by its part (proportional set size).
+    """
+    most: dict[int, int] = {}
+    while run.poll() is None:
+        for process in workers(cluster, "ray::RayTrainWorker"):
+            with contextlib.suppress(psutil.Error):  # it ended meanwhile
+                size = process.memory_full_info().pss
+                most[process.pid] = max(most.get(process.pid, 0), size)
+        time.sleep(5)
+    return most
+
+
+def options_of(file: Path, output: Path, num_workers: int, use_gpu: bool) -> list[str]:
+    settings = {"output_dir": output, "num_workers": num_workers, "use_gpu": use_gpu}
+    return [str(file), "save_steps=1", *(f"{name}={settings[name]}" for name in settings)]
+
+
+def read_log(output: Path) -> dict[str, Any]:
+    return dict(json.loads((output / "training_log.json").read_text()))
+
+
+def losses(output: Path) -> list[float]:
+    return [record["loss"] for record in read_log(output)["steps"]]
+
+
+def last_checkpoint(output: Path) -> Path:
+    return max((output / "checkpoints").iterdir())
+
+
+def distance(one: Path, other: Path) -> float:
+    """Euclidean distance between the weights of two models."""
+    first, second = (load_file(folder / "model.safetensors") for folder in (one, other))
+    squares = [(first[name].double() - second[name].double()).square().sum() for name in first]
+    return float(torch.stack(squares).sum().sqrt())
 
 
 def recipe(folder: Path, model: Path) -> Path:
@@ -70,8 +155,8 @@ def recipe(folder: Path, model: Path) -> Path:
         "kind": "supervised",
         "stage": "scale",
         "init_from": str(model),
-        "data": {"synthetic": {"count": 80, "seed": 5}},
-        "global_batch_size": 40,
+        "data": {"synthetic": {"count": NUM_ROWS, "seed": 5}},
+        "global_batch_size": NUM_WORKERS,
         "token_budget": 1000,
         "max_length": 1000,
         "precision": "fp32",
@@ -107,3 +192,50 @@ def test_five_workers_on_several_nodes_train_as_one(
         losses.append([record["loss"] for record in log["steps"]])
     assert len(losses[0]) == 2
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_forty_workers_train_as_one_and_another_number_goes_on(
+    cluster: Cluster, tiny_random: Path, tmp_path: Path
+) -> None:
+    """Forty processes with a logical GPU each make two steps; one goes on from their checkpoint."""
+    file, forty, one = recipe(tmp_path, tiny_random), tmp_path / "forty", tmp_path / "one"
+    command = ["-c", TRAIN_WITHOUT_NCCL, *options_of(file, forty, NUM_WORKERS, True)]
+    began_s = time.monotonic()
+    with (tmp_path / "placed").open("wb") as placed, (tmp_path / "errors").open("wb") as errors:
+        run = subprocess.Popen(
+            [sys.executable, *command], env=environment_of(cluster), stdout=placed, stderr=errors
+        )
+        sizes = watch_memory(cluster, run)
+    assert run.returncode == 0, (tmp_path / "errors").read_text()[-3000:]
+    assert len(sizes) == NUM_WORKERS
+    figures = {
+        "MB of a worker": round(max(sizes.values()) / 1e6),
+        "GB in all": round(sum(sizes.values()) / 1e9, 1),
+        "seconds in all": round(time.monotonic() - began_s),
+        "seconds of the steps": round(read_log(forty)["seconds"], 1),
+    }
+    print(json.dumps(figures))  # noqa: T201
+    assert sum(sizes.values()) < 20e9, figures
+
+    groups = map(json.loads, (tmp_path / "placed").read_text().splitlines())
+    assert sorted(Counter(max(groups, key=len)).values()) == [GPUS_A_NODE] * NODES
+
+    begun = tmp_path / "begun"
+    shutil.copytree(forty, begun)  # as after the first step: no model, no later checkpoint
+    (begun / "config.json").unlink()
+    shutil.rmtree(last_checkpoint(begun))
+    checkpoint = last_checkpoint(begun)
+    assert len(list(checkpoint.glob("*.safetensors"))) == NUM_WORKERS
+    for output in (one, begun):
+        run_on(cluster, "-m", "flashvl", "train", *options_of(file, output, 1, False))
+    first, second = losses(one)
+    for output in (forty, begun):
+        assert losses(output) == pytest.approx([first, second], rel=1e-5)
+        assert [step["samples"] for step in read_log(output)["steps"]] == [NUM_WORKERS, 35]
+        consumed = np.frombuffer((last_checkpoint(output) / "consumed.bin").read_bytes(), np.uint8)
+        assert np.unpackbits(consumed)[:NUM_ROWS].all()
+        assert not list(output.rglob("dead_letters/*.parquet"))
+        assert distance(output, one) < 1e-2 * distance(one, tiny_random)
+    load_model(forty)
