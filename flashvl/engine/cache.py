@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedConfig
 
+CopiedRow = tuple[torch.Tensor, ...]
+"""Keys and values of a row: (layers, key-value heads, tokens, head_dim) each."""
 ROW_STEP = 64
 """Tokens by which row lengths grow: each is a multiple of this."""
 
@@ -130,6 +132,15 @@ class KVCache:
         """Copy the first `length` tokens of one row to another."""
         for store in (self.keys, self.values):
             store[:, target, :, :length] = store[:, source, :, :length]
+
+    def copy_row(self, row: int, length: int) -> CopiedRow:
+        """A copy of the first `length` tokens of a row."""
+        return tuple(store[:, row, :, :length].clone() for store in (self.keys, self.values))
+
+    def fill_row(self, row: int, copied: CopiedRow) -> None:
+        """Put the tokens that were copied from a row into a row."""
+        for store, copy in zip((self.keys, self.values), copied, strict=True):
+            store[:, row, :, : copy.shape[2]] = copy
 
     def hold_prompt(self, num_tokens: int) -> HeldPrompt:
         """Memory for a prompt, for which the rows make room; those in use must not need it."""

@@ -22,7 +22,7 @@ from flashvl.data.features import Tiles, ask_about_image, encode_prompt, make_ti
 from flashvl.engine.cache import KVCache, bytes_per_token
 from flashvl.engine.grammars import Grammar, Grammars
 from flashvl.engine.images import ImageFeatures
-from flashvl.engine.prompts import Prompt, Prompts, SharedPrompt
+from flashvl.engine.prompts import Prompts, SharedPrompt
 from flashvl.engine.request import Completion, Delta, FinishReason, Request, TokenLogprobs
 from flashvl.engine.runner import MAX_RECORDED_TOKENS, Runner
 from flashvl.engine.sampling import Sampler, choose_tokens, token_logprobs
@@ -39,6 +39,10 @@ CACHE_SHARE = 0.25
 """Share of the free memory that the cache takes."""
 MAX_PREFILL_TOKENS = {"cpu": 2048, "cuda": MAX_RECORDED_TOKENS}
 """Prompt tokens in one step. A GPU reads an image of the ISS preset in one, without a mask."""
+SMALL_PREFILL_TOKENS = {"cpu": 128, "cuda": 512}
+"""Prompt tokens in one step of requests whose `priority` is above 0, for one of which a request
+that comes meanwhile waits. Fewer would let a CPU read the weights too often; a GPU reads a prompt
+of the static preset at once, by a recorded graph."""
 IMAGE_CACHE_BYTES = 256 * 2**20
 """Bytes of visual tokens that are kept: those of 300 images of the static preset."""
 
@@ -102,6 +106,7 @@ class Engine:
             cache,
             max_prefill_tokens or MAX_PREFILL_TOKENS[self.device.type],
             shares_prompts=self.runner.graphs is None,
+            small_prefill_tokens=SMALL_PREFILL_TOKENS[self.device.type],
         )
         self.image_features = ImageFeatures(self.runner.encode_tiles, IMAGE_CACHE_BYTES)
         self.num_steps = 0
@@ -334,10 +339,11 @@ class Engine:
     def step(self) -> None:
         """Prefill a piece of the waiting prompts, or decode a token of each answer, alternately.
 
-        A step does only one of the two, so that new tokens are handed out at once.
+        A step does only one of the two, so that new tokens are handed out at once. Answers pause
+        while a prompt of a lower `priority` than all of theirs is read.
         """
         self.num_steps += 1
-        is_turn_to_decode = self._has_prefilled and bool(self.scheduler.decoding)
+        is_turn_to_decode = self._has_prefilled and self.scheduler.is_decoding_first
         self._has_prefilled = not is_turn_to_decode and self._prefill_next()
         if not self._has_prefilled and self.scheduler.decoding:
             self._decode(self.scheduler.decoding)
@@ -345,33 +351,48 @@ class Engine:
     def _prefill_next(self) -> bool:
         """Prefill a piece of some prompts, admitting them first if needed; False if none waits."""
         if admitted := self.scheduler.admit():
-            self._embed(admitted)
+            has_embedded = self._embed(admitted)
+            if has_embedded and admitted[0].request.priority > 0:
+                return True  # a request that has come meanwhile need not wait for the prefill
         group = self.scheduler.prefilling
         if not group:
             return False
         shared = group[0].shared
-        logits = self._prefill(group) if shared is None else self._prefill_shared(shared)
+        size = self.scheduler.prefill_tokens(group[0])
+        logits = (
+            self._prefill(group, size) if shared is None else self._prefill_shared(shared, size)
+        )
         if logits is not None:
             self.scheduler.start_decoding()
             self._append(group, logits.expand(len(group), -1))
         return True
 
-    def _embed(self, group: list[Sequence]) -> None:
-        """Make the embeddings of the prompts of `group`, encoding all their images together."""
+    def _embed(self, group: list[Sequence]) -> bool:
+        """Make the embeddings of the prompts of `group`, encoding all their images together.
+
+        Returns:
+            whether any were made: those of sequences that were set aside are there.
+        """
         admitted_s = time.perf_counter()
         for sequence in group:
-            sequence.admitted_s = admitted_s
+            sequence.admitted_s = sequence.admitted_s or admitted_s
         shared = group[0].shared
         if shared is None:
-            embedded = self._embed_prompts([sequence.prompt for sequence in group])
-            for sequence, embeddings in zip(group, embedded, strict=True):
+            new = [sequence for sequence in group if not len(sequence.embeddings)]
+            for sequence, embeddings in zip(new, self._embed_prompts(new), strict=True):
                 sequence.embeddings = embeddings
-        elif not shared.num_cached:
-            (shared.embeddings,) = self._embed_prompts([group[0].prompt])
+            return bool(new)
+        if shared.num_cached or len(shared.embeddings):
+            return False
+        (shared.embeddings,) = self._embed_prompts(group[:1])
+        return True
 
-    def _embed_prompts(self, prompts: list[Prompt]) -> list[torch.Tensor]:
+    def _embed_prompts(self, group: list[Sequence]) -> list[torch.Tensor]:
+        prompts = [sequence.prompt for sequence in group]
         images = [image for prompt in prompts for image in _images(prompt.tiles)]
-        features = iter(self.image_features(images) if images else [])
+        # A job shows each image once; kept, they would push out those of conversations.
+        keep = all(sequence.request.priority <= 0 for sequence in group)
+        features = iter(self.image_features(images, keep) if images else [])
         embedded = []
         for prompt in prompts:
             own = list(itertools.islice(features, len(prompt.tiles.counts)))
@@ -379,14 +400,14 @@ class Engine:
             embedded.append(self.runner.embed(prompt.token_ids, visual_tokens))
         return embedded
 
-    def _prefill(self, group: list[Sequence]) -> torch.Tensor | None:
-        """Prefill the next piece of the prompts of `group`, which all have the same length.
+    def _prefill(self, group: list[Sequence], size: int) -> torch.Tensor | None:
+        """Prefill the next `size` tokens of the prompts of `group`, which all have the same length.
 
         Returns:
             (rows, vocabulary): logits of the first tokens of the answers; None before the end.
         """
         start = group[0].num_cached
-        end = start + max(self.scheduler.max_prefill_tokens // len(group), 1)
+        end = start + max(size // len(group), 1)
         pieces = torch.stack([sequence.embeddings[start:end] for sequence in group])
         logits = self.runner.prefill(pieces, len(self.scheduler.decoding), start)
         self.num_prefilled_tokens += pieces.shape[0] * pieces.shape[1]
@@ -398,15 +419,15 @@ class Engine:
             sequence.embeddings = torch.empty(0)  # a slice would keep all of it
         return logits
 
-    def _prefill_shared(self, shared: SharedPrompt) -> torch.Tensor | None:
-        """Prefill the next piece of a prompt that is shared, if there is one.
+    def _prefill_shared(self, shared: SharedPrompt, size: int) -> torch.Tensor | None:
+        """Prefill the next `size` tokens of a prompt that is shared, if there are some.
 
         Returns:
             (vocabulary,): logits of the first token of each answer; None before the end.
         """
         if not shared.is_prefilled:
             start = shared.num_cached
-            piece = shared.embeddings[start : start + self.scheduler.max_prefill_tokens]
+            piece = shared.embeddings[start : start + size]
             logits = self.runner.prefill(piece[None], 0, start, shared.held)
             self.num_prefilled_tokens += len(piece)
             shared.num_cached += len(piece)

@@ -26,8 +26,14 @@ class ImageFeatures:
         """Images so far whose tokens were found, and images that were encoded."""
         self.kept: OrderedDict[bytes, torch.Tensor] = OrderedDict()
 
-    def __call__(self, images: Sequence[npt.NDArray[np.uint8]]) -> list[torch.Tensor]:
-        """The tokens of each image; unknown images are encoded together, once each."""
+    def __call__(
+        self, images: Sequence[npt.NDArray[np.uint8]], keep: bool = True
+    ) -> list[torch.Tensor]:
+        """The tokens of each image; unknown images are encoded together, once each.
+
+        Args:
+            keep: whether to keep the tokens of unknown images.
+        """
         keys = [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images]
         found = {key: self.kept[key] for key in keys if key in self.kept}
         new = {key: image for key, image in zip(keys, images, strict=True) if key not in found}
@@ -40,7 +46,8 @@ class ImageFeatures:
         self.num_misses += len(new)
         self.num_hits += len(keys) - len(new)
         for key in keys:
-            self._keep(key, found[key], is_new=key in new)
+            if keep or key not in new:
+                self._keep(key, found[key], is_new=key in new)
         return [found[key] for key in keys]
 
     def clear(self) -> None:

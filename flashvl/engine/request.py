@@ -80,6 +80,9 @@ class Request:
     """Amounts added to the logits of these tokens."""
     seed: int = 0
     """Random seed for sampling; other requests in the batch do not change the answer."""
+    priority: int = 0
+    """Class of the request: its prompt is read after those of all requests with a lower number.
+    Above 0, it is read in small pieces, between which requests of lower numbers go first."""
     stop: Sequence[str] = ()
     """Texts that end the answer, which does not include them. The first to be complete counts; of
     several completed by the same character, the longest."""

@@ -4,6 +4,7 @@ It knows lengths and rows, but no tensors.
 """
 
 import itertools
+import math
 from collections import Counter, deque
 
 from flashvl.engine.cache import KVCache
@@ -14,17 +15,29 @@ from flashvl.engine.sequence import Sequence
 class Scheduler:
     """First come, first served, except that equal prompts, or some of the same length, go together.
 
+    Only sequences of the same `priority` are admitted together, those of the lowest number first.
+
     The decoding sequences have the first rows of the cache, the prefilling ones the next. A prompt
     that several sequences wait with is held once for all of them, as long as one of them is here;
     those that come or are admitted later join.
     """
 
-    def __init__(self, cache: KVCache, max_prefill_tokens: int, shares_prompts: bool = True):
+    def __init__(
+        self,
+        cache: KVCache,
+        max_prefill_tokens: int,
+        shares_prompts: bool = True,
+        small_prefill_tokens: int = 128,
+    ):
         """
         Args:
+            max_prefill_tokens: prompt tokens in one step, at most.
             shares_prompts: whether sequences with the same prompt share it.
+            small_prefill_tokens: prompt tokens in one step, at most, of sequences whose `priority`
+                is above 0.
         """
         self.cache, self.max_prefill_tokens = cache, max_prefill_tokens
+        self.small_prefill_tokens = min(small_prefill_tokens, max_prefill_tokens)
         self.shares_prompts = shares_prompts
         self.waiting: deque[Sequence] = deque()
         self.decoding: list[Sequence] = []
@@ -46,21 +59,49 @@ class Scheduler:
 
         They are the first sequence that waits and others with the same prompt, which share it. If
         there are none, they are others with prompts of the same length that fit the rows: as many
-        as there are rows, and at most `max_prefill_tokens` together.
+        as there are rows, and at most `prefill_tokens` together. If those that are being prefilled
+        have a higher `priority`, they are set aside.
         """
-        if self.prefilling or not self.waiting or len(self.decoding) >= self.cache.max_rows:
+        if not self.waiting or len(self.decoding) >= self.cache.max_rows:
             return []
-        counts = Counter(sequence.prompt for sequence in self.waiting)
-        first = self.waiting[0]
+        priority = min(sequence.request.priority for sequence in self.waiting)
+        if self.prefilling:
+            if self.prefilling[0].request.priority <= priority:
+                return []
+            self._set_aside()
+        waiting = [each for each in self.waiting if each.request.priority == priority]
+        counts = Counter(sequence.prompt for sequence in waiting if not sequence.num_cached)
+        first = waiting[0]
         if self._can_share(first, counts):
-            admitted = self._admit_group(first)
+            admitted = self._admit_group(first, waiting)
         else:
-            admitted = self._admit_alike(first, counts)
+            admitted = self._admit_alike(first, waiting, counts)
         chosen = set(admitted)
         if chosen:
             self.waiting = deque(each for each in self.waiting if each not in chosen)
         self.prefilling = admitted
         return admitted
+
+    def prefill_tokens(self, sequence: Sequence) -> int:
+        """Prompt tokens in one step, at most, of sequences with the `priority` of this one."""
+        is_small = sequence.request.priority > 0
+        return self.small_prefill_tokens if is_small else self.max_prefill_tokens
+
+    @property
+    def is_decoding_first(self) -> bool:
+        """Whether a sequence decodes whose `priority` none that is to be prefilled precedes."""
+        to_prefill = itertools.chain(self.waiting, self.prefilling)
+        lowest = min((each.request.priority for each in to_prefill), default=math.inf)
+        return any(sequence.request.priority <= lowest for sequence in self.decoding)
+
+    def _set_aside(self) -> None:
+        """Let the sequences that are being prefilled wait, before others, with what is cached."""
+        for row, sequence in enumerate(self.prefilling, len(self.decoding)):
+            sequence.shared = None
+            if sequence.num_cached:
+                sequence.set_aside = self.cache.copy_row(row, sequence.num_cached)
+        self.waiting.extendleft(reversed(self.prefilling))
+        self.prefilling = []
 
     def _can_share(self, sequence: Sequence, counts: Counter[Prompt]) -> bool:
         """Whether a sequence that waits shares its prompt with others, running or waiting.
@@ -68,14 +109,16 @@ class Scheduler:
         A new copy of a prompt must leave room for two rows, which alone would hold it twice.
         """
         prompt, cache = sequence.prompt, self.cache
+        if sequence.num_cached:
+            return False  # it was set aside with a part of a prompt of its own
         if prompt.shared is not None:
             return True
         length = sequence.request.max_new_tokens
         is_group = self.shares_prompts and counts[prompt] > 1
         return is_group and cache.can_hold(len(prompt), length, 2)
 
-    def _admit_group(self, first: Sequence) -> list[Sequence]:
-        """The sequences with the prompt of `first` for which there are rows, shared by them."""
+    def _admit_group(self, first: Sequence, waiting: list[Sequence]) -> list[Sequence]:
+        """Those of `waiting` that share the prompt of `first`, as many as there are rows for."""
         prompt, length = first.prompt, first.request.max_new_tokens
         is_new = prompt.shared is None
         free = self._find_rows(length, len(prompt) if is_new else 0, keep=prompt)
@@ -90,8 +133,9 @@ class Scheduler:
         group = itertools.islice(
             (
                 sequence
-                for sequence in self.waiting
+                for sequence in waiting
                 if sequence.prompt is prompt
+                and not sequence.num_cached
                 and sequence.request.max_new_tokens <= self.cache.row_length
             ),
             free,
@@ -101,19 +145,26 @@ class Scheduler:
             sequence.shared = prompt.shared
         return admitted
 
-    def _admit_alike(self, first: Sequence, counts: Counter[Prompt]) -> list[Sequence]:
-        """`first` and others with prompts as long as its own, each for itself."""
+    def _admit_alike(
+        self, first: Sequence, waiting: list[Sequence], counts: Counter[Prompt]
+    ) -> list[Sequence]:
+        """`first` and others of `waiting` with prompts as long as its own, each for itself."""
         length = len(first.prompt)
         free = self._find_rows(first.max_length)
-        size = min(free, max(self.max_prefill_tokens // length, 1))
+        size = min(free, max(self.prefill_tokens(first) // length, 1))
         alike = (
             sequence
-            for sequence in self.waiting
-            if len(sequence.prompt) == length
+            for sequence in waiting
+            if (len(sequence.prompt), sequence.num_cached) == (length, first.num_cached)
             and sequence.max_length <= self.cache.row_length
             and (sequence is first or not self._can_share(sequence, counts))
         )
-        return list(itertools.islice(alike, size))
+        admitted = list(itertools.islice(alike, size))
+        for row, sequence in enumerate(admitted, len(self.decoding)):
+            if sequence.set_aside is not None:
+                self.cache.fill_row(row, sequence.set_aside)
+                sequence.set_aside = None
+        return admitted
 
     def _find_rows(self, length: int, prompt_tokens: int = 0, keep: Prompt | None = None) -> int:
         """`_free_rows`, for which shared prompts that only waiting sequences need are dropped."""

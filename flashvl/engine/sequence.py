@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from flashvl.engine.cache import CopiedRow
 from flashvl.engine.grammars import Grammar
 from flashvl.engine.prompts import Prompt, SharedPrompt
 from flashvl.engine.request import Completion, FinishReason, Request, Timing, TokenLogprobs
@@ -30,6 +31,8 @@ class Sequence:
     """The prompt in the cache that the answer goes on from; None: its row holds the prompt too."""
     embeddings: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     """Embeddings of a prompt of its own, kept from its admission until it is in the cache."""
+    set_aside: CopiedRow | None = None
+    """The part of a prompt of its own that was in the cache when others went first."""
     token_ids: list[int] = field(default_factory=list)
     """Tokens of the answer, with any end tokens that `ignore_eos` passes over."""
     logprobs: list[TokenLogprobs] = field(default_factory=list)

@@ -29,6 +29,8 @@ REPORT_S = 2.0
 """Seconds between two reports of the gauges."""
 OFFLINE_SHARE = 0.75
 """Share of the slots that rows of jobs may take, so that an online request finds one free."""
+OFFLINE_PRIORITY = 1
+"""`priority` of the rows of jobs; that of online requests is 0."""
 RETRY_AFTER_S = 1.0
 """Least seconds after which a client is told to try again; more where answers take longer."""
 FULL_S = 1.0
@@ -83,6 +85,8 @@ class EngineReplica(RemoteEngine):
         engine.generate([_health_request()])  # a replica that cannot answer never gets ready
         self.engine = AsyncEngine(engine)
         self.num_admitted = self.num_offline = 0
+        # Rows wait here: sent again and again, they would take the time of the event loop.
+        self._offline_places = asyncio.Semaphore(int(OFFLINE_SHARE * config.max_num_seqs) or 1)
         self._seconds_per_answer = 0.0
         self._steps_when_checked = -1
         self._reporting: asyncio.Task[None] | None = None
@@ -156,14 +160,14 @@ class EngineReplica(RemoteEngine):
             DataError: the request cannot be answered.
         """
         self._report_from_now_on()
-        is_full = self.num_offline >= OFFLINE_SHARE * self.config.max_num_seqs
-        if is_full or self.engine.stats().num_waiting:
+        if self.num_admitted + self.num_offline >= self.config.max_num_seqs:
             return None
-        self.num_offline += 1
-        try:
-            completion = await self.engine.generate(request)
-        finally:
-            self.num_offline -= 1
+        async with self._offline_places:
+            self.num_offline += 1
+            try:
+                completion = await self.engine.generate(replace(request, priority=OFFLINE_PRIORITY))
+            finally:
+                self.num_offline -= 1
         self.metrics.count(completion)
         return completion
 
