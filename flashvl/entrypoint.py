@@ -32,6 +32,8 @@ ENVIRONMENT = {
 """Environment variables of this process and of the workers that a local Ray starts."""
 EXTRAS = ("ray", "serve", "train", "bench", "heif")
 """Extras of flashvl's package, ordered by how much they install."""
+YIELD = "flashvl.batch.yielding.yield_cores"
+"""Function that the workers of a job call first that shares its machines with a service."""
 MIN_BAR, MAX_BAR = 10, 40
 """Columns that a progress bar takes, at least and at most."""
 PROGRESS_LINE_S = 10.0
@@ -94,7 +96,11 @@ def extra_that_brings(module: str) -> str | None:
 
 
 def start_ray(
-    num_cpus: int | None = None, *, include_dashboard: bool = False, log_to_driver: bool = False
+    num_cpus: int | None = None,
+    *,
+    include_dashboard: bool = False,
+    log_to_driver: bool = False,
+    is_beside_service: bool = False,
 ) -> None:
     """Connect to the cluster at `RAY_ADDRESS`, as in a submitted job, or else start a local Ray.
 
@@ -102,6 +108,8 @@ def start_ray(
         num_cpus: logical CPUs of a local Ray; by default the machine's, at least `MIN_CPUS`.
         include_dashboard: start a local Ray with its dashboard, which takes seconds.
         log_to_driver: show the output of workers.
+        is_beside_service: let this job's workers take only cores that an online service on the
+            cluster does not want, from before they import anything heavy.
 
     Raises:
         ConfigError: no cluster answers at `RAY_ADDRESS`.
@@ -122,7 +130,11 @@ def start_ray(
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
     if address:
         try:
-            ray.init(logging_level=logging.WARNING, log_to_driver=log_to_driver)
+            ray.init(
+                logging_level=logging.WARNING,
+                log_to_driver=log_to_driver,
+                runtime_env={"worker_process_setup_hook": YIELD} if is_beside_service else None,
+            )
         except ConnectionError:
             raise ConfigError(
                 f"no Ray cluster answers at RAY_ADDRESS={address}; "

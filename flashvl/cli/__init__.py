@@ -119,7 +119,7 @@ def caption(
             return
         summary = plan.finished_summary()
         if summary is None:
-            start_ray()
+            start_ray(is_beside_service=job.via_serve is not None)
             with show_progress("captioning") as on_progress:
                 summary = run_plan(plan, on_progress)
         if as_json:

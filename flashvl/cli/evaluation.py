@@ -55,7 +55,7 @@ def run(
         job = job.model_copy(update={"model": str(prepare_model(job.model))})
         plan = check_evaluation(job)
         if not plan.is_answered():
-            start_ray()
+            start_ray(is_beside_service=job.via_serve is not None)
             with show_progress("answering") as on_progress:
                 answer_questions(plan, on_progress)
         with show_progress("marking") as on_progress:
