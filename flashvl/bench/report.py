@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # to print one benchmark's result takes no library of another
     from flashvl.bench.machine import Machine
     from flashvl.bench.serve import Overload, ServiceSpeeds, Speed
     from flashvl.bench.throughput import Throughput
+    from flashvl.bench.together import Company
     from flashvl.bench.train import TrainSpeed
 
 
@@ -121,6 +122,23 @@ def _describe_overload(overload: "Overload") -> str:
         f"TTFT of the answered: p50 {overload.ttft_p50_ms:.0f} ms, p99"
         f" {overload.ttft_p99_ms:.0f} ms, bound {overload.ttft_bound_ms:.0f} ms;"
         f" memory {overload.memory_start_mb:.0f} -> {overload.memory_end_mb:.0f} MB"
+    )
+
+
+def describe_together(found: "Company", rounds: int) -> str:
+    """The times to the first token and the job's rows a second, each alone and with the other."""
+    header = ("", "alone", "together", "together / alone")
+    rows = [
+        (name, f"{alone:.1f}", f"{together:.1f}", f"{together / alone:.2f}x")
+        for name, alone, together in (
+            ("TTFT p50, ms", found.ttft_p50_alone_ms, found.ttft_p50_together_ms),
+            ("TTFT p99, ms", found.ttft_p99_alone_ms, found.ttft_p99_together_ms),
+            ("rows/s of the job", found.rows_per_s_alone, found.rows_per_s_together),
+        )
+    ]
+    return (
+        f"{found.requests} requests alone and {found.requests} beside the job, {found.rate:g} a"
+        f" second, {rounds} rounds; {found.failed} failed\n{_table(header, rows)}"
     )
 
 

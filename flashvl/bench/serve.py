@@ -97,7 +97,7 @@ class ServiceSpeeds:
 
 
 @dataclass(slots=True)
-class _Answer:
+class TimedAnswer:
     """When a request was made and when each piece of its answer came, by `perf_counter`."""
 
     asked_s: float
@@ -118,7 +118,7 @@ class _Answer:
         return sum(piece_s <= end_s for piece_s in self.pieces_s) / len(self.pieces_s)
 
 
-Way = Callable[[bytes], Awaitable[_Answer]]
+Way = Callable[[bytes], Awaitable[TimedAnswer]]
 """Has a JPEG answered, by the engine or by the service."""
 
 
@@ -205,14 +205,14 @@ def compare_with_engine(
     """
     engine = Engine.from_pretrained(config.model, config.dtype, max_num_seqs=config.max_num_seqs)
     runs: dict[tuple[str, int], list[Speed]] = {}
-    photos = _photos()
+    photos = draw_photos()
     plan = list(itertools.product(range(rounds), widths, WAYS))
 
     async def run(async_engine: AsyncEngine) -> None:
         async with aiohttp.ClientSession() as session:
             ways: dict[str, Way] = {
                 "engine": lambda jpeg: _ask_engine(async_engine, jpeg, tokens),
-                "service": lambda jpeg: _ask_service(session, url, config, jpeg, tokens),
+                "service": lambda jpeg: ask_service(session, url, config, jpeg, tokens),
             }
             for way in ways.values():
                 await _closed_loop(way, photos, 1, 2)
@@ -250,19 +250,19 @@ async def measure_overload(
     """
     # Few pictures, drawn before the load, as drawing them would take the service's cores. The
     # engine has seen all of them before its capacity is measured, and again before the load.
-    photos = itertools.cycle(list(itertools.islice(_photos(), 2 * config.max_num_seqs)))
+    photos = itertools.cycle(list(itertools.islice(draw_photos(), 2 * config.max_num_seqs)))
     rng = random.Random(0)
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector) as session:
 
-        def way(jpeg: bytes) -> Awaitable[_Answer]:
-            return _ask_service(session, url, config, jpeg, tokens)
+        def way(jpeg: bytes) -> Awaitable[TimedAnswer]:
+            return ask_service(session, url, config, jpeg, tokens)
 
         slots = config.max_num_seqs
         await _closed_loop(way, photos, slots, 2)
         answers, took_s = await _closed_loop(way, photos, slots, requests)
         capacity = len(answers) / took_s
-        tasks: list[asyncio.Task[_Answer]] = []
+        tasks: list[asyncio.Task[TimedAnswer]] = []
         memory: list[float] = []
         began_s = time.perf_counter()
         next_s = report_s = began_s
@@ -272,7 +272,7 @@ async def measure_overload(
                 on_progress(round(now_s - began_s), round(seconds), "overload")
                 report_s += max(REPORT_S, seconds / 100)
             if now_s >= next_s:
-                tasks.append(asyncio.create_task(_forgiving(way(next(photos)))))
+                tasks.append(asyncio.create_task(forgive(way(next(photos)))))
                 next_s += rng.expovariate(times * capacity)
             await asyncio.sleep(max(0.0, next_s - time.perf_counter()))
         ended_s = time.perf_counter()
@@ -295,7 +295,7 @@ async def measure_overload(
     )
 
 
-def _photos() -> Iterator[bytes]:
+def draw_photos() -> Iterator[bytes]:
     """JPEGs that no engine has seen."""
     first = random.randrange(2**30)
     return (make_photo(first + number) for number in itertools.count())
@@ -303,20 +303,20 @@ def _photos() -> Iterator[bytes]:
 
 async def _closed_loop(
     way: Way, photos: Iterator[bytes], width: int, requests: int
-) -> tuple[list[_Answer], float]:
+) -> tuple[list[TimedAnswer], float]:
     """Let `width` clients make `requests` each; returns the answers and the seconds they took."""
     jpegs = [[next(photos) for _ in range(requests)] for _ in range(width)]
     began_s = time.perf_counter()
 
-    async def client(own: list[bytes]) -> list[_Answer]:
+    async def client(own: list[bytes]) -> list[TimedAnswer]:
         return [await way(jpeg) for jpeg in own]
 
     answers = await asyncio.gather(*map(client, jpegs))
     return list(itertools.chain.from_iterable(answers)), time.perf_counter() - began_s
 
 
-async def _ask_engine(engine: AsyncEngine, jpeg: bytes, tokens: int) -> _Answer:
-    answer = _Answer(time.perf_counter(), [])
+async def _ask_engine(engine: AsyncEngine, jpeg: bytes, tokens: int) -> TimedAnswer:
+    answer = TimedAnswer(time.perf_counter(), [])
     tiles = await asyncio.to_thread(decode_tiles, [jpeg], engine.processor)
     request = Request(
         messages=ask_about_image(DEFAULT_PROMPT),
@@ -329,10 +329,11 @@ async def _ask_engine(engine: AsyncEngine, jpeg: bytes, tokens: int) -> _Answer:
     return answer
 
 
-async def _ask_service(
+async def ask_service(
     session: aiohttp.ClientSession, url: str, config: ServiceConfig, jpeg: bytes, tokens: int
-) -> _Answer:
-    answer = _Answer(time.perf_counter(), [])
+) -> TimedAnswer:
+    """Have the service at `url` answer with `tokens` tokens, and time each piece."""
+    answer = TimedAnswer(time.perf_counter(), [])
     image = f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
     body: dict[str, Any] = {
         "model": model_id(config.model),
@@ -371,12 +372,12 @@ async def _chunks(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, A
             yield json.loads(line.removeprefix(b"data: "))
 
 
-async def _forgiving(asked: Awaitable[_Answer]) -> _Answer:
+async def forgive(asked: Awaitable[TimedAnswer]) -> TimedAnswer:
     """The answer, or one with status 0 where the connection failed."""
     try:
         return await asked
     except (aiohttp.ClientError, OSError):
-        return _Answer(0.0, [], status=0)
+        return TimedAnswer(0.0, [], status=0)
 
 
 def _median(runs: list[Speed]) -> Speed:

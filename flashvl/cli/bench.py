@@ -37,6 +37,12 @@ RoundsOption = Annotated[
         help="Times that each contender is measured, in turn with the others.",
     ),
 ]
+PortOption = Annotated[
+    int,
+    typer.Option(
+        metavar="INTEGER", help="Port of the service while it is measured; 0: any free one."
+    ),
+]
 PlotOption = Annotated[
     Path | None, typer.Option("--plot", metavar="FILE", help="Draw the figures into this PNG file.")
 ]
@@ -275,12 +281,7 @@ def serve(
     seconds: Annotated[
         float, typer.Option(metavar="NUMBER", help="Seconds of overload; 0 leaves it out.")
     ] = 120.0,
-    port: Annotated[
-        int,
-        typer.Option(
-            metavar="INTEGER", help="Port of the service while it is measured; 0: any free one."
-        ),
-    ] = 8765,
+    port: PortOption = 8765,
     json_file: JsonOption = None,
 ) -> None:
     """Measure the service beside its own engine.
@@ -317,6 +318,71 @@ def serve(
                 )
         _write(json_file, asdict(found))
         print(describe_service(found))
+
+
+@bench_app.command()
+def together(
+    model: ModelOption = "tiny",
+    preset: PresetOption = None,
+    random_weights: RandomOption = False,
+    tokens: TokensOption = 16,
+    requests: Annotated[
+        int,
+        typer.Option(
+            metavar="INTEGER", min=100, help="Requests alone, and as many beside the job, in all."
+        ),
+    ] = 320,
+    rounds: Annotated[
+        int,
+        typer.Option(
+            metavar="INTEGER",
+            min=1,
+            help="Times that the requests, the job, and both are measured in turn.",
+        ),
+    ] = 4,
+    rate: Annotated[
+        float, typer.Option(metavar="NUMBER", min=0.001, help="Requests a second.")
+    ] = 4.0,
+    slots: Annotated[
+        int,
+        typer.Option(metavar="INTEGER", min=2, help="Requests that the service answers at once."),
+    ] = 64,
+    port: PortOption = 8765,
+    json_file: JsonOption = None,
+) -> None:
+    """Measure online requests beside an offline job on one service.
+
+    Requests come at random times, alone and beside a captioning job with --via-serve that always
+    has more rows. The figures are the times to the first token, and the rows a second of the job.
+
+    Example: flashvl bench together
+    """
+    with report_errors():
+        _check_writable(json_file)
+        from flashvl.bench.report import describe_together
+        from flashvl.bench.serve import HOST, served_model
+        from flashvl.bench.together import measure_together
+        from flashvl.model.parts.prepare import prepare_model
+        from flashvl.serve.listening import reserved_port
+
+        with (
+            reserved_port(HOST, port, is_held=not os.environ.get("RAY_ADDRESS")) as port,
+            served_model(str(prepare_model(model)), preset, random_weights) as served,
+        ):
+            start_ray()
+            with show_progress("measuring") as on_progress:
+                found = measure_together(
+                    served,
+                    port,
+                    slots=slots,
+                    tokens=tokens,
+                    num_requests=requests,
+                    rounds=rounds,
+                    rate=rate,
+                    on_progress=on_progress,
+                )
+        _write(json_file, asdict(found))
+        print(describe_together(found, rounds))
 
 
 @bench_app.command()

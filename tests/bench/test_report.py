@@ -2,8 +2,14 @@
 
 from flashvl.bench.caption import CaptionSpeed
 from flashvl.bench.images import ImageSpeed
-from flashvl.bench.report import describe_captioning, describe_images, describe_service
+from flashvl.bench.report import (
+    describe_captioning,
+    describe_images,
+    describe_service,
+    describe_together,
+)
 from flashvl.bench.serve import Overload, ServiceSpeeds, Speed
+from flashvl.bench.together import Company
 
 
 def test_images() -> None:
@@ -76,3 +82,25 @@ def test_the_service_beside_its_engine_and_under_overload() -> None:
     text = describe_service(ServiceSpeeds(speeds=speeds, overload=overload))
     assert "9.0 answered/s (0.90 of capacity), 300 refused, 0 failed" in text
     assert text.endswith("bound 2400 ms; memory 500 -> 510 MB")
+
+
+def test_requests_beside_a_job() -> None:
+    found = Company(
+        requests=320,
+        rate=4.0,
+        failed=1,
+        ttft_p50_alone_ms=40.0,
+        ttft_p99_alone_ms=80.0,
+        ttft_p50_together_ms=50.0,
+        ttft_p99_together_ms=100.0,
+        p99_ratio=1.25,
+        rows_per_s_alone=60.0,
+        rows_per_s_together=45.0,
+    )
+    head, *table = describe_together(found, 4).splitlines()
+    assert head == "320 requests alone and 320 beside the job, 4 a second, 4 rounds; 1 failed"
+    assert [row.split()[-3:] for row in table[1:]] == [
+        ["40.0", "50.0", "1.25x"],
+        ["80.0", "100.0", "1.25x"],
+        ["60.0", "45.0", "0.75x"],
+    ]
