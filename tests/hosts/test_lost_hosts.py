@@ -24,8 +24,8 @@ from tests.support.jobs import captions_of
 from tests.support.rehearsal import PROGRAMS, Fleet, read_environment
 from tests.support.stages import assert_every_row_once
 
-NUM_ROWS, NUM_PICTURES = 4000, 20
-NUM_STEPS, BATCH_SIZE = 120, 8
+NUM_ROWS, NUM_PICTURES = 20_000, 20
+NUM_STEPS, BATCH_SIZE = 700, 8
 NUM_CPUS = 5
 MAX_NEW_TOKENS = 32
 RECIPE = {
@@ -70,7 +70,7 @@ def test_jobs_survive_the_loss_of_hosts(network: Network, tmp_path: Path) -> Non
         *("--output", str(tmp_path / "out"), "--dtype", "float32"),
         *("--max-new-tokens", str(MAX_NEW_TOKENS)),
     )
-    wait_until(lambda: any((tmp_path / "out").glob("captions/*.parquet")), 240)
+    wait_until(lambda: "captioning: " in fleet.log("caption"), 240)
 
     drivers = {fleet.job(name)["driver_info"]["node_ip_address"] for name in ("train", "caption")}
     lost, other = [host for host in hosts if host.address not in drivers][:2]
@@ -78,11 +78,13 @@ def test_jobs_survive_the_loss_of_hosts(network: Network, tmp_path: Path) -> Non
     assert other.address in fleet.addresses()
     wait_for_checkpoint(stage)
 
+    assert fleet.job("caption")["status"] == fleet.job("train")["status"] == "RUNNING"
     lost.lose()
     fleet.add_worker(num_cpus=NUM_CPUS)  # a platform replaces what it has lost
     wait_until(lambda: lost.address not in fleet.addresses(), 60)
     wait_for_checkpoint(stage)
 
+    assert fleet.job("train")["status"] == "RUNNING"
     cut_off(other, 40)
     assert other.address not in fleet.addresses()
     fleet.wait_for(other)

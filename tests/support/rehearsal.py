@@ -111,6 +111,11 @@ class Fleet:
         told: dict[str, Any] = self.get(f"/api/jobs/{name}")
         return told
 
+    def log(self, name: str) -> str:
+        """What a job has printed so far."""
+        told: str = self.get(f"/api/jobs/{name}/logs")["logs"]
+        return told
+
     def wait_for_job(self, name: str, seconds: float) -> None:
         """Wait until the job has succeeded."""
 
@@ -118,8 +123,7 @@ class Fleet:
             return self.job(name)["status"] in ("SUCCEEDED", "FAILED", "STOPPED")
 
         wait_until(has_ended, seconds)
-        log = self.get(f"/api/jobs/{name}/logs")["logs"]
-        assert self.job(name)["status"] == "SUCCEEDED", log[-5000:]
+        assert self.job(name)["status"] == "SUCCEEDED", self.log(name)[-5000:]
 
     def deploy(self, config: Mapping[str, Any]) -> None:
         """Deploy a file as those in `serve_configs/`, and wait until it runs as it says."""
