@@ -1,4 +1,4 @@
-"""While a new version of a model is rolled out, an ingress and an engine may be of different ones."""
+"""While a new version of a model is rolled out, an ingress may speak to an engine of another one."""
 
 import asyncio
 from typing import Any
