@@ -1,4 +1,4 @@
-"""While a new version of a model is rolled out, an ingress may speak to an engine of another one."""
+"""While a new version of a model is rolled out, an ingress may ask an engine of another version."""
 
 import asyncio
 from typing import Any
