@@ -109,12 +109,15 @@ def start_ray(
         include_dashboard: start a local Ray with its dashboard, which takes seconds.
         log_to_driver: show the output of workers.
         is_beside_service: let this job's workers take only cores that an online service on the
-            cluster does not want, from before they import anything heavy.
+            cluster does not want, from before they import anything heavy, and this process few.
 
     Raises:
         ConfigError: no cluster answers at `RAY_ADDRESS`.
     """
     address = os.environ.get("RAY_ADDRESS")
+    if is_beside_service:
+        # Less than Ray's workers have, which is 15. It still gets some time: it holds the lock.
+        os.setpriority(os.PRIO_PROCESS, 0, 19)
     if not address:
         # Ray's C++ part prints messages that only its developers need.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
