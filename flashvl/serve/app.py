@@ -5,6 +5,7 @@ replaces or removes a replica, it lets its requests end within `graceful_shutdow
 `serve shutdown` ends Serve's proxies at once, and all requests under way with them.
 """
 
+import gc
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -42,7 +43,9 @@ class Ingress:
         self.engines = Engines(engines, config.request_timeout_s, self.traffic)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return make_api(self.config, self.engines)
+        api = make_api(self.config, self.engines)
+        gc.freeze()  # for the same reason as in `EngineReplica`
+        return api
 
     async def drain(self, grace_s: float) -> None:
         """Take no more requests, and wait for those under way, as `Traffic.drain` says."""

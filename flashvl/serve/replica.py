@@ -6,6 +6,7 @@ Serve's own bound would count those of each caller alone.
 
 import asyncio
 import contextlib
+import gc
 import math
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -83,6 +84,9 @@ class EngineReplica(RemoteEngine):
             config.model, config.dtype, max_num_seqs=config.max_num_seqs
         )
         engine.generate([_health_request()])  # a replica that cannot answer never gets ready
+        # Python's collector would go through half a million imported objects again and again, and
+        # stop all answers for a quarter of a second.
+        gc.freeze()
         self.engine = AsyncEngine(engine)
         self.num_admitted = self.num_offline = 0
         # Rows wait here: sent again and again, they would take the time of the event loop.
