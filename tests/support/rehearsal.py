@@ -69,17 +69,17 @@ class Fleet:
         host.start_unit(SYSTEMD / "ray-worker.service", environment, PROGRAMS)
         return host
 
-    def get(self, path: str) -> Any:
+    def get(self, path: str, timeout_s: float = 60.0) -> Any:
         """What the dashboard answers to a request with the token."""
         headers = {"Authorization": f"Bearer {self.environment['RAY_AUTH_TOKEN']}"}
-        answer = requests.get(f"{self.dashboard}{path}", headers=headers, timeout=3)
+        answer = requests.get(f"{self.dashboard}{path}", headers=headers, timeout=timeout_s)
         answer.raise_for_status()
         return answer.json()
 
     def addresses(self) -> set[str]:
         """The addresses of the hosts that the head counts as alive; none while there is no head."""
         try:
-            told = self.get("/nodes?view=summary")["data"]["summary"]
+            told = self.get("/nodes?view=summary", timeout_s=5)["data"]["summary"]
         except requests.RequestException:
             return set()
         return {node["ip"] for node in told if node["raylet"].get("state") == "ALIVE"}
@@ -136,7 +136,7 @@ class Fleet:
     def service(self) -> dict[str, Any]:
         """Serve's own description of the application; its status is "" while there is no head."""
         try:
-            applications = self.get("/api/serve/applications/")["applications"]
+            applications = self.get("/api/serve/applications/", timeout_s=5)["applications"]
         except requests.RequestException:
             return {"status": ""}
         found: dict[str, Any] = applications.get("flashvl", {"status": ""})
