@@ -29,7 +29,7 @@ help: ## Show this list
 demo: $(STAMP) ## Caption 200 images with the embedded model; write out/report.html
 	@$(RUN) $(BIN)/flashvl demo --output $(OUT) $(ARGS)
 
-test: $(STAMP) ## Run the tests (up to 20 minutes on two CPU cores)
+test: $(STAMP) ## Run the tests (half an hour on two CPU cores)
 	@$(RUN) $(TEST_ENV) $(BIN)/python -m pytest $(ARGS)
 
 test-fast: $(STAMP) ## Run the tests that neither start Ray nor train (90 seconds)
