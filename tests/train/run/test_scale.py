@@ -196,6 +196,9 @@ def test_five_workers_on_several_nodes_train_as_one(
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
+@pytest.mark.skipif(
+    psutil.virtual_memory().total < 28 * 2**30, reason="forty workers need more memory"
+)
 def test_forty_workers_train_as_one_and_another_number_goes_on(
     cluster: Cluster, tiny_random: Path, tmp_path: Path
 ) -> None:
