@@ -1,7 +1,8 @@
 """`flashvl bench`: speed, beside that of peers and the machine's own limits."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -295,29 +296,42 @@ def serve(
     with report_errors():
         _check_writable(json_file)
         from flashvl.bench.report import describe_service
-        from flashvl.bench.serve import HOST, measure_service, served_model
-        from flashvl.model.parts.prepare import prepare_model
-        from flashvl.serve.listening import reserved_port
+        from flashvl.bench.serve import measure_service
 
         with (
-            reserved_port(HOST, port, is_held=not os.environ.get("RAY_ADDRESS")) as port,
-            served_model(str(prepare_model(model)), preset, random_weights) as served,
+            _model_to_serve(model, preset, random_weights, port) as (served, port),
+            show_progress("measuring") as on_progress,
         ):
-            start_ray()
-            with show_progress("measuring") as on_progress:
-                found = measure_service(
-                    served,
-                    port,
-                    slots=slots,
-                    tokens=tokens,
-                    requests=requests,
-                    rounds=rounds,
-                    times=times,
-                    seconds=seconds,
-                    on_progress=on_progress,
-                )
+            found = measure_service(
+                served,
+                port,
+                slots=slots,
+                tokens=tokens,
+                requests=requests,
+                rounds=rounds,
+                times=times,
+                seconds=seconds,
+                on_progress=on_progress,
+            )
         _write(json_file, asdict(found))
         print(describe_service(found))
+
+
+@contextmanager
+def _model_to_serve(
+    model: str, preset: str | None, random_weights: bool, port: int
+) -> Iterator[tuple[str, int]]:
+    """The model and the port of a service that is to be measured; Ray is started for it."""
+    from flashvl.bench.serve import HOST, served_model
+    from flashvl.model.parts.prepare import prepare_model
+    from flashvl.serve.listening import reserved_port
+
+    with (
+        reserved_port(HOST, port, is_held=not os.environ.get("RAY_ADDRESS")) as reserved,
+        served_model(str(prepare_model(model)), preset, random_weights) as served,
+    ):
+        start_ray()
+        yield served, reserved
 
 
 @bench_app.command()
@@ -360,27 +374,22 @@ def together(
     with report_errors():
         _check_writable(json_file)
         from flashvl.bench.report import describe_together
-        from flashvl.bench.serve import HOST, served_model
         from flashvl.bench.together import measure_together
-        from flashvl.model.parts.prepare import prepare_model
-        from flashvl.serve.listening import reserved_port
 
         with (
-            reserved_port(HOST, port, is_held=not os.environ.get("RAY_ADDRESS")) as port,
-            served_model(str(prepare_model(model)), preset, random_weights) as served,
+            _model_to_serve(model, preset, random_weights, port) as (served, port),
+            show_progress("measuring") as on_progress,
         ):
-            start_ray()
-            with show_progress("measuring") as on_progress:
-                found = measure_together(
-                    served,
-                    port,
-                    slots=slots,
-                    tokens=tokens,
-                    num_requests=requests,
-                    rounds=rounds,
-                    rate=rate,
-                    on_progress=on_progress,
-                )
+            found = measure_together(
+                served,
+                port,
+                slots=slots,
+                tokens=tokens,
+                num_requests=requests,
+                rounds=rounds,
+                rate=rate,
+                on_progress=on_progress,
+            )
         _write(json_file, asdict(found))
         print(describe_together(found, rounds))
 
