@@ -96,8 +96,8 @@ def test_jobs_survive_the_loss_of_hosts(network: Network, tmp_path: Path) -> Non
 
     assert_every_row_once(stage, NUM_STEPS, NUM_STEPS * BATCH_SIZE)
     alone = tmp_path / "alone"
-    train = [PROGRAMS / "flashvl", "train", recipe, f"output_dir={alone}", "num_workers=1"]
-    subprocess.run(train, check=True, timeout=600)
+    settings = [f"output_dir={alone}", "num_workers=1", "threads_per_worker=1"]
+    subprocess.run([PROGRAMS / "flashvl", "train", recipe, *settings], check=True, timeout=600)
     losses, truth = ([record["loss"] for record in read_log(each)] for each in (stage, alone))
     assert losses == pytest.approx(truth, abs=1e-4)
 
