@@ -124,6 +124,7 @@ class Feed:
             batch_format="pyarrow",
         ).repartition(target_num_rows_per_block=1, strict=True)
         shares.context.enable_progress_bars = False
+        shares.context.execution_options.preserve_order = True
         return shares
 
 

@@ -146,7 +146,9 @@ def _build_trainer(
     recipe = assignment.recipe
     datasets = {"train": assignment.feed.dataset(assignment.first_step, recipe.num_workers)}
     if assignment.eval_feed is not None:
-        datasets["eval"] = assignment.eval_feed.dataset(0, recipe.num_workers)
+        # Encoded before training, once: later no CPU may be free for it. Tasks of the training rows
+        # keep theirs while they wait for the workers, which in an evaluation wait for these rows.
+        datasets["eval"] = assignment.eval_feed.dataset(0, recipe.num_workers).materialize()
     return TorchTrainer(
         train_worker,
         train_loop_config={"assignment": assignment},

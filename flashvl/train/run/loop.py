@@ -262,6 +262,7 @@ class Loop:
         """Measure loss and figures on the held-out rows, on all ranks together."""
         if self.eval_feed is None:
             return
+        self.pulse.beat(self.step, "evaluation")
         device = self.engine.device
         total = torch.zeros(2, dtype=torch.float64, device=device)
         one = torch.ones((), device=device)
