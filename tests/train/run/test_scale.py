@@ -84,10 +84,10 @@ each step it prints the nodes of each placement group's bundles."""
 def cluster(starts_ray: None) -> Iterator[Cluster]:
     """Five nodes of eight GPUs, which exist in Ray's books alone."""
     with pytest.MonkeyPatch.context() as environment:
-        # Forty workers nearly fill 24 GB: no idle processes beside them, and none is killed early.
+        # Forty workers fill 24 GB: no idle processes beside them, and swap may hold what is unused.
         environment.setenv("RAY_prestart_worker_first_driver", "0")
         environment.setenv("RAY_enable_worker_prestart", "0")
-        environment.setenv("RAY_memory_usage_threshold", "0.98")
+        environment.setenv("RAY_memory_monitor_refresh_ms", "0")
         cluster = Cluster(initialize_head=True, head_node_args=NODE)
         for _ in range(NODES - 1):
             cluster.add_node(**NODE)
@@ -112,13 +112,15 @@ def run_on(cluster: Cluster, *command: str) -> str:
 def watch_memory(cluster: Cluster, run: "subprocess.Popen[bytes]") -> dict[int, int]:
     """The most memory of each training process, by its number, until the command has ended.
 
-    A page that several processes share counts for each by its part (proportional set size).
+    A page that several processes share counts for each by its part (proportional set size), and so
+    does one that is swapped out.
     """
     most: dict[int, int] = {}
     while run.poll() is None:
         for process in workers(cluster, "ray::RayTrainWorker"):
             with contextlib.suppress(psutil.Error):  # it ended meanwhile
-                size = process.memory_full_info().pss
+                memory = process.memory_full_info()
+                size = memory.pss + memory.swap
                 most[process.pid] = max(most.get(process.pid, 0), size)
         time.sleep(5)
     return most
@@ -197,7 +199,8 @@ def test_five_workers_on_several_nodes_train_as_one(
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.skipif(
-    psutil.virtual_memory().total < 28 * 2**30, reason="forty workers need more memory"
+    psutil.virtual_memory().total + psutil.swap_memory().total < 28 * 2**30,
+    reason="forty workers need 28 GiB of memory and swap",
 )
 def test_forty_workers_train_as_one_and_another_number_goes_on(
     cluster: Cluster, tiny_random: Path, tmp_path: Path
@@ -217,7 +220,7 @@ def test_forty_workers_train_as_one_and_another_number_goes_on(
         "MB of a worker": round(max(sizes.values()) / 1e6),
         "GB in all": round(sum(sizes.values()) / 1e9, 1),
         "seconds in all": round(time.monotonic() - began_s),
-        "seconds of the steps": round(read_log(forty)["seconds"], 1),
+        "seconds of the steps": round(read_log(forty)["totals"]["seconds"], 1),
     }
     print(json.dumps(figures))  # noqa: T201
     assert sum(sizes.values()) < 20e9, figures
