@@ -7,17 +7,22 @@ import asyncio
 import logging
 import random
 
+from grpc.aio import AioRpcError
 from ray import serve
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError
 from ray.serve.exceptions import ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus
 
 from flashvl.config import Dtype
 from flashvl.engine import Completion, Request
+from flashvl.engine.heartbeats import SILENCE_S, Heartbeat
 from flashvl.engine.remote import DEPLOYMENT, ServedModel
-from flashvl.errors import ConfigError, DataError
+from flashvl.errors import ConfigError
 from flashvl.model import FlashVLProcessor
+
+LOST = (RayActorError, ReplicaUnavailableError, AioRpcError)
+"""Exceptions that mean that a replica is gone."""
 
 SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 2.0
 """Bounds of the wait before a row is sent again that was turned away or whose replica was lost."""
@@ -27,7 +32,8 @@ class ServedEngine:
     """The engines of a Serve application; each row goes to whichever has room."""
 
     def __init__(self, application: str, processor: FlashVLProcessor):
-        self.handle, self.processor = _handle(application), processor
+        self.rows = served_engines(application).options(stream=True)
+        self.processor = processor
 
     async def complete(self, request: Request) -> Completion:
         """Answer `request`, however long online requests come first.
@@ -38,17 +44,29 @@ class ServedEngine:
         pause_s = SHORTEST_PAUSE_S
         while True:
             try:
-                completion = await self.handle.caption.remote(request)
+                completion = await self._ask(request)
                 if completion is not None:
                     return completion
-            except (RayActorError, ReplicaUnavailableError):
+            except (*LOST, TimeoutError):
                 pause_s = LONGEST_PAUSE_S
-            except RayTaskError as error:
-                if isinstance(error.cause, DataError):
-                    raise DataError(str(error.cause)) from None
-                raise
             await asyncio.sleep(random.uniform(0.5, 1.0) * pause_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+    async def _ask(self, request: Request) -> Completion | None:
+        """What one replica answers.
+
+        Raises:
+            TimeoutError: the replica does not even send heartbeats.
+        """
+        items = self.rows.caption.remote(request)
+        try:
+            while True:
+                async with asyncio.timeout(SILENCE_S):
+                    item = await anext(items, None)
+                if not isinstance(item, Heartbeat):
+                    return item
+        finally:
+            items.cancel()
 
     def occupancy(self) -> None:
         """None: how full the engines are is not known here."""
@@ -72,7 +90,7 @@ def check_service(application: str, model: str, dtype: Dtype) -> None:
             f"via_serve: application {application!r} {state} on this cluster; deploy it, or leave"
             " the option out"
         )
-    served: ServedModel = _handle(application).model.remote().result(timeout_s=60)
+    served: ServedModel = served_engines(application).model.remote().result(timeout_s=60)
     if served != ServedModel(model, dtype):
         raise ConfigError(
             f"via_serve: application {application!r} has another model or dtype ({served.dtype})"
@@ -80,5 +98,16 @@ def check_service(application: str, model: str, dtype: Dtype) -> None:
         )
 
 
-def _handle(application: str) -> DeploymentHandle:
-    return serve.get_deployment_handle(DEPLOYMENT, application)
+def served_engines(application: str) -> DeploymentHandle:
+    """The handle of a service's engines."""
+    return by_grpc(serve.get_deployment_handle(DEPLOYMENT, application))
+
+
+def by_grpc(handle: DeploymentHandle) -> DeploymentHandle:
+    """The handle whose calls go straight to a replica, by Serve's gRPC.
+
+    A call that goes through Ray blocks all that the replica does until its caller has taken the
+    answer: one caller that hangs would stop the service. And sending a token as a Ray object would
+    cost more than generating it.
+    """
+    return handle.options(_by_reference=False)

@@ -24,15 +24,14 @@ from pathlib import Path
 
 import aiohttp
 import ray
-from ray import serve
 
 from flashvl.batch.outputs import RESULTS
+from flashvl.batch.service import served_engines
 from flashvl.bench.contenders import make_photo
 from flashvl.bench.serve import HOST, TimedAnswer, ask_service, draw_photos
 from flashvl.config import DEFAULT_PROMPT
 from flashvl.data.ledger.tables import OutputTable
 from flashvl.data.storage import locate
-from flashvl.engine.remote import DEPLOYMENT
 from flashvl.errors import FlashVLError
 from flashvl.progress import ShowProgress, ignore_progress
 from flashvl.serve.config import ServiceConfig
@@ -182,7 +181,7 @@ class _Job:
 
     def wait_until_busy(self) -> None:
         """Wait until the engines have its rows, and for `SETTLE_S` more."""
-        engine = serve.get_deployment_handle(DEPLOYMENT, APPLICATION)
+        engine = served_engines(APPLICATION)
         deadline_s = time.monotonic() + START_S
         while not engine.load.remote().result()[0]:
             if self.process.poll() is not None or time.monotonic() > deadline_s:

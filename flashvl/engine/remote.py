@@ -4,9 +4,11 @@ The service implements these methods, and the jobs call them. This module knows 
 and no Ray.
 """
 
+from collections.abc import AsyncGenerator
 from typing import NamedTuple, Protocol
 
 from flashvl.config import Dtype
+from flashvl.engine.heartbeats import Heartbeat
 from flashvl.engine.request import Completion, Request
 
 DEPLOYMENT = "EngineReplica"
@@ -25,8 +27,10 @@ class ServedModel(NamedTuple):
 class RemoteEngine(Protocol):
     """The methods of a replica that jobs call through Serve's handle."""
 
-    async def caption(self, request: Request) -> Completion | None:
+    def caption(self, request: Request) -> AsyncGenerator[Completion | Heartbeat | None, None]:
         """Answer one row of a job; None, at once, where online requests need the room.
+
+        Heartbeats come before the answer while it takes long.
 
         Raises:
             DataError: the request cannot be answered.

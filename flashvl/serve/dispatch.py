@@ -4,17 +4,13 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 
-from grpc.aio import AioRpcError
-from ray.exceptions import RayActorError, TaskCancelledError
-from ray.serve.exceptions import (
-    BackPressureError,
-    DeploymentUnavailableError,
-    ReplicaUnavailableError,
-)
+from ray.exceptions import TaskCancelledError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from flashvl.batch.service import LOST, by_grpc
 from flashvl.engine import Delta
-from flashvl.serve.heartbeats import SILENCE_S, Heartbeat
+from flashvl.engine.heartbeats import SILENCE_S, Heartbeat
 from flashvl.serve.protocol import RequestError
 from flashvl.serve.replica import Refusal, ReplicaRequest
 from flashvl.serve.traffic import Traffic, stopping
@@ -34,10 +30,6 @@ class SilenceError(Exception):
     """A replica has sent nothing for `SILENCE_S`."""
 
 
-LOST = (RayActorError, ReplicaUnavailableError, AioRpcError, SilenceError)
-"""Exceptions that mean that a replica is gone."""
-
-
 def lost() -> RequestError:
     """The error for a client whose engine died."""
     return RequestError(503, "the engine was lost; send the request again", retry_after_s=1)
@@ -52,10 +44,9 @@ class Engines:
             timeout_s: seconds within which an answer must be complete.
             traffic: limits each wait while the service drains.
         """
-        # Straight to the replica by Serve's gRPC: sending a token as a Ray object would cost more
-        # than generating it.
-        self.streams = handle.options(stream=True, _by_reference=False)
-        self.handle, self.timeout_s, self.traffic = handle, timeout_s, traffic
+        self.handle = by_grpc(handle)
+        self.streams = self.handle.options(stream=True)
+        self.timeout_s, self.traffic = timeout_s, traffic
         self._refusal: RequestError | None = None
         self._full_until_s = 0.0
 
@@ -92,7 +83,7 @@ class Engines:
                             raise self._as_error(item)
                         yield item
                     return
-                except LOST:
+                except (*LOST, SilenceError):
                     if has_begun or attempt == ATTEMPTS - 1:
                         raise lost() from None
                 finally:
@@ -138,7 +129,7 @@ class Engines:
         try:
             async with asyncio.timeout(timeout_s):
                 return await self.handle.load.remote()
-        except (TimeoutError, RayActorError, ReplicaUnavailableError, DeploymentUnavailableError):
+        except (TimeoutError, *LOST, DeploymentUnavailableError):
             raise RequestError(503, "no engine is ready", retry_after_s=1) from None
 
     def _as_error(self, refusal: Refusal) -> RequestError:

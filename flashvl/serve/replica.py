@@ -19,11 +19,11 @@ from flashvl.batch.cores import share_cores
 from flashvl.config import DEFAULT_PROMPT
 from flashvl.data.features import Message, decode_tiles
 from flashvl.engine import AsyncEngine, Completion, Delta, Engine, Request
+from flashvl.engine.heartbeats import Heartbeat, with_heartbeats
 from flashvl.engine.remote import RemoteEngine, ServedModel
 from flashvl.errors import DataError
 from flashvl.model.loading import hash_folder, resolve_checkpoint
 from flashvl.serve.config import ServiceConfig
-from flashvl.serve.heartbeats import Heartbeat, with_heartbeats
 from flashvl.serve.metrics import EngineMetrics, refusals
 
 REPORT_S = 2.0
@@ -157,15 +157,23 @@ class EngineReplica(RemoteEngine):
         finally:
             self.num_admitted -= num_open
 
-    async def caption(self, request: Request) -> Completion | None:
+    async def caption(
+        self, request: Request
+    ) -> AsyncGenerator[Completion | Heartbeat | None, None]:
         """Answer one row of a job; None, at once, where online requests need the room.
 
         Raises:
             DataError: the request cannot be answered.
         """
         self._report_from_now_on()
+        async with contextlib.aclosing(with_heartbeats(self._caption(request))) as items:
+            async for item in items:
+                yield item
+
+    async def _caption(self, request: Request) -> AsyncGenerator[Completion | None, None]:
         if self.num_admitted + self.num_offline >= self.config.max_num_seqs:
-            return None
+            yield None
+            return
         async with self._offline_places:
             self.num_offline += 1
             try:
@@ -173,7 +181,7 @@ class EngineReplica(RemoteEngine):
             finally:
                 self.num_offline -= 1
         self.metrics.count(completion)
-        return completion
+        yield completion
 
     async def model(self) -> ServedModel:
         """The model that answers."""

@@ -15,7 +15,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from flashvl.serve.heartbeats import SILENCE_S
+from flashvl.engine.heartbeats import SILENCE_S
 from flashvl.serve.scaling import POLICY
 from tests.support.cluster import wait_until
 from tests.support.images import encode, noise

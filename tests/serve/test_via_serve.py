@@ -20,6 +20,30 @@ from tests.support.jobs import rows_of
 from tests.support.serving import ask
 
 NUM_ROWS = 120
+STUCK = """
+import asyncio, ctypes, os
+import ray
+from PIL import Image
+from flashvl.batch.service import ServedEngine
+from flashvl.config import DEFAULT_PROMPT
+from flashvl.data.features import ask_about_image
+from flashvl.engine import Request
+from flashvl.model.loading import load_processor
+
+async def main():
+    engine = ServedEngine("flashvl", load_processor("tiny"))
+    request = Request(
+        messages=ask_about_image(DEFAULT_PROMPT), images=[Image.new("RGB", (300, 200))]
+    )
+    rows = [asyncio.create_task(engine.complete(request)) for _ in range(32)]
+    await asyncio.wait(rows, return_when=asyncio.FIRST_COMPLETED)
+    print("stuck", flush=True)
+    ctypes.PyDLL(None).sleep(600)  # no other thread can run Python meanwhile
+
+ray.init(os.environ["RAY_ADDRESS"], log_to_driver=False)
+asyncio.run(main())
+"""
+"""A job with rows under way that takes no answer any more."""
 
 
 def caption(cluster: Cluster, *options: str) -> subprocess.Popen[str]:
@@ -89,3 +113,18 @@ def test_a_service_that_will_not_do_is_refused(
         told = job.communicate(timeout=120)[1]
         assert job.returncode == 2 and said in told, told
     assert not (tmp_path / "out" / "captions").exists()
+
+
+def test_a_job_that_hangs_does_not_hold_up_the_service(url: str, cluster: Cluster) -> None:
+    question = {"model": "tiny", "messages": ask("Describe the image.", encode(noise(1)))}
+    environment = os.environ | {"RAY_ADDRESS": cluster.address}
+    line = [sys.executable, "-c", STUCK]
+    with subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, text=True) as job:
+        try:
+            assert job.stdout is not None and job.stdout.readline() == "stuck\n"
+            for _ in range(5):
+                answer = requests.post(f"{url}/v1/chat/completions", json=question, timeout=20)
+                assert answer.status_code == 200, answer.text
+            assert job.poll() is None
+        finally:
+            job.kill()

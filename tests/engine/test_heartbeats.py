@@ -6,8 +6,8 @@ from collections.abc import AsyncGenerator
 
 import pytest
 
-from flashvl.serve import heartbeats
-from flashvl.serve.heartbeats import Heartbeat, with_heartbeats
+from flashvl.engine import heartbeats
+from flashvl.engine.heartbeats import Heartbeat, with_heartbeats
 
 BEAT_S = 0.02
 
