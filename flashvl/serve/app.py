@@ -74,19 +74,17 @@ def build_app(config: ServiceConfig) -> serve.Application:
             downscaling_factor=scaling.DOWNSCALING_FACTOR,
             policy=AutoscalingPolicy(policy_function=scaling.POLICY),
         )
-    largest_request = (
-        config.max_images * config.image_limits.max_image_bytes + config.max_body_bytes
-    )
     engines = serve.deployment(
         name=DEPLOYMENT,
         max_ongoing_requests=UNBOUNDED,
         ray_actor_options={
             "num_cpus": 1,
             "num_gpus": num_gpus,
-            # Serve's gRPC takes only 4 MiB by default; it reads this when the process starts.
+            # Serve's gRPC takes only 4 MiB by default; what callers send is bounded already. Serve
+            # reads this when the process starts.
             "runtime_env": {
                 "env_vars": {
-                    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(largest_request),
+                    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": "-1",  # any length
                     **engine_environment(num_gpus),
                 }
             },
