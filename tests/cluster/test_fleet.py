@@ -220,6 +220,7 @@ FAULTS = [
     ("systemd/ray-head.service", "--dashboard-host", "--dashbord-host"),
     ("systemd/ray-worker.service", "${FLASHVL_HEAD}", "${RAY_HEAD}"),
     ("systemd/ray-worker.service", "Restart=always", "Restart=on-success"),
+    ("systemd/ray.env", "RAY_SERVE_PROXY_USE_GRPC=1", "RAY_SERVE_PROXY_USE_GRPC=0"),
     # images
     ("docker/Dockerfile", "COPY ray_jobs ", "COPY ray_job "),
     ("docker/Dockerfile", "heif,ray,train", "heif,ray,training"),

@@ -13,6 +13,7 @@ from ray.dashboard.modules.job.cli import submit
 from ray.scripts.scripts import cli
 from ray.scripts.symmetric_run import curate_and_validate_ray_start_args
 
+from flashvl.entrypoint import ENVIRONMENT
 from tests.support.cluster import wait_until
 from tests.support.fleet.jobs import check_command
 
@@ -28,6 +29,7 @@ note ray "$@"
 case "$1 $2" in
     "symmetric-run --address")
         [[ -n ${RAY_DOES_NOT_START:-} ]] && exit 0
+        printenv >variables
         while [[ $1 != -- ]]; do shift; done
         shift
         "$@" ;;
@@ -58,8 +60,9 @@ class Allocation:
             "SLURM_CPUS_ON_NODE": "96",
             "SLURM_GPUS_ON_NODE": "8",
         }
+        own = {name: value for name, value in os.environ.items() if name not in ENVIRONMENT}
         return subprocess.Popen(
-            ["bash", SCRIPT, *COMMAND], env=os.environ | slurm | environment, text=True
+            ["bash", SCRIPT, *COMMAND], env=own | slurm | environment, text=True
         )
 
     def calls(self) -> list[list[str]]:
@@ -83,6 +86,8 @@ def allocation(tmp_path: Path) -> Allocation:
 
 def test_ray_understands_what_it_is_told(allocation: Allocation) -> None:
     assert allocation.start().wait(timeout=60) == 0
+    variables = (allocation.folder / "variables").read_text().splitlines()
+    assert {f"{name}={value}" for name, value in ENVIRONMENT.items()} <= set(variables)
     start, submission = allocation.calls()
     middle = start.index("--")
     options = cli.commands["symmetric-run"].make_context("symmetric-run", start[2:middle]).params

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from ray.scripts.scripts import cli
 
+from flashvl.entrypoint import ENVIRONMENT
+
 
 def read_variables(path: Path) -> dict[str, str]:
     """The variables of a file for `EnvironmentFile`."""
@@ -37,6 +39,7 @@ def check_unit(path: Path) -> list[str]:
         wrong.append("nothing brings a lost machine back")
     if variables.get("RAY_AUTH_MODE") != "token" or variables.get("RAY_AUTH_TOKEN"):
         wrong.append("asks for no token, or for one that everybody knows")
+    wrong += [f"{key} is not set" for key in ENVIRONMENT if variables.get(key) != ENVIRONMENT[key]]
     return wrong + _verify(path)
 
 
