@@ -65,7 +65,9 @@ def test_a_service_on_a_cluster_without_gpus_and_then_with_some_to_come() -> Non
     assert growing == [[1, False], [1, False], *given]
 
 
-@pytest.mark.parametrize(("configured", "free"), [(None, 1.0), (0, 2.0)])
+@pytest.mark.parametrize(
+    ("configured", "free"), [(None, 1.0), pytest.param(0, 2.0, marks=pytest.mark.slow)]
+)
 def test_a_job_on_a_cluster_with_gpus(
     tiny_random: Path, tmp_path: Path, configured: float | None, free: float
 ) -> None:

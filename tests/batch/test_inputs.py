@@ -305,6 +305,7 @@ def test_the_plan_is_printed_and_nothing_started(tiny_random: Path, tmp_path: Pa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_full_disk_stops_the_job_and_loses_no_row(tiny_random: Path, tmp_path: Path) -> None:
     """Run the command itself on a disk of 60 KB, then on a disk with room."""

@@ -137,6 +137,7 @@ def test_two_that_start_at_once_on_one_port(tmp_path: Path) -> None:
     assert winner.wait(60) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("starts_ray")
 def test_any_free_port() -> None:
     mark = uuid.uuid4().hex

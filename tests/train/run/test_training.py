@@ -329,6 +329,7 @@ def test_low_rank_adapters_are_those_of_peft_and_merged(
         assert torch.equal(weight, before[name]) != is_linear, name
 
 
+@pytest.mark.slow
 def test_the_tower_learns_what_lies_in_the_cells(stage: Stage) -> None:
     result = stage(
         kind="cells",
