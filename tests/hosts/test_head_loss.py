@@ -5,6 +5,7 @@ import shutil
 import sys
 import time
 from datetime import datetime
+from pathlib import Path
 
 import pytest
 import yaml
@@ -14,6 +15,8 @@ from tests.support.hosts import Host, Network
 from tests.support.rehearsal import ROOT, Fleet, clients, read_environment
 
 JOB = """
+import pathlib
+import sys
 import time
 
 import ray
@@ -22,10 +25,10 @@ import ray
 def second():
     time.sleep(1)
 
-for _ in range(90):
+while not pathlib.Path(sys.argv[1]).exists():
     ray.get(second.remote())
 """
-"""A job of a minute and a half that leaves the cores to the service."""
+"""A job that leaves the cores to the service, and ends when a file is there."""
 OUTAGE_S = 15.0
 
 
@@ -45,7 +48,7 @@ def start_redis(network: Network) -> dict[str, str]:
 
 @pytest.mark.hosts
 @pytest.mark.parametrize("store", ["redis", "rocksdb"])
-def test_a_head_is_lost_and_nobody_notices(store: str, network: Network) -> None:
+def test_a_head_is_lost_and_nobody_notices(store: str, network: Network, tmp_path: Path) -> None:
     if store == "redis":
         if shutil.which("redis-server") is None:
             pytest.skip("Redis is not installed")
@@ -60,7 +63,8 @@ def test_a_head_is_lost_and_nobody_notices(store: str, network: Network) -> None
     config["http_options"]["host"] = "0.0.0.0"
     config["applications"][0]["args"]["replicas"] = "2"
     fleet.deploy(config)
-    fleet.submit("job", "python", "-c", JOB)
+    may_end = tmp_path / "may_end"
+    fleet.submit("job", "python", "-c", JOB, str(may_end))
     wait_until(lambda: fleet.job("job")["status"] == "RUNNING", 60)
 
     with clients(workers, rate_per_s=4):  # the first requests are slow
@@ -75,6 +79,7 @@ def test_a_head_is_lost_and_nobody_notices(store: str, network: Network) -> None
         shown_s = time.time() - began_s
         time.sleep(30)
         assert fleet.job("job")["status"] == "RUNNING"
+    may_end.touch()
     fleet.wait_for_job("job", 120)
     back_s = recovered_at(fleet.head) - began_s
     sys.stderr.write(
