@@ -12,7 +12,9 @@ import pyarrow.parquet as pq
 import requests
 from ray.cluster_utils import Cluster
 
+from flashvl.config import DEFAULT_PROMPT
 from flashvl.data import synthetic
+from flashvl.data.features import ask_about_image
 from flashvl.data.images import decode_image
 from flashvl.engine import Engine, Request
 from tests.support.images import encode, noise
@@ -57,13 +59,15 @@ def test_a_job_through_the_service(
 ) -> None:
     scenes = [encode(synthetic.sample("heldout", 1, index).image()) for index in range(20)]
     images = [b"no image" if row == 7 else scenes[row % 20] for row in range(NUM_ROWS)]
-    pq.write_table(pa.table({"image": images}), tmp_path / "in.parquet")
+    prompts = ["why " * 25_000 if row == 9 else DEFAULT_PROMPT for row in range(NUM_ROWS)]
+    pq.write_table(pa.table({"image": images, "q": prompts}), tmp_path / "in.parquet")
     options = (str(tmp_path / "in.parquet"), "--output", str(tmp_path / "out"))
-    job = caption(cluster, *options, "--via-serve", "flashvl", "--dtype", "float32")
+    options += ("--prompt-column=q", "--max-error-rate=0.05", "--dtype=float32")
+    job = caption(cluster, *options, "--via-serve", "flashvl")
     waited = []
     question = {
         "model": "tiny",
-        "messages": ask("Describe the image.", encode(noise(0))),
+        "messages": ask(DEFAULT_PROMPT, encode(noise(0))),
         "include_timing": True,
     }
     while job.poll() is None:  # online requests meanwhile
@@ -78,7 +82,7 @@ def test_a_job_through_the_service(
     expected = engine.generate(
         [
             Request(
-                messages=[{"role": "user", "content": "<image>\nDescribe the image."}],
+                messages=ask_about_image(DEFAULT_PROMPT),
                 images=[decode_image(scene)],
                 max_new_tokens=64,
             )
@@ -88,6 +92,8 @@ def test_a_job_through_the_service(
     for row, answer in rows.items():
         if row == 7:
             assert answer["step"] == "decode"
+        elif row == 9:
+            assert answer["step"] == "caption" and "exceed max_model_len" in answer["reason"]
         else:
             assert answer["caption"] == expected[row % 20].text
     # A free slot was kept for each: it waited for a step, not for a caption.

@@ -82,7 +82,8 @@ class Fleet:
             told = self.get("/nodes?view=summary", timeout_s=5)["data"]["summary"]
         except requests.RequestException:
             return set()
-        return {node["ip"] for node in told if node["raylet"].get("state") == "ALIVE"}
+        alive = [node for node in told if node["raylet"].get("state") == "ALIVE"]
+        return {node["ip"] for node in alive if "ip" in node}  # a new one has not told its own yet
 
     def wait_for(self, *hosts: Host) -> None:
         wanted = {self.head.address} | {host.address for host in hosts}
