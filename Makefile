@@ -38,7 +38,7 @@ test-fast: $(STAMP) ## Run the tests that neither start Ray nor train (90 second
 test-slow: $(STAMP) ## Run the tests that take minutes each
 	@$(RUN) $(TEST_ENV) $(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
 
-test-hosts: $(STAMP) ## Run a fleet on simulated hosts and break it (as root; 15 minutes)
+test-hosts: $(STAMP) ## Run a fleet on simulated hosts and break it (as root; half an hour)
 	@$(RUN) $(TEST_ENV) $(BIN)/python -m pytest -m hosts $(ARGS)
 
 lint: $(STAMP) ## Check style, formatting, types and the floors of the imports
